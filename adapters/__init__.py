@@ -1,0 +1,8 @@
+"""Family adapters: what teaches this package one MLLM family. The built-in ones come in through the same hook as yours.
+
+Read `VisionAdapter` in `base.py`: it is the whole contract.
+"""
+
+from .base import ImageFeatures, VisionAdapter
+
+__all__ = ["ImageFeatures", "VisionAdapter"]

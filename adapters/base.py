@@ -1,0 +1,267 @@
+"""The whole contract between this package and one family of MLLMs.
+
+Notation for shapes: I images, P patches of one image, D tower width, L tokens of one sequence.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from pivot_plugin.errors import EncoderError, ModelError
+
+Part = Literal["encoder", "projector", "language_model"]
+ImageInputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of one image as the projector reads them, in raster order.
+
+    Attributes:
+        values: (P, D) features, one row per patch.
+        grid: rows and columns of the patch grid; their product is P.
+    """
+
+    values: torch.Tensor
+    grid: tuple[int, int]
+
+
+class VisionAdapter:
+    """What must be known of an MLLM family. The defaults serve any transformers model with `get_encoder`.
+
+    Args:
+        model: the MLLM, never changed by an adapter except by `graft`.
+        family: name of the family, shown to users; defaults to the class's own.
+
+    Raises:
+        ModelError: if the model has no vision tower.
+    """
+
+    family: ClassVar[str] = "generic"
+    projector_names: ClassVar[tuple[str, ...]] = ("multi_modal_projector", "mm_projector", "connector", "merger")
+    """Names of the modules between tower and language model, wherever they stand."""
+    unread_names: ClassVar[tuple[str, ...]] = ("head", "pooler")
+    """Names of modules directly in the tower whose outputs the projector never reads."""
+
+    def __init__(self, model: PreTrainedModel, family: str | None = None) -> None:
+        self.model = model
+        if family is not None:
+            self.family = family  # type: ignore[misc]
+        self.tower_path = self._find_tower()
+
+    # Where things are
+
+    def _find_tower(self) -> str:
+        encoder = self.model.get_encoder(modality="image")
+        # get_encoder answers with the model itself where it finds no encoder
+        for path, module in self.model.named_modules():
+            if path and module is encoder and isinstance(module, PreTrainedModel):
+                return path
+        raise ModelError(
+            f"{type(self.model).__name__} has no vision tower: get_encoder(modality='image') finds none.",
+            "Pass a multimodal model such as LlavaForConditionalGeneration, or install a plugin with an adapter "
+            "that knows where its tower is (`pivot adapters` lists what is installed).",
+        )
+
+    @property
+    def tower(self) -> PreTrainedModel:
+        """The vision tower inside the model."""
+        return self.model.get_submodule(self.tower_path)
+
+    @property
+    def projector_paths(self) -> tuple[str, ...]:
+        """Paths of the modules that map tower features into the language model, outermost only."""
+        found: list[str] = []
+        for path, _ in self.model.named_modules():
+            if path.rpartition(".")[2] in self.projector_names and not any(_inside(path, outer) for outer in found):
+                found.append(path)
+        return tuple(found)
+
+    @property
+    def language_model_paths(self) -> tuple[str, ...]:
+        """Paths of the language model and its output head."""
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        return tuple(path for path, module in self.model.named_modules() if path and module in (decoder, head))
+
+    def part_of(self, name: str) -> Part:
+        """Which part a parameter of the model belongs to; what is neither tower nor language model is projector."""
+        if any(_inside(name, path) for path in self.projector_paths):
+            return "projector"
+        if _inside(name, self.tower_path):
+            return "encoder"
+        if any(_inside(name, path) for path in self.language_model_paths):
+            return "language_model"
+        return "projector"
+
+    # What trains
+
+    @property
+    def feature_layer(self) -> int | None:
+        """Index into the tower's hidden states that the projector reads, None for the tower's own output."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        if isinstance(layers, list | tuple):
+            depth = len(self.blocks())
+            return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+        return layers
+
+    def blocks(self) -> list[str]:
+        """Paths of the tower's transformer blocks in order."""
+        lists = [
+            (path, module)
+            for path, module in self.tower.named_modules()
+            if isinstance(module, nn.ModuleList) and not any(name in path.split(".") for name in self.unread_names)
+        ]
+        if not lists:
+            return []
+        path, longest = max(lists, key=lambda item: len(item[1]))
+        return [f"{self.tower_path}.{path}.{index}" for index in range(len(longest))]
+
+    def unread_paths(self) -> tuple[str, ...]:
+        """Paths in the tower that the features in use never pass through, so that nothing there can be trained."""
+        blocks = self.blocks()
+        used = len(blocks)
+        if self.feature_layer is not None:
+            used = self.feature_layer if self.feature_layer >= 0 else used + 1 + self.feature_layer
+        # a hidden state is taken before the norm that closes the tower
+        names = self.unread_names if self.feature_layer is None else (*self.unread_names, "post_layernorm")
+        heads = [
+            f"{self.tower_path}.{path}"
+            for path, _ in self.tower.named_modules()
+            if path.rpartition(".")[2] in names and not any(_inside(f"{self.tower_path}.{path}", b) for b in blocks)
+        ]
+        return (*blocks[used:], *heads)
+
+    def is_trainable(self, name: str) -> bool:
+        """Whether a parameter or module of the model lies on the way of the features in use."""
+        return not any(_inside(name, path) for path in self.unread_paths())
+
+    def lora_targets(self) -> list[str]:
+        """Full names of the tower's linear layers that take LoRA: those that reach the features in use.
+
+        Raises:
+            ModelError: if the tower has no linear layer on the way of its features.
+        """
+        skipped = (*self.unread_paths(), *self.projector_paths)
+        targets = [
+            f"{self.tower_path}.{path}"
+            for path, module in self.tower.named_modules()
+            if isinstance(module, nn.Linear) and not any(_inside(f"{self.tower_path}.{path}", s) for s in skipped)
+        ]
+        if not targets:
+            raise ModelError(
+                f"The vision tower {type(self.tower).__name__} at {self.tower_path} has no linear layer that reaches "
+                "the features in use, so LoRA has nothing to attach to.",
+                'Train its weights themselves with lora=None, or train another part with train="encoder+projector".',
+            )
+        return targets
+
+    # Images
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for one image feature in the language model's input."""
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(token := getattr(self.model.config, name, None), int):
+                return token
+        raise ModelError(
+            f"{type(self.model.config).__name__} names no image token (image_token_id).",
+            "Install or write a plugin whose adapter overrides image_token_id.",
+        )
+
+    def select_images(self, inputs: ImageInputs, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """The share of some images in what the processor made of several: rows start to stop of every tensor.
+
+        Args:
+            inputs: processor outputs about images, such as pixel_values, for I images in order.
+            start: index of the first image wanted.
+            stop: index after the last.
+        """
+        return {name: value[start:stop] for name, value in inputs.items()}
+
+    def positions(self, tokens: torch.Tensor, images: ImageInputs) -> torch.Tensor | None:
+        """Position ids of one whole sequence, or None where they simply count up.
+
+        Args:
+            tokens: (L,) token ids, images expanded.
+            images: processor outputs about this sequence's images.
+
+        Returns:
+            (L,) or, for multi-axis rotary embeddings, (axes, L) integers; None for 0, 1, ..., L-1.
+        """
+        return None
+
+    def patch_features(self, inputs: ImageInputs, tower: PreTrainedModel | None = None) -> list[ImageFeatures]:
+        """Features of every image on its patch grid, as the projector reads them.
+
+        Args:
+            inputs: processor outputs about images, for I images.
+            tower: a stand-alone encoder of the same class; defaults to the tower inside the model.
+
+        Returns:
+            I records. Where an image is cut into tiles, of the tile that shows the whole of it.
+
+        Raises:
+            ModelError: if the features do not form a grid.
+        """
+        hidden = self.hidden_state(tower or self.tower, inputs["pixel_values"])
+        side = int(hidden.shape[1] ** 0.5)
+        # class and register tokens come before the patches
+        patches = hidden[:, hidden.shape[1] - side * side :]
+        return [ImageFeatures(values, (side, side)) for values in patches]
+
+    def hidden_state(self, tower: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        """The tower's hidden state in use, (images or tiles, tokens, D), class token included."""
+        layer = self.feature_layer
+        if layer is None:
+            return tower(pixels).last_hidden_state
+        return tower(pixels, output_hidden_states=True).hidden_states[layer]
+
+    # The encoder out and in
+
+    def extract(self) -> PreTrainedModel:
+        """A stand-alone copy of the tower, in eval mode, every parameter free to train."""
+        encoder = copy.deepcopy(self.tower).eval()
+        encoder.config._name_or_path = ""
+        return encoder.requires_grad_(True)
+
+    def graft(self, encoder: PreTrainedModel) -> None:
+        """Copy an encoder's weights into this model's tower, keeping the tower's device and precision.
+
+        Raises:
+            EncoderError: naming the first mismatch of class, tensors or sizes; the model is unchanged then.
+        """
+        if type(encoder) is not type(self.tower):
+            raise EncoderError(
+                f"The encoder is a {type(encoder).__name__}, this {type(self.model).__name__} has a "
+                f"{type(self.tower).__name__} at {self.tower_path}.",
+                "Graft an encoder of the same class.",
+            )
+        new, old = encoder.state_dict(), self.tower.state_dict()
+        for name in sorted(new.keys() | old.keys()):
+            if name not in new or name not in old:
+                owner = "model's tower" if name in old else "encoder"
+                raise EncoderError(
+                    f"Only the {owner} has the tensor {name!r}: their depths or heads differ.",
+                    "Graft an encoder that was extracted from a model of the same architecture.",
+                )
+            if new[name].shape != old[name].shape:
+                raise EncoderError(
+                    f"Tensor {name!r} has shape {tuple(new[name].shape)} in the encoder and "
+                    f"{tuple(old[name].shape)} in the model's tower.",
+                    "Graft an encoder of the same size, patch size and image size.",
+                )
+        self.tower.load_state_dict(new)
+
+    def image_processor(self, processor: object) -> BaseImageProcessor:
+        """The image processor to publish with the stand-alone encoder: a copy of the model's own."""
+        return copy.deepcopy(processor.image_processor)  # type: ignore[attr-defined]
+
+
+def _inside(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.")

@@ -1,0 +1,76 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any resolution, M-RoPE, and a projector ("merger") that lives in the tower."""
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.vision_utils import get_vision_window_index
+
+from pivot_plugin.hooks import hookimpl
+
+from .base import ImageFeatures, ImageInputs, VisionAdapter
+
+
+class QwenVLAdapter(VisionAdapter):
+    """Qwen2-VL and Qwen3-VL. Patches come in blocks of merge x merge, one row of `pixel_values` per patch."""
+
+    family = "qwen-vl"
+    projector_names = ("merger", "deepstack_merger_list")
+
+    def select_images(self, inputs: ImageInputs, start: int, stop: int) -> dict[str, torch.Tensor]:
+        ends = [0, *inputs["image_grid_thw"].prod(dim=1).cumsum(0).tolist()]
+        return {
+            "pixel_values": inputs["pixel_values"][ends[start] : ends[stop]],
+            "image_grid_thw": inputs["image_grid_thw"][start:stop],
+        }
+
+    def positions(self, tokens: torch.Tensor, images: ImageInputs) -> torch.Tensor | None:
+        is_image = (tokens == self.image_token_id).long()
+        positions, _ = self.model.base_model.get_rope_index(
+            tokens[None], mm_token_type_ids=is_image[None], image_grid_thw=images.get("image_grid_thw")
+        )
+        return positions[:, 0]
+
+    def patch_features(self, inputs: ImageInputs, tower: PreTrainedModel | None = None) -> list[ImageFeatures]:
+        tower = tower or self.tower
+        grids = inputs["image_grid_thw"]
+        merge = tower.config.spatial_merge_size
+        hidden = tower(inputs["pixel_values"], grid_thw=grids).last_hidden_state
+        blocks = self.in_image_order(hidden.reshape(-1, merge * merge, hidden.shape[-1]), grids, tower)
+        features = []
+        for values, (_, rows, columns) in zip(
+            blocks.split((grids.prod(dim=1) // merge**2).tolist()), grids.tolist(), strict=True
+        ):
+            # from (block row, block column, row in block, column in block) to raster order
+            raster = values.reshape(rows // merge, columns // merge, merge, merge, -1).transpose(1, 2)
+            features.append(ImageFeatures(raster.reshape(rows * columns, -1), (rows, columns)))
+        return features
+
+    def in_image_order(self, blocks: torch.Tensor, grids: torch.Tensor, tower: PreTrainedModel) -> torch.Tensor:
+        """Blocks of merged patches, (blocks, patches in block, D), in the order of the image."""
+        return blocks
+
+
+class Qwen2_5_VLAdapter(QwenVLAdapter):
+    """Qwen2.5-VL, whose tower works, and leaves its last hidden state, in the order of its attention windows."""
+
+    family = "qwen2.5-vl"
+
+    def in_image_order(self, blocks: torch.Tensor, grids: torch.Tensor, tower: PreTrainedModel) -> torch.Tensor:
+        config = tower.config
+        order, _ = get_vision_window_index(grids, config.spatial_merge_size, config.window_size, config.patch_size)
+        return blocks[torch.argsort(order)]
+
+
+@hookimpl
+def pivot_adapter(model: PreTrainedModel) -> VisionAdapter | None:
+    if isinstance(model, Qwen2_5_VLForConditionalGeneration):
+        return Qwen2_5_VLAdapter(model)
+    if isinstance(model, Qwen2VLForConditionalGeneration):
+        return QwenVLAdapter(model, family="qwen2-vl")
+    if isinstance(model, Qwen3VLForConditionalGeneration):
+        return QwenVLAdapter(model, family="qwen3-vl")
+    return None

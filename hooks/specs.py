@@ -1,0 +1,160 @@
+"""Every hook of this package. A plugin implements any of them; an implementation may leave out arguments.
+
+The newest plugin is asked first and the built-in ones last, so a user's plugin wins over a built-in one.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .markers import hookspec
+
+if TYPE_CHECKING:
+    import typer
+    from transformers import PreTrainedModel
+
+    from pivot_plugin.adapters.base import VisionAdapter
+    from pivot_plugin.types import Layout, ObjectivePreset, Probe, Result, RewardFunction, Run
+
+
+@hookspec(firstresult=True)
+def pivot_adapter(model: "PreTrainedModel") -> "VisionAdapter | None":
+    """Return the adapter for this model's family, or None if it is not yours.
+
+    Called once per run, before any weight is touched. The first answer that is not None wins, so return None, never
+    False. An exception stops the run and names your distribution.
+
+    Example:
+        from pivot_plugin.adapters import VisionAdapter
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_adapter(model):
+            return VisionAdapter(model, family="mine") if model.config.model_type == "mine" else None
+    """
+
+
+@hookspec(firstresult=True)
+def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -> "Layout | None":
+    """Return a function that turns one row of this layout into a pair in the normal form, or None.
+
+    Called once per data set with its column names and its first row. The function you return gets one row (a mapping)
+    and returns a mapping with `images` (a list), `prompt`, `chosen` and `rejected` (lists of messages). An exception
+    stops loading and names your distribution.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_preference_layout(columns):
+            if {"picture", "ask", "good", "bad"} <= set(columns):
+                return lambda row: {"images": [row["picture"]], "prompt": row["ask"],
+                                    "chosen": row["good"], "rejected": row["bad"]}
+    """
+
+
+@hookspec
+def pivot_rewards() -> "Mapping[str, RewardFunction]":
+    """Return reward functions by name, with TRL's signature.
+
+    Called when rewards are looked up by name. A reward function is called as `f(prompts, completions, **columns)` with
+    lists of equal length and returns a list of floats, None for a row it does not judge.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_rewards():
+            return {"short": lambda prompts, completions, **columns: [-len(text) / 100 for text in completions]}
+    """
+
+
+@hookspec
+def pivot_objectives() -> "Mapping[str, ObjectivePreset]":
+    """Return objective presets by name: settings of TRL's DPOConfig that `objective="name"` stands for.
+
+    Called when an objective is looked up by name.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_objectives():
+            return {"mostly-dpo": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}}
+    """
+
+
+@hookspec
+def pivot_probes() -> "Mapping[str, Probe]":
+    """Return probes by name: functions of frozen features and labels.
+
+    Called when probes are looked up by name. A probe is called as `probe(features, labels)` with features
+    (samples, width) as float32 numpy and labels (samples,) as integers and returns a mapping of named scores.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_probes():
+            return {"spread": lambda features, labels: {"std": float(features.std())}}
+    """
+
+
+@hookspec
+def pivot_run_started(run: "Run") -> None:
+    """Called when a run is about to take its first step, with its settings and folder.
+
+    All plugins are called; one that raises is named in a warning and does not stop the run.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_run_started(run):
+            print("training", run.family, "in", run.output_dir)
+    """
+
+
+@hookspec
+def pivot_run_finished(result: "Result") -> None:
+    """Called with the `PivotResult` of a finished run, after everything is saved.
+
+    All plugins are called; one that raises is named in a warning and does not lose the result.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_run_finished(result):
+            print("preference accuracy", result.metrics.get("after"))
+    """
+
+
+@hookspec
+def pivot_card_sections(result: "Result") -> str | None:
+    """Return markdown to be added to the model card, or None.
+
+    Called when a card is written. Sections are added in the order of registration; one that raises is named in a
+    warning and left out.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_card_sections(result):
+            return "## Hardware\\n\\nTrained on one workstation."
+    """
+
+
+@hookspec
+def pivot_commands(cli: "typer.Typer") -> None:
+    """Add subcommands to the `pivot` command.
+
+    Called when the command line starts. All plugins are called; one that raises is named on standard error.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_commands(cli):
+            cli.command("hello")(lambda: print("hello"))
+    """

@@ -1,0 +1,61 @@
+"""Make the vision encoder of a multimodal language model better by preference optimisation.
+
+    import pivot_plugin as pivot
+
+    result = pivot.optimize(model, prefs)
+    result.save("better-encoder")
+    encoder = pivot.load_encoder("better-encoder")
+    pivot.graft(other_model, encoder)
+
+Importing this package loads no torch; a verb loads what it needs when it is first used.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# In the source tree hooks/ and adapters/ stand beside this folder; the wheel has them inside it.
+_source_tree = Path(__file__).resolve().parent.parent
+if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / "specs.py").exists():
+    __path__.append(str(_source_tree))
+
+if TYPE_CHECKING:
+    from pivot_plugin._optimize import PivotResult, optimize
+    from pivot_plugin.config import PivotConfig
+    from pivot_plugin.encoders import extract_encoder, graft, load_encoder
+    from pivot_plugin.errors import PivotError
+    from pivot_plugin.training.trainer import PivotTrainer
+
+__all__ = [
+    "PivotConfig",
+    "PivotError",
+    "PivotResult",
+    "PivotTrainer",
+    "extract_encoder",
+    "graft",
+    "load_encoder",
+    "optimize",
+]
+
+_HOME = {
+    "PivotConfig": "config",
+    "PivotError": "errors",
+    "PivotResult": "_optimize",
+    "PivotTrainer": "training.trainer",
+    "extract_encoder": "encoders",
+    "graft": "encoders",
+    "load_encoder": "encoders",
+    "optimize": "_optimize",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

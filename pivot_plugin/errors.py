@@ -1,0 +1,51 @@
+"""Everything this package raises on purpose, by what the user can do about it.
+
+    PivotError
+    +-- DataError        a pair, image or file of the preference data: mend or leave out the row
+    +-- ModelError       the model, its processor or its family: pass another, or install a plugin for it
+    +-- SettingsError    an option or a combination of options: change it
+    +-- PluginError      an installed plugin failed: mend, update or disable it
+    +-- TrainingError    training itself went wrong: the run's folder holds what was paid for
+    +-- EncoderError     an encoder folder or a graft that does not fit
+"""
+
+
+class PivotError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        finding: what thing, what was found, what was expected.
+        remedy: what to do next.
+    """
+
+    def __init__(self, finding: str = "", remedy: str = "") -> None:
+        super().__init__(finding, remedy)
+        self.finding = finding
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.finding} {self.remedy}".strip()
+
+
+class DataError(PivotError):
+    """The preference data cannot be used as it is."""
+
+
+class ModelError(PivotError):
+    """The model or its processor cannot be used."""
+
+
+class SettingsError(PivotError):
+    """An option, or a combination of options, cannot be used."""
+
+
+class PluginError(PivotError):
+    """An installed plugin failed."""
+
+
+class TrainingError(PivotError):
+    """Training stopped for a reason that the user should see."""
+
+
+class EncoderError(PivotError):
+    """An encoder folder cannot be loaded, or an encoder does not fit a model."""

@@ -1,0 +1,1 @@
+"""The embedded world: a miniature of the whole job that runs offline on a CPU."""

@@ -1,0 +1,167 @@
+"""Rendered scenes and what can be asked about them: the data of the embedded world.
+
+A scene is two to four coloured shapes on a noisy background. Everything that is known about it (which shape, which
+colour, where) is kept beside the picture, so that questions, preference pairs and patch labels come from one source.
+This file knows nothing of models.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 48
+PATCH_SIZE = 6
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (46, 160, 67),
+    "blue": (52, 104, 220),
+    "yellow": (232, 200, 40),
+    "purple": (140, 70, 190),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+QUESTION_KINDS = ("colour", "shape", "count", "existence", "relation")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape of a scene; `box` is (left, top, right, bottom) in pixels, ends included."""
+
+    shape: str
+    colour: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and the objects in it, in raster order of the 3x3 cells they stand in."""
+
+    image: Image.Image
+    objects: tuple[SceneObject, ...]
+
+    def caption(self) -> str:
+        """Every object as "colour shape", in raster order."""
+        return " and ".join(f"{item.colour} {item.shape}" for item in self.objects)
+
+    def patch_labels(self) -> np.ndarray:
+        """Shape class per patch: 0 for background, else 1 + index in `SHAPES`; (8, 8) integers.
+
+        A patch belongs to the object whose box covers most of it, if that is at least a quarter of its area.
+        """
+        side = IMAGE_SIZE // PATCH_SIZE
+        labels = np.zeros((side, side), dtype=np.int64)
+        most = np.full((side, side), PATCH_SIZE * PATCH_SIZE / 4)
+        for item in self.objects:
+            inside = np.zeros((IMAGE_SIZE, IMAGE_SIZE))
+            left, top, right, bottom = item.box
+            inside[top : bottom + 1, left : right + 1] = 1
+            covered = inside.reshape(side, PATCH_SIZE, side, PATCH_SIZE).sum(axis=(1, 3))
+            labels[covered >= most] = 1 + SHAPES.index(item.shape)
+            most = np.maximum(most, covered)
+        return labels
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one scene with its right answer and the wrong answers of the same kind."""
+
+    kind: str
+    text: str
+    answer: str
+    wrong: tuple[str, ...]
+
+
+def _draw(canvas: ImageDraw.ImageDraw, item: SceneObject) -> None:
+    left, top, right, bottom = item.box
+    middle_x, middle_y = (left + right) // 2, (top + bottom) // 2
+    fill = COLOURS[item.colour]
+    if item.shape == "circle":
+        canvas.ellipse(item.box, fill=fill)
+    elif item.shape == "square":
+        canvas.rectangle(item.box, fill=fill)
+    elif item.shape == "triangle":
+        canvas.polygon([(left, bottom), (right, bottom), (middle_x, top)], fill=fill)
+    elif item.shape == "diamond":
+        canvas.polygon([(middle_x, top), (right, middle_y), (middle_x, bottom), (left, middle_y)], fill=fill)
+    else:
+        third = max(1, (right - left) // 3)
+        canvas.rectangle((left + third, top, right - third, bottom), fill=fill)
+        canvas.rectangle((left, top + third, right, bottom - third), fill=fill)
+
+
+def render(rng: random.Random) -> Scene:
+    """Draw one scene: 2 to 4 objects of 10 to 15 px in jittered cells of a 3x3 grid, 48x48 px RGB."""
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(96, 24, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+    canvas = ImageDraw.Draw(image)
+    objects = []
+    for cell in sorted(rng.sample(range(9), rng.randint(2, 4))):
+        size = rng.randint(10, 15)
+        left = (cell % 3) * 16 + rng.randint(0, 16 - size)
+        top = (cell // 3) * 16 + rng.randint(0, 16 - size)
+        box = (left, top, left + size - 1, top + size - 1)
+        objects.append(SceneObject(rng.choice(SHAPES), rng.choice(list(COLOURS)), box))
+        _draw(canvas, objects[-1])
+    return Scene(image, tuple(objects))
+
+
+def render_many(count: int, seed: int) -> list[Scene]:
+    """Draw `count` scenes; the same seed gives the same pictures."""
+    rng = random.Random(seed)
+    return [render(rng) for _ in range(count)]
+
+
+def _single(scene: Scene, attribute: str) -> list[SceneObject]:
+    """Objects whose colour (or shape) occurs once, so that a question about it has one answer."""
+    values = [getattr(item, attribute) for item in scene.objects]
+    return [item for item in scene.objects if values.count(getattr(item, attribute)) == 1]
+
+
+def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """Make a question of one kind about a scene, or None where the scene allows none of that kind."""
+    if kind == "colour" and (items := _single(scene, "shape")):
+        item = rng.choice(items)
+        wrong = tuple(colour for colour in COLOURS if colour != item.colour)
+        return Question(kind, f"what color is the {item.shape}", item.colour, wrong)
+    if kind == "shape" and (items := _single(scene, "colour")):
+        item = rng.choice(items)
+        wrong = tuple(shape for shape in SHAPES if shape != item.shape)
+        return Question(kind, f"what shape is the {item.colour} object", item.shape, wrong)
+    if kind == "count":
+        answer = NUMBERS[len(scene.objects)]
+        return Question(kind, "how many objects", answer, tuple(n for n in NUMBERS.values() if n != answer))
+    if kind == "existence":
+        present = {(item.colour, item.shape) for item in scene.objects}
+        absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
+        yes = rng.random() < 0.5
+        colour, shape = rng.choice(sorted(present) if yes else absent)
+        text = f"is there a {colour} {shape}"
+        return Question(kind, text, "yes" if yes else "no", ("no" if yes else "yes",))
+    if kind == "relation" and len(items := _single(scene, "shape")) >= 2:
+        first, second = rng.sample(items, 2)
+        if abs(first.box[0] - second.box[0]) < PATCH_SIZE:
+            return None
+        yes = first.box[0] < second.box[0]
+        text = f"is the {first.shape} left of the {second.shape}"
+        return Question(kind, text, "yes" if yes else "no", ("no" if yes else "yes",))
+    return None
+
+
+def ask_any(scene: Scene, rng: random.Random, kinds: tuple[str, ...] = QUESTION_KINDS) -> Question:
+    """Make a question of a random kind that the scene allows."""
+    for kind in rng.sample(kinds, len(kinds)):
+        if question := ask(scene, kind, rng):
+            return question
+    raise ValueError(f"no question of the kinds {kinds} can be asked about this scene")
+
+
+def wrong_caption(scene: Scene, rng: random.Random) -> str:
+    """The caption with one colour or one shape replaced by another: wrong in a single visual fact."""
+    words = [[item.colour, item.shape] for item in scene.objects]
+    item, slot = rng.randrange(len(words)), rng.randrange(2)
+    values = SHAPES if slot else tuple(COLOURS)
+    words[item][slot] = rng.choice([value for value in values if value != words[item][slot]])
+    return " and ".join(" ".join(pair) for pair in words)

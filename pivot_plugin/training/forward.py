@@ -1,0 +1,159 @@
+"""One pass of a model over a forest, in the form in which TRL asks its models for log-probabilities.
+
+TRL's losses call `model(..., labels=, fused_lm_head=True)` and use only the per-token fields that come back. Here that
+call is answered from the forest: the backbone runs over the trees, the hidden states of the scored edges' parents are
+picked out, and TRL's own fused head scores exactly those.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from pivot_plugin.adapters import VisionAdapter
+
+from .batch import ForestBatch
+from .forest import Forest, attention_mask, block_mask, per_sequence
+
+
+def takes_trees(model: PreTrainedModel) -> str | None:
+    """Whether a model's attention can follow a tree.
+
+    Returns:
+        None where it can, else the reason why not, as a clause.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"its layers use {', '.join(sorted(kinds - {'full_attention'}))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"its attention looks back only {config.sliding_window} tokens"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return f"its attention implementation {config._attn_implementation!r} takes no tree mask"
+    return None
+
+
+def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
+    """Let a model that has TRL's fused head answer calls with `forest=`.
+
+    Args:
+        model: after `trl.trainer.utils.add_fused_lm_head`; its `forward` is replaced on the instance.
+        adapter: of the model's family, for position ids.
+    """
+    fused_forward = model.forward
+
+    def forward(*args: Any, forest: ForestBatch | None = None, **kwargs: Any) -> Any:
+        if forest is None:
+            return fused_forward(*args, **kwargs)
+        return _forest_forward(model, adapter, fused_forward, forest.to(model.device))
+
+    model.forward = forward
+
+
+def _forest_forward(
+    model: PreTrainedModel, adapter: VisionAdapter, fused_forward: Any, batch: ForestBatch
+) -> FusedCausalLMOutput:
+    """The fields TRL's losses read, (S, C) each, zero for padding."""
+    forest = batch.forest
+    inputs = {name: _as_model_takes(value, model) for name, value in batch.image_inputs.items()}
+    with _images_by_tree(model, batch), _scored_states_only(model, forest):
+        scored = fused_forward(
+            input_ids=forest.tokens,
+            attention_mask=_mask(model, forest),
+            position_ids=position_ids(forest, adapter, batch),
+            shift_labels=forest.edge_token[None],
+            fused_lm_head=True,
+            **inputs,
+        )
+    per_token = {}
+    for field in fields(scored):
+        value = getattr(scored, field.name)
+        if isinstance(value, torch.Tensor) and value.shape == (1, len(forest.edge_token)):
+            per_token[field.name] = per_sequence(value[0], forest.edge_of)
+    return FusedCausalLMOutput(loss=scored.loss, aux_loss=scored.aux_loss, **per_token)
+
+
+def _as_model_takes(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    return value.to(model.dtype) if value.is_floating_point() else value
+
+
+def _mask(model: PreTrainedModel, forest: Forest) -> object:
+    kind = model.config.get_text_config()._attn_implementation
+    if kind == "flex_attention":
+        return block_mask(forest.end)
+    mask = attention_mask(forest.end)
+    if kind == "eager":
+        lowest = torch.finfo(model.dtype).min
+        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+    return mask
+
+
+def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> torch.Tensor:
+    """The position every node has in its own sequence.
+
+    Returns:
+        (B, N) depths, or (axes, B, N) where the family's rotary embedding has several axes.
+    """
+    found: torch.Tensor | None = None
+    for tree, path in zip(forest.sequence_tree.tolist(), forest.paths, strict=True):
+        path = path.to(forest.tokens.device)
+        images = batch.tree_images[tree]
+        share = adapter.select_images(batch.image_inputs, images[0], images[-1] + 1) if images else {}
+        positions = adapter.positions(forest.tokens[tree, path], share)
+        if positions is None:
+            return forest.depth
+        if found is None:
+            found = forest.depth.repeat(len(positions), 1, 1)
+        found[:, tree, path] = positions
+    return forest.depth if found is None else found
+
+
+@contextmanager
+def _scored_states_only(model: PreTrainedModel, forest: Forest) -> Iterator[None]:
+    """Have the backbone return the (1, E, D) states that predict a scored token, so that the head runs on them alone."""
+
+    def pick(module: torch.nn.Module, args: object, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[forest.edge_tree, forest.edge_parent][None]
+        return output
+
+    hook = model.base_model.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _images_by_tree(model: PreTrainedModel, batch: ForestBatch) -> Iterator[None]:
+    """Have the backbone encode each distinct image once and hand its features to every tree that shows it."""
+    wanted = [image for images in batch.tree_images for image in images]
+    if wanted == list(range(len(batch.image_tokens))):
+        yield
+        return
+    backbone = model.base_model
+    encode = backbone.get_image_features
+
+    def repeated(features: Any) -> Any:
+        flat = torch.cat([part.flatten(0, -2) for part in features]) if not torch.is_tensor(features) else features
+        parts = flat.flatten(0, -2).split(batch.image_tokens)
+        chosen = [parts[image] for image in wanted]
+        return torch.cat(chosen) if torch.is_tensor(features) else chosen
+
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        outputs = encode(*args, **kwargs)
+        outputs.pooler_output = repeated(outputs.pooler_output)
+        if getattr(outputs, "deepstack_features", None) is not None:
+            outputs.deepstack_features = [repeated(layer) for layer in outputs.deepstack_features]
+        return outputs
+
+    backbone.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del backbone.get_image_features

@@ -1,0 +1,206 @@
+"""What trains: LoRA where it goes, weights that train themselves, and the account of both."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.config import PARTS, Train
+from pivot_plugin.errors import ModelError, SettingsError
+
+TRAINED_PARTS: dict[str, tuple[str, ...]] = {
+    "encoder": ("encoder",),
+    "encoder+projector": ("encoder", "projector"),
+    "all": PARTS,
+}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What trains in a run.
+
+    Attributes:
+        parts: names of the parts that train.
+        lora: where LoRA goes, None where weights train themselves.
+        parameters: names of the model's own parameters that train themselves.
+    """
+
+    parts: tuple[str, ...]
+    lora: LoraConfig | None
+    parameters: tuple[str, ...]
+
+
+def plan(adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None) -> TrainingPlan:
+    """Decide what trains.
+
+    With LoRA, the tower (and under "all" the language model) take low-rank updates on their linear layers, and the
+    projector, where it trains, trains its own weights: it is small.
+
+    Args:
+        adapter: of the model's family.
+        train: which parts.
+        lora: a rank, a peft config (its `target_modules` are filled in where it has none), or None.
+
+    Raises:
+        ModelError: if a part has nothing that could train.
+        SettingsError: for a rank below 1.
+    """
+    parts = TRAINED_PARTS[train]
+    if lora is None:
+        names = tuple(
+            name
+            for name, _ in adapter.model.named_parameters()
+            if adapter.part_of(name) in parts and adapter.is_trainable(name)
+        )
+        return TrainingPlan(parts, None, names)
+    if isinstance(lora, bool) or (isinstance(lora, int) and lora < 1):
+        raise SettingsError(f"lora is {lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
+    targets = adapter.lora_targets()
+    saved: list[str] = []
+    if "projector" in parts:
+        saved = list(adapter.projector_paths)
+        if not saved:
+            raise ModelError(
+                f"No projector is known in {type(adapter.model).__name__}.",
+                'Use train="encoder", or an adapter that names it in projector_names.',
+            )
+    if "language_model" in parts:
+        head = adapter.model.get_output_embeddings()
+        targets += [
+            path
+            for path, module in adapter.model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head and adapter.part_of(path) == "language_model"
+        ]
+    if isinstance(lora, int):
+        config = LoraConfig(r=lora, lora_alpha=2 * lora, lora_dropout=0.0)
+    else:
+        config = copy.deepcopy(lora)
+    if config.target_modules is None:
+        config.target_modules = targets
+    if config.modules_to_save is None and saved:
+        config.modules_to_save = saved
+    return TrainingPlan(parts, config, ())
+
+
+def count_parameters(adapter: VisionAdapter, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Per part, how many parameters train and how many there are (LoRA counted in both).
+
+    Args:
+        adapter: of the model's family.
+        model: the model, or the peft model around it.
+    """
+    counts = dict.fromkeys(PARTS, (0, 0))
+    for name, parameter in model.named_parameters():
+        part = adapter.part_of(original_name(name))
+        trained, total = counts[part]
+        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+def original_name(name: str) -> str:
+    """The name a parameter of a peft model had, or that of the layer its LoRA belongs to."""
+    name = name.removeprefix("base_model.model.")
+    for wrapper in (".base_layer", ".original_module", ".modules_to_save.default"):
+        name = name.replace(wrapper, "")
+    return name.split(".lora_")[0]
+
+
+def block_of(adapter: VisionAdapter, name: str) -> str | None:
+    """The tower block a parameter stands in, "other" elsewhere in the tower, None outside it."""
+    if adapter.part_of(name) != "encoder":
+        return None
+    return next((path for path in adapter.blocks() if name.startswith(f"{path}.")), f"{adapter.tower_path} (other)")
+
+
+def weight_change(adapter: VisionAdapter, before: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative change of the tower's weights, ||after - before|| / ||before||, per block in order.
+
+    Args:
+        adapter: of the model, whose weights are those after.
+        before: tensors of the tower as they were, by full parameter name; one that is missing did not change.
+    """
+    change: dict[str, list[float]] = {}
+    for name, parameter in adapter.model.named_parameters():
+        if (block := block_of(adapter, name)) is None:
+            continue
+        squares = change.setdefault(block, [0.0, 0.0])
+        old = before.get(name, parameter.detach()).to(device=parameter.device, dtype=torch.float32)
+        squares[0] += (parameter.detach().float() - old).square().sum().item()
+        squares[1] += old.square().sum().item()
+    return {block: (moved / size) ** 0.5 if size else 0.0 for block, (moved, size) in change.items()}
+
+
+def trainable_weights(adapter: VisionAdapter, plan: TrainingPlan) -> dict[str, torch.Tensor]:
+    """Copies, on the host, of the model's own weights that a run may change."""
+    names = set(plan.parameters)
+    if plan.lora is not None:
+        targets = [*(plan.lora.target_modules or []), *(plan.lora.modules_to_save or [])]
+        names |= {name for name, _ in adapter.model.named_parameters() if name.startswith(tuple(f"{t}." for t in targets))}
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in adapter.model.named_parameters()
+        if name in names
+    }
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Leave a model in the state a user expects: trained after success, exactly as it was after a failure.
+
+    What training switches on (patched forward, gradient flags, dropout, pad tokens, checkpointing) is switched back in
+    both cases. Weights are the caller's to put back.
+    """
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training = {name: module.training for name, module in model.named_modules()}
+    dropout = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    forward = model.__dict__.get("forward")
+    checkpointing = model.is_gradient_checkpointing
+    text_config = model.config.get_text_config()
+    pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
+    use_cache = getattr(text_config, "use_cache", None)
+    tags, device = model.model_tags, model.device
+    modules = dict(model.named_modules())
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if forward is not None:
+            model.forward = forward
+        if not checkpointing and model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+        if failed:
+            _put_back(modules)
+            model.to(device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, True))
+        for name, module in model.named_modules():
+            module.training = training.get(name, False)
+            if name in dropout:
+                module.p = dropout[name]
+        text_config.pad_token_id, model.generation_config.pad_token_id = pads
+        if use_cache is not None:
+            text_config.use_cache = use_cache
+        model.model_tags = tags
+
+
+def _put_back(modules: dict[str, nn.Module]) -> None:
+    """Undo whatever wrapped or replaced modules of a model, given all of them by path as they were."""
+    for path, module in modules.items():
+        parent, _, child = path.rpartition(".")
+        if path and modules[parent]._modules.get(child) is not module:
+            modules[parent]._modules[child] = module

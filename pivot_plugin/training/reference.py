@@ -1,0 +1,100 @@
+"""The reference cache: log-probabilities of the model before training, computed once per pair and kept on disk.
+
+One folder per reference (weights, processor and whatever else changes a log-probability), in it parquet parts with one
+row per pair, keyed by the pair's content. A part is written aside and renamed, so a killed run leaves whole parts or
+none, and the next run computes only what is missing.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import ProcessorMixin
+
+Logps = tuple[float, float]
+_COLUMNS = ("key", "chosen", "rejected")
+
+
+def default_folder() -> Path:
+    """`$PIVOT_CACHE/reference`, or `~/.cache/pivot_plugin/reference`."""
+    return Path(os.environ.get("PIVOT_CACHE", Path.home() / ".cache" / "pivot_plugin")) / "reference"
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's weights, names, types and configuration: any change of a weight changes it."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        settings = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(str(config.get_text_config()._attn_implementation).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def processor_fingerprint(processor: ProcessorMixin) -> str:
+    """A hash of everything in a processor that changes what the model is given."""
+    parts = [
+        json.dumps(processor.to_dict(), sort_keys=True, default=str),
+        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
+        str(processor.chat_template or processor.tokenizer.chat_template),
+        processor.tokenizer.backend_tokenizer.to_str(),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class ReferenceCache:
+    """Reference log-probabilities on disk.
+
+    Args:
+        folder: where all references are kept.
+        reference: what the log-probabilities depend on besides the pair: fingerprints and settings.
+    """
+
+    def __init__(self, folder: Path, reference: Mapping[str, object]) -> None:
+        described = json.dumps(reference, sort_keys=True, default=str)
+        self.folder = folder / hashlib.sha256(described.encode()).hexdigest()[:32]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described_file = self.folder / "reference.json"
+        if not described_file.exists():
+            self._aside(described_file, lambda path: path.write_text(described))
+
+    def read(self) -> dict[str, Logps]:
+        """All that is known: by pair key, log-probabilities (natural log, summed over tokens) of both answers."""
+        known: dict[str, Logps] = {}
+        for part in sorted(self.folder.glob("*.parquet")):
+            columns = pq.read_table(part).to_pydict()
+            known.update(
+                (key, (chosen, rejected))
+                for key, chosen, rejected in zip(*(columns[name] for name in _COLUMNS), strict=True)
+            )
+        return known
+
+    def add(self, rows: Iterable[tuple[str, Logps]]) -> None:
+        """Keep some more, as one new part."""
+        rows = list(rows)
+        if not rows:
+            return
+        table = pa.table(
+            {
+                "key": [key for key, _ in rows],
+                "chosen": pa.array([chosen for _, (chosen, _) in rows], pa.float32()),
+                "rejected": pa.array([rejected for _, (_, rejected) in rows], pa.float32()),
+            }
+        )
+        self._aside(self.folder / f"{uuid.uuid4().hex}.parquet", lambda path: pq.write_table(table, path))
+
+    @staticmethod
+    def _aside(path: Path, write: Callable[[Path], object]) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        write(temporary)
+        temporary.rename(path)
