@@ -1,8 +1,7 @@
 """Any transformers MLLM that follows `get_encoder(modality="image")`: asked last, so every family adapter wins."""
 
-from transformers import PreTrainedModel
-
 from pivot_plugin.hooks import hookimpl
+from transformers import PreTrainedModel
 
 from .base import VisionAdapter
 

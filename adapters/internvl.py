@@ -1,11 +1,10 @@
-"""InternVL: an image is cut into tiles, one row of `pixel_values` each, with a thumbnail last where there are several."""
+"""InternVL: an image is cut into tiles, one row of `pixel_values` each, a thumbnail last where there are several."""
 
 import copy
 
+from pivot_plugin.hooks import hookimpl
 from transformers import InternVLForConditionalGeneration, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-
-from pivot_plugin.hooks import hookimpl
 
 from .base import VisionAdapter
 

@@ -1,6 +1,7 @@
 """LLaVA, LLaVA-NeXT and LLaVA-OneVision: a CLIP or SigLIP tower, one of its hidden states, an MLP projector."""
 
 import torch
+from pivot_plugin.hooks import hookimpl
 from transformers import (
     CLIPImageProcessor,
     LlavaForConditionalGeneration,
@@ -10,8 +11,6 @@ from transformers import (
     SiglipImageProcessor,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-
-from pivot_plugin.hooks import hookimpl
 
 from .base import ImageFeatures, ImageInputs, VisionAdapter
 

@@ -1,6 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any resolution, M-RoPE, and a projector ("merger") that lives in the tower."""
 
 import torch
+from pivot_plugin.hooks import hookimpl
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
@@ -8,8 +9,6 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.vision_utils import get_vision_window_index
-
-from pivot_plugin.hooks import hookimpl
 
 from .base import ImageFeatures, ImageInputs, VisionAdapter
 

@@ -166,7 +166,7 @@ def collect(hook: str, **arguments: object) -> list[tuple[str, object]]:
     Raises:
         PluginError: as `ask`.
     """
-    answers = []
+    answers: list[tuple[str, object]] = []
     for name, caller in _one_at_a_time(hook):
         try:
             results = caller(**arguments)

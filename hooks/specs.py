@@ -2,6 +2,7 @@
 
 The newest plugin is asked first and the built-in ones last, so a user's plugin wins over a built-in one.
 """
+# mypy: disable-error-code="empty-body"
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,9 +11,9 @@ from .markers import hookspec
 
 if TYPE_CHECKING:
     import typer
+    from pivot_plugin.adapters.base import VisionAdapter
     from transformers import PreTrainedModel
 
-    from pivot_plugin.adapters.base import VisionAdapter
     from pivot_plugin.types import Layout, ObjectivePreset, Probe, Result, RewardFunction, Run
 
 

@@ -304,7 +304,8 @@ def _load(
             model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"No MLLM could be loaded from {str(name)!r}: {error}", "Give a folder or Hub id of an image-text model."
+                f"No MLLM could be loaded from {str(name)!r}: {error}",
+                "Give a folder or Hub id of an image-text model.",
             ) from error
     elif isinstance(model, PreTrainedModel):
         name = model.name_or_path

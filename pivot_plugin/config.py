@@ -10,6 +10,10 @@ from pivot_plugin.errors import SettingsError
 
 Train = Literal["encoder", "encoder+projector", "all"]
 TRAIN_CHOICES = ("encoder", "encoder+projector", "all")
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 PARTS = ("encoder", "projector", "language_model")
 
 
@@ -17,9 +21,9 @@ PARTS = ("encoder", "projector", "language_model")
 class PivotConfig(DPOConfig):
     """TRL's DPOConfig, plus what trains.
 
-    Defaults that differ from DPOConfig's: `max_length=None` (truncation cuts image tokens), `lr_scheduler_type="cosine"`
-    and `warmup_steps=0.03` (arXiv 2510.16333, appendix E.1), `bf16` only where the device has it,
-    `remove_unused_columns=False`, `report_to="none"`, `eval_strategy` and `save_strategy` as DPOConfig's.
+    Defaults that differ from DPOConfig's: `max_length=None` (truncation cuts image tokens),
+    `lr_scheduler_type="cosine"` and `warmup_steps=0.03` (arXiv 2510.16333, appendix E.1), `bf16` only where the device
+    has it, `remove_unused_columns=False`, `report_to="none"`.
 
     Args:
         train: which parts train: "encoder" (the vision tower), "encoder+projector", or "all" (the paper's setting).
@@ -50,6 +54,10 @@ class PivotConfig(DPOConfig):
             raise SettingsError(f"train is {self.train!r}.", f"Choose one of {', '.join(map(repr, TRAIN_CHOICES))}.")
         if unknown := sorted(set(self.learning_rates or {}) - set(PARTS)):
             raise SettingsError(f"learning_rates names {unknown}.", f"Its keys are {', '.join(map(repr, PARTS))}.")
+        # transformers renames these; TRL still sets the old names, which warns
+        for old, new in _RENAMED.items():
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()

@@ -1,12 +1,12 @@
 """Everything this package raises on purpose, by what the user can do about it.
 
-    PivotError
-    +-- DataError        a pair, image or file of the preference data: mend or leave out the row
-    +-- ModelError       the model, its processor or its family: pass another, or install a plugin for it
-    +-- SettingsError    an option or a combination of options: change it
-    +-- PluginError      an installed plugin failed: mend, update or disable it
-    +-- TrainingError    training itself went wrong: the run's folder holds what was paid for
-    +-- EncoderError     an encoder folder or a graft that does not fit
+PivotError
++-- DataError        a pair, image or file of the preference data: mend or leave out the row
++-- ModelError       the model, its processor or its family: pass another, or install a plugin for it
++-- SettingsError    an option or a combination of options: change it
++-- PluginError      an installed plugin failed: mend, update or disable it
++-- TrainingError    training itself went wrong: the run's folder holds what was paid for
++-- EncoderError     an encoder folder or a graft that does not fit
 """
 
 

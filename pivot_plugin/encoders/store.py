@@ -1,14 +1,13 @@
 """An encoder's folder: plain transformers files, and beside them the projector, the provenance and a card.
 
-    config.json  model.safetensors  preprocessor_config.json    what AutoModel and AutoImageProcessor read
-    projector.safetensors                                       the projector as trained
-    pivot.json                                                  where the encoder comes from, and a hash of every file
-    README.md                                                   the model card
+config.json  model.safetensors  preprocessor_config.json    what AutoModel and AutoImageProcessor read
+projector.safetensors                                       the projector as trained
+pivot.json                                                  where the encoder comes from, and a hash of every file
+README.md                                                   the model card
 """
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -97,8 +96,8 @@ def _replace(folder: Path, aside: Path) -> None:
     """Put a finished folder in the place of an old one."""
     old = aside.with_name(f"{aside.name}.old")
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
+        folder.replace(old)
+    aside.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -145,8 +144,8 @@ def load_encoder(path: str | Path) -> PreTrainedModel:
     if loading["missing_keys"] or loading["mismatched_keys"]:
         absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
         raise EncoderError(
-            f"{str(folder)!r} does not fill a {type(encoder).__name__}: {len(absent)} tensors are missing or of another "
-            f"size, the first {absent[0]!r}.",
+            f"{str(folder)!r} does not fill a {type(encoder).__name__}: {len(absent)} tensors are missing or of "
+            f"another size, the first {absent[0]!r}.",
             "Give the folder of a stand-alone encoder, not of a whole MLLM.",
         )
     return encoder.eval()

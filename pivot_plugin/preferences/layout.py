@@ -42,7 +42,7 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             "A pair needs prompt, chosen and rejected, and images (a list) or image.",
         )
     images = _images(row)
-    pair = {
+    pair: dict[str, Any] = {
         "id": str(row.get("id") or where),
         "images": images,
         "prompt": _messages(row["prompt"], "user", where, "prompt"),

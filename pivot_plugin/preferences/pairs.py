@@ -15,8 +15,6 @@ from pivot_plugin.errors import DataError
 from .images import image_key, open_image
 from .layout import find_layout, normalise
 
-Rows = Sequence[Mapping[str, Any]] | Dataset
-
 
 class PairDataset:
     """Preference pairs with random access. Images stay encoded until a pair is read.
@@ -30,7 +28,9 @@ class PairDataset:
         DataError: naming the first row that cannot be used, before anything expensive.
     """
 
-    def __init__(self, rows: Rows, folder: Path | None = None, name: str = "prefs") -> None:
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]] | Dataset, folder: Path | None = None, name: str = "prefs"
+    ) -> None:
         if len(rows) == 0:
             raise DataError(f"{name} has no pairs.", "Give at least one pair with images, prompt, chosen, rejected.")
         self._rows = _undecoded(rows) if isinstance(rows, Dataset) else rows

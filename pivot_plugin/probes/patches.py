@@ -65,7 +65,7 @@ def probe_patches(
     Raises:
         SettingsError: if scikit-learn is not installed.
 
-    Source: linear evaluation of patch tokens; the paper's segmentation probe has an MLP instead (arXiv 2510.16333, E.5).
+    Source: linear evaluation of patch tokens; the paper's segmentation probe has an MLP (arXiv 2510.16333, E.5).
     """
     linear_model = require("sklearn.linear_model", "probes", "The linear probe")
     width = features.shape[-1]

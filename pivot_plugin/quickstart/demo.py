@@ -35,7 +35,8 @@ def examine(model: LlavaForConditionalGeneration, processor: LlavaProcessor, siz
     adapter = find_adapter(model)
     fitting, testing = scenes.render_many(size, 910_000), scenes.render_many(size, 920_000)
     features = [
-        patch_matrix(adapter, processor.image_processor, [scene.image for scene in drawn]) for drawn in (fitting, testing)
+        patch_matrix(adapter, processor.image_processor, [scene.image for scene in drawn])
+        for drawn in (fitting, testing)
     ]
     labels = [np.stack([scene.patch_labels().ravel() for scene in drawn]) for drawn in (fitting, testing)]
     return Examination(
@@ -77,11 +78,15 @@ def run(output_dir: Path, pairs: int = 3000, steps: int = 300) -> None:
     folder = result.output_dir / "encoder"
     encoder = pivot.load_encoder(folder)
     second = pivot.graft(world.model(), encoder)
-    same = all(torch.equal(a, b) for a, b in zip(second.state_dict().values(), model.state_dict().values(), strict=True))
+    same = all(
+        torch.equal(a, b) for a, b in zip(second.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     console.print("[bold]4.[/] examining the second model, which has the new encoder and nothing else")
     after = examine(second, processor)
     console.print(_table(result.metrics, before, after))
-    console.print(f"Encoder: {folder} (AutoModel.from_pretrained loads it). Second model equals the trained one: {same}.")
+    console.print(
+        f"Encoder: {folder} (AutoModel.from_pretrained loads it). Second model equals the trained one: {same}."
+    )
     console.print(
         "A miniature: it shows the machinery at work. Differences within the interval are noise, and the paper's "
         "claims are about models ten thousand times larger."
@@ -101,5 +106,5 @@ def _table(metrics: dict[str, dict[str, float]], before: Examination, after: Exa
     for kind in scenes.QUESTION_KINDS:
         row(f"  {kind}", before.vqa[kind], after.vqa[kind])
     row("linear patch probe, mean IoU", before.probe.mean_iou, after.probe.mean_iou)
-    table.add_row("  95 % interval", *("%.3f-%.3f" % exam.probe.interval for exam in (before, after)), "")
+    table.add_row("  95 % interval", *("{:.3f}-{:.3f}".format(*exam.probe.interval) for exam in (before, after)), "")
     return table

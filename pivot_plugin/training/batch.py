@@ -130,7 +130,9 @@ class ForestCollator:
             "input_ids": ids,
             "completion_mask": mask,
             "attention_mask": forest.is_node.long(),
-            "forest": ForestBatch(forest, image_inputs, image_tokens, tree_images, [str(row.get("id")) for row in rows]),
+            "forest": ForestBatch(
+                forest, image_inputs, image_tokens, tree_images, [str(row.get("id")) for row in rows]
+            ),
         }
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
@@ -191,7 +193,7 @@ class ForestCollator:
             if len(parts) != len(images) or not all(self.image_token_id in part for part in parts):
                 raise ModelError(
                     f"{type(self.processor).__name__} does not expand its image token {marker!r} into token "
-                    f"{self.image_token_id}, the model's image token: {len(images)} image(s) gave {len(parts)} part(s).",
+                    f"{self.image_token_id}, the model's: {len(images)} image(s) gave {len(parts)} part(s).",
                     "Pass the processor that belongs to the model.",
                 )
             expansions.append(parts)

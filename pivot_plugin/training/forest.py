@@ -148,15 +148,15 @@ def build_forest(groups: Sequence[Sequence[int]], sequences: Sequence[Sequence[i
     edges: dict[tuple[int, int], int] = {}
     edge_tree, edge_parent, edge_token, edge_of = [], [], [], []
     for index, start in enumerate(starts):
-        tree = int(sequence_tree[index])
+        owner = int(sequence_tree[index])
         row = []
         for parent, child in pairwise(paths[index][start - 1 :].tolist()):
-            if (tree, child) not in edges:
-                edges[tree, child] = len(edges)
-                edge_tree.append(tree)
+            if (owner, child) not in edges:
+                edges[owner, child] = len(edges)
+                edge_tree.append(owner)
                 edge_parent.append(parent)
-                edge_token.append(int(trees[tree].tokens[child]))
-            row.append(edges[tree, child])
+                edge_token.append(int(trees[owner].tokens[child]))
+            row.append(edges[owner, child])
         edge_of.append(torch.tensor(row, dtype=torch.long))
 
     widest = max(len(tree.tokens) for tree in trees)

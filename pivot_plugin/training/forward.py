@@ -116,7 +116,7 @@ def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> 
 
 @contextmanager
 def _scored_states_only(model: PreTrainedModel, forest: Forest) -> Iterator[None]:
-    """Have the backbone return the (1, E, D) states that predict a scored token, so that the head runs on them alone."""
+    """Have the backbone return only the (1, E, D) states that predict a scored token, for the head to run on."""
 
     def pick(module: torch.nn.Module, args: object, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state[forest.edge_tree, forest.edge_parent][None]

@@ -77,10 +77,7 @@ def plan(adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None) ->
             for path, module in adapter.model.named_modules()
             if isinstance(module, nn.Linear) and module is not head and adapter.part_of(path) == "language_model"
         ]
-    if isinstance(lora, int):
-        config = LoraConfig(r=lora, lora_alpha=2 * lora, lora_dropout=0.0)
-    else:
-        config = copy.deepcopy(lora)
+    config = LoraConfig(r=lora, lora_alpha=2 * lora) if isinstance(lora, int) else copy.deepcopy(lora)
     if config.target_modules is None:
         config.target_modules = targets
     if config.modules_to_save is None and saved:
@@ -141,7 +138,9 @@ def trainable_weights(adapter: VisionAdapter, plan: TrainingPlan) -> dict[str, t
     names = set(plan.parameters)
     if plan.lora is not None:
         targets = [*(plan.lora.target_modules or []), *(plan.lora.modules_to_save or [])]
-        names |= {name for name, _ in adapter.model.named_parameters() if name.startswith(tuple(f"{t}." for t in targets))}
+        names |= {
+            name for name, _ in adapter.model.named_parameters() if name.startswith(tuple(f"{t}." for t in targets))
+        }
     return {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in adapter.model.named_parameters()

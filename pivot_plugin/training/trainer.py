@@ -11,11 +11,12 @@ Overrides, and why each is needed:
 Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 """
 
+import copy
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
@@ -86,6 +88,8 @@ class PivotTrainer(DPOTrainer):
         SettingsError: for settings that exclude each other.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -98,7 +102,9 @@ class PivotTrainer(DPOTrainer):
         **kwargs: Any,
     ) -> None:
         if processing_class is None:
-            raise SettingsError("PivotTrainer got no processor.", "Pass processing_class=AutoProcessor.from_pretrained(...).")
+            raise SettingsError(
+                "PivotTrainer got no processor.", "Pass processing_class=AutoProcessor.from_pretrained(...)."
+            )
         base = unwrapped(model)
         self.adapter = adapter or find_adapter(base)
         check_processor(base, processing_class, self.adapter)
@@ -153,12 +159,39 @@ class PivotTrainer(DPOTrainer):
 
     def _answer_from_forest(self) -> None:
         """Let policy and reference answer forest calls; TRL has given both their fused head by now."""
-        if not self._answers_from_forest:
-            forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter)
-            if self.ref_model is not None:
-                reference = self.accelerator.unwrap_model(self.ref_model)
-                forward.install(reference, find_adapter(reference))
-            self._answers_from_forest = True
+        if self._answers_from_forest:
+            return
+        self._answers_from_forest = True
+        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            forward.install(reference, find_adapter(reference))
+        if self._collator.sources:
+            self._check_forest(self._collator.sources[0][0])
+
+    @torch.no_grad()
+    def _check_forest(self, pair: dict[str, Any]) -> None:
+        """Compare one pair through the forest with the plain forward pass, and refuse a model where they differ."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.to(self.accelerator.device).eval()
+        plain = self._prepare_inputs(DataCollatorForVisionPreference(self.processing_class)([_as_trl(pair)]).data)
+        mask = plain.pop("completion_mask")
+        labels = plain["input_ids"].masked_fill(mask == 0, -100)
+        ours = self._prepare_inputs(replace(self._collator.collator, max_length=None)([pair]))
+        with self.accelerator.autocast():
+            expected = model(**plain, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1)
+            found = model(forest=ours["forest"]).log_probs.float().sum(dim=1)
+        model.train(training)
+        per_token = ((found - expected).abs() / mask.sum(dim=1)).max().item()
+        exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        if per_token > (1e-4 if exact else 0.05):
+            raise ModelError(
+                f"{type(unwrapped(model)).__name__} gives other log-probabilities through the prefix forest than in a "
+                f"plain forward pass: {per_token:.2g} per token apart on pair {pair.get('id')!r}.",
+                f"The adapter of family {self.adapter.family!r} does not describe its attention or positions; write "
+                "one that does (see VisionAdapter.positions), or train it with TRL's DPOTrainer.",
+            )
 
     # The seams of DPOTrainer
 
@@ -232,7 +265,7 @@ class PivotTrainer(DPOTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As the parent's, with one group per learning rate where parts have their own."""
-        if self.optimizer is None and self.args.learning_rates:
+        if self.args.learning_rates and self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
@@ -282,7 +315,9 @@ class PivotTrainer(DPOTrainer):
         chosen, rejected = [], []
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(pairs), size):
-            batch = self._collator.collator([pairs[position] for position in range(start, min(start + size, len(pairs)))])
+            batch = self._collator.collator(
+                [pairs[position] for position in range(start, min(start + size, len(pairs)))]
+            )
             inputs = self._prepare_inputs(batch)
             with self.accelerator.autocast():
                 logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
@@ -307,8 +342,7 @@ class PivotTrainer(DPOTrainer):
         """What trains, a line per part: parameters that train, of how many."""
         counts = self.trained_parameters()
         lines = [
-            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train"
-            for part, (trained, total) in counts.items()
+            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train" for part, (trained, total) in counts.items()
         ]
         return "\n".join(lines)
 
@@ -332,7 +366,8 @@ def find_adapter(model: PreTrainedModel) -> VisionAdapter:
         )
     if not isinstance(adapter, VisionAdapter):
         raise ModelError(
-            f"A plugin answered pivot_adapter with a {type(adapter).__name__}.", "It should return a VisionAdapter or None."
+            f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
+            "It should return a VisionAdapter or None.",
         )
     return adapter
 
@@ -379,6 +414,11 @@ class _PairCollator:
         where = ("source", "position")
         pair = self.sources[item["source"]][item["position"]]
         return {**pair, **{name: value for name, value in item.items() if name not in where}}
+
+
+def _as_trl(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair with the columns TRL's own collator knows; it changes what it is given."""
+    return {name: copy.copy(pair[name]) for name in ("images", "prompt", "chosen", "rejected")}
 
 
 def _items_of(stream: PairStream) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,34 @@
+# `make demo` and `make test` share one virtual environment, made once in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint types env clean
+
+env: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --progress-bar off --editable ".[test]"
+	touch $@
+
+demo: env
+	rm -rf pivot-demo
+	$(BIN)/pivot demo --output-dir pivot-demo
+
+test: env lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The package's folders are mapped at build time, so the checker is given what a wheel would install.
+types: env
+	rm -rf .typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .typecheck .
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p pivot_plugin
+
+clean:
+	rm -rf .venv .typecheck build *.egg-info pivot-demo pivot-run

@@ -1,0 +1,65 @@
+"""The command's root: options shared by all, plugins' commands, and errors as sentences."""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pivot_plugin import __version__
+from pivot_plugin.errors import PivotError
+
+from . import models, runs
+
+cli = typer.Typer(
+    name="pivot",
+    help="Make the vision encoder of a multimodal language model better by preference optimisation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cli.command("optimize")(runs.optimize)
+cli.command("demo")(runs.demo)
+cli.command("inspect")(models.inspect)
+cli.command("adapters")(models.adapters)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@cli.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # what other libraries tell of their own doings is not this command's output
+    for name in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def main() -> None:
+    """Entry point of the `pivot` command: a PivotError becomes a sentence and exit status 1."""
+    if _plugins_asked_for():
+        from pivot_plugin.hooks import notify
+
+        notify("pivot_commands", cli=cli)
+    try:
+        cli()
+    except PivotError as error:
+        if os.environ.get("PIVOT_TRACEBACK"):
+            raise
+        print(f"pivot: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("pivot: interrupted; finished checkpoints are kept.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _plugins_asked_for() -> bool:
+    """Whether to load plugins, which import torch, before the command line is read: for commands not built in."""
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    return bool(given) and given[0] not in {command.name for command in cli.registered_commands}

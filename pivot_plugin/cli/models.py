@@ -1,0 +1,53 @@
+"""Commands that look: `pivot inspect` and `pivot adapters`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what the family adapter sees in a model, without loading its weights.
+
+    pivot inspect Qwen/Qwen2.5-VL-3B-Instruct
+    """
+    from pivot_plugin.training.inspection import inspect_model
+
+    facts = inspect_model(model)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=Path(model).name, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
+    Console().print(table)
+
+
+def adapters(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """List the plugins that are installed, in the order in which they are asked.
+
+    pivot adapters
+    """
+    from dataclasses import asdict
+
+    from pivot_plugin.hooks import installed
+
+    if as_json:
+        print(json.dumps([asdict(info) for info in installed()]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Plugins, first asked first")
+    for column in ("plugin", "distribution", "version", "hooks", "problem"):
+        table.add_column(column)
+    for info in installed():
+        table.add_row(info.name, info.distribution, info.version, ", ".join(info.hooks), info.problem or "")
+    Console().print(table)

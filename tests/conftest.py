@@ -1,0 +1,114 @@
+"""Shared fixtures: a tiny model of every family, pictures of several sizes, and preference pairs about them."""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from pivot_plugin.testing import FAMILIES, build
+
+Tiny = tuple[PreTrainedModel, ProcessorMixin]
+
+
+@pytest.fixture(scope="session")
+def _built() -> Callable[[str], Tiny]:
+    made: dict[str, Tiny] = {}
+
+    def get(name: str) -> Tiny:
+        if name not in made:
+            made[name] = build(name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def make(_built: Callable[[str], Tiny]) -> Callable[[str], Tiny]:
+    """A fresh copy of a family's tiny model, and its processor."""
+
+    def fresh(name: str) -> Tiny:
+        model, processor = _built(name)
+        return copy.deepcopy(model), copy.deepcopy(processor)
+
+    return fresh
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def tiny(family: str, make: Callable[[str], Tiny]) -> Tiny:
+    """A fresh tiny model of every family in turn, and its processor."""
+    return make(family)
+
+
+@pytest.fixture
+def llava(make: Callable[[str], Tiny]) -> Tiny:
+    return make("llava")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Every test has a reference cache of its own."""
+    monkeypatch.setenv("PIVOT_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def row(text: str, chosen: str, rejected: str, *images: Image.Image) -> dict[str, Any]:
+    return {"images": list(images), "prompt": text, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    """Eight pairs about five image sets of different sizes: two questions on one image, a prompt with two images, a text-only
+    pair, answers that begin alike, and an image behind its question."""
+    first, wide, tall, other, last = (
+        picture(60, 60, 1),
+        picture(120, 50, 2),
+        picture(48, 100, 3),
+        picture(90, 70, 4),
+        picture(64, 64, 5),
+    )
+    return [
+        row("what is it?", "a red cat", "a red dog!", first),
+        row("where?", "here", "over there", first),
+        row("<image>which of <image> both?", "left", "the right one", wide, tall),
+        row("how many?", "one", "two", tall),
+        row("say hello", "hello", "good bye"),
+        row("look: <image>", "nice", "awful", first),
+        row("colour?", "blue", "green", other),
+        row("shape?", "round", "square", last),
+    ]
+
+
+@pytest.fixture
+def fast(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a short run on the CPU."""
+    return {
+        "output_dir": tmp_path / "run",
+        "max_steps": 4,
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "warmup_steps": 0,
+    }
