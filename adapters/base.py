@@ -78,9 +78,11 @@ class VisionAdapter:
     def projector_paths(self) -> tuple[str, ...]:
         """Paths of the modules that map tower features into the language model, outermost only."""
         found: list[str] = []
-        for path, _ in self.model.named_modules():
-            if path.rpartition(".")[2] in self.projector_names and not any(_inside(path, outer) for outer in found):
-                found.append(path)
+        for path, module in self.model.named_modules():
+            if path.rpartition(".")[2] not in self.projector_names or any(_inside(path, outer) for outer in found):
+                continue
+            is_list = isinstance(module, nn.ModuleList)
+            found += [f"{path}.{index}" for index in range(len(module))] if is_list else [path]
         return tuple(found)
 
     @property

@@ -10,7 +10,11 @@ from .base import VisionAdapter
 
 
 class InternVLAdapter(VisionAdapter):
-    """InternVL2.5, 3 and 3.5 in transformers' own classes; features of the last layer after the tower's norm."""
+    """InternVL2.5, 3 and 3.5 in transformers' own classes; features of the last layer after the tower's norm.
+
+    Its processor does not say which tiles are of which image, so `patch_features` gives one record per tile; with the
+    processor of `image_processor`, which does not cut, one per image.
+    """
 
     family = "internvl"
 

@@ -95,7 +95,7 @@ def _load() -> tuple[pluggy.PluginManager, list[PluginInfo]]:
 
 def _entry_points() -> Iterator[tuple[EntryPoint, str, str]]:
     seen = set()
-    for distribution in distributions():
+    for distribution in sorted(distributions(), key=lambda found: found.name):
         for entry in distribution.entry_points.select(group=ENTRY_POINT_GROUP):
             key = (distribution.name, entry.name)
             if key not in seen:

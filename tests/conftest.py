@@ -77,8 +77,11 @@ def row(text: str, chosen: str, rejected: str, *images: Image.Image) -> dict[str
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    """Eight pairs about five image sets of different sizes: two questions on one image, a prompt with two images, a text-only
-    pair, answers that begin alike, and an image behind its question."""
+    """Eight pairs about image sets of different sizes.
+
+    Two questions on one image, a prompt with two images, a text-only pair, answers that begin alike, and an image behind
+    its question.
+    """
     first, wide, tall, other, last = (
         picture(60, 60, 1),
         picture(120, 50, 2),

@@ -17,7 +17,7 @@ from transformers import LlavaProcessor
 
 from . import scenes, world
 
-CAPTION_STEPS, MIXED_STEPS = 1400, 1000
+CAPTION_STEPS, MIXED_STEPS = 700, 500
 BATCH_SIZE = 64
 SCENES = 20_000
 

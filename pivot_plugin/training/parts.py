@@ -164,7 +164,7 @@ def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
     training = {name: module.training for name, module in model.named_modules()}
     dropout = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     forward = model.__dict__.get("forward")
-    checkpointing = model.is_gradient_checkpointing
+    checkpointing = model.is_activation_checkpointing
     text_config = model.config.get_text_config()
     pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
     use_cache = getattr(text_config, "use_cache", None)
@@ -179,8 +179,8 @@ def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
             model.__dict__.pop(name, None)
         if forward is not None:
             model.forward = forward
-        if not checkpointing and model.is_gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+        if not checkpointing and model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
         model.disable_input_require_grads()
         if failed:
             _put_back(modules)

@@ -15,7 +15,7 @@ from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.preferences import PairDataset
 from pivot_plugin.training import forward
 from pivot_plugin.training.batch import ForestCollator
-from pivot_plugin.training.parts import plan, unwrapped
+from pivot_plugin.training.parts import plan
 from pivot_plugin.training.trainer import find_adapter
 
 
@@ -126,6 +126,7 @@ def test_log_probabilities_equal_separate_unpadded_forward_passes(
 
 @pytest.mark.parametrize("tree", [True, False], ids=["trees", "rows"])
 def test_loss_and_gradients_equal_trl(tiny: Any, rows: list[dict[str, Any]], tree: bool, tmp_path: Path) -> None:
+    targets = find_adapter(tiny[0]).lora_targets()
     reference = trl_trainer(copy.deepcopy(tiny), rows, tmp_path / "trl", loss_type=["sigmoid", "sft", "bco_pair"])
     ours = pivot_trainer(tiny, rows, tmp_path / "ours", loss_type=["sigmoid", "sft", "bco_pair"])
     ours._collator.collator.tree = tree
@@ -145,7 +146,7 @@ def test_loss_and_gradients_equal_trl(tiny: Any, rows: list[dict[str, Any]], tre
         if parameter.requires_grad:
             compared += 1
             torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-4 * scale.item())
-    assert compared == 2 * len(find_adapter(unwrapped(reference.model)).lora_targets())
+    assert compared == 2 * len(targets)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -161,7 +162,9 @@ def test_five_steps_give_the_loss_curve_of_trl(
     for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "rewards/accuracies", "entropy"):
         curves = [[log[name] for log in t.state.log_history if name in log] for t in (ours, reference)]
         assert len(curves[0]) == 5
-        assert curves[0] == pytest.approx(curves[1], rel=1e-4, abs=2e-4), name
+        # at the first step policy and reference are equal, and which of two equal rewards is larger is rounding
+        first = 1 if name == "rewards/accuracies" else 0
+        assert curves[0][first:] == pytest.approx(curves[1][first:], rel=1e-4, abs=2e-4), name
 
 
 @pytest.mark.parametrize(

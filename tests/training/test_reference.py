@@ -1,0 +1,176 @@
+"""The reference cache: computed once, resumed, shared, and never stale."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pivot_plugin import PivotConfig, PivotTrainer
+from pivot_plugin.training import trainer as trainer_module
+from pivot_plugin.training.reference import ReferenceCache, model_fingerprint, processor_fingerprint
+
+from .test_exactness import settings
+
+
+class Counting:
+    """Counts the pairs whose reference is computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        original = PivotTrainer.compute_ref_log_probs
+
+        def counted(trainer: Any, model: Any, inputs: Any) -> Any:
+            scores = original(trainer, model, inputs)
+            self.count += len(scores[0])
+            return scores
+
+        monkeypatch.setattr(PivotTrainer, "compute_ref_log_probs", counted)
+
+    def of(self, tiny: Any, rows: Any, folder: Path, **more: Any) -> int:
+        before = self.count
+        self.trainer = PivotTrainer(
+            copy.deepcopy(tiny[0]),
+            PivotConfig(**settings(folder, **more)),
+            rows,
+            processing_class=tiny[1],
+            lora=4,
+        )
+        return self.count - before
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+def test_a_second_run_with_the_same_base_pays_nothing(
+    llava: Any, rows: Any, counting: Counting, tmp_path: Path
+) -> None:
+    assert counting.of(llava, rows, tmp_path / "a") == len(rows)
+    first = counting.trainer.train_dataset["ref_chosen_logps"][:]
+    assert counting.of(llava, rows[::-1], tmp_path / "b", learning_rate=1.0, beta=0.5) == 0
+    assert counting.trainer.train_dataset["ref_chosen_logps"][:] == first[::-1]
+
+
+def test_only_what_is_new_is_computed(llava: Any, rows: Any, counting: Counting, tmp_path: Path) -> None:
+    assert counting.of(llava, rows[:5], tmp_path / "a") == 5
+    assert counting.of(llava, rows, tmp_path / "b") == 3
+
+
+def test_cached_values_are_the_policy_s_own_before_training(
+    tiny: Any, rows: Any, counting: Counting, tmp_path: Path
+) -> None:
+    counting.of(tiny, rows, tmp_path / "a")
+    trainer = counting.trainer
+    fresh = trainer.score(trainer._collator.sources[0])
+    torch.testing.assert_close(
+        fresh.chosen, torch.tensor(trainer.train_dataset["ref_chosen_logps"][:]), atol=2e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        fresh.rejected, torch.tensor(trainer.train_dataset["ref_rejected_logps"][:]), atol=2e-5, rtol=0
+    )
+
+
+def change_weight(tiny: Any, rows: Any) -> None:
+    with torch.no_grad():
+        tiny[0].model.language_model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+
+
+def change_template(tiny: Any, rows: Any) -> None:
+    tiny[1].chat_template = tiny[1].chat_template.replace("assistant", "helper")
+
+
+def change_size(tiny: Any, rows: Any) -> None:
+    tiny[1].image_processor.image_mean = [0.1, 0.2, 0.3]
+
+
+def change_vocabulary(tiny: Any, rows: Any) -> None:
+    tiny[1].tokenizer.add_tokens(["cat"])
+    tiny[0].resize_token_embeddings(len(tiny[1].tokenizer))
+
+
+@pytest.mark.parametrize("change", [change_weight, change_template, change_size, change_vocabulary])
+def test_a_changed_reference_misses_the_cache(
+    change: Any, llava: Any, rows: Any, counting: Counting, tmp_path: Path
+) -> None:
+    counting.of(llava, rows, tmp_path / "a")
+    change(llava, rows)
+    assert counting.of(llava, rows, tmp_path / "b") == len(rows)
+
+
+def test_a_changed_pair_misses_the_cache(llava: Any, rows: Any, counting: Counting, tmp_path: Path) -> None:
+    counting.of(llava, rows, tmp_path / "a")
+    rows[0] = {**rows[0], "prompt": "what is that?"}
+    rows[1] = {**rows[1], "chosen": "there"}
+    rows[6] = {**rows[6], "images": [Image.new("RGB", rows[6]["images"][0].size)]}
+    assert counting.of(llava, rows, tmp_path / "b") == 3
+
+
+@pytest.mark.parametrize("more", [{"max_length": 60}, {"ld_alpha": 0.5}, {"bf16": True}])
+def test_a_setting_that_changes_log_probabilities_misses_the_cache(
+    more: Any, llava: Any, rows: Any, counting: Counting, tmp_path: Path
+) -> None:
+    short = [rows[0], rows[1], rows[4]]
+    counting.of(llava, short, tmp_path / "a")
+    assert counting.of(llava, short, tmp_path / "b", **more) == len(short)
+
+
+def test_an_interrupted_pass_keeps_what_it_computed(
+    llava: Any, rows: Any, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "SECONDS_BETWEEN_PARTS", 0)
+    original = PivotTrainer.compute_ref_log_probs
+
+    def interrupted(*args: Any) -> Any:
+        if counting.count >= 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PivotTrainer, "compute_ref_log_probs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            counting.of(llava, rows, tmp_path / "a", per_device_train_batch_size=2)
+    assert counting.of(llava, rows, tmp_path / "b") == len(rows) - 4
+
+
+def test_an_unfinished_part_is_not_read(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path, {"model": "a"})
+    cache.add([("one", (-1.0, -2.0))])
+    (cache.folder / ".half.parquet.123").write_bytes(b"PAR1")
+    assert ReferenceCache(tmp_path, {"model": "a"}).read() == {"one": (-1.0, -2.0)}
+    assert ReferenceCache(tmp_path, {"model": "b"}).read() == {}
+
+
+def test_fingerprints_are_stable_and_see_every_change(make: Any) -> None:
+    model, processor = make("qwen2_5_vl")
+    assert model_fingerprint(model) == model_fingerprint(copy.deepcopy(model))
+    assert processor_fingerprint(processor) == processor_fingerprint(copy.deepcopy(processor))
+    print_before = model_fingerprint(model)
+    model.to(torch.bfloat16)
+    assert model_fingerprint(model) != print_before
+    before = processor_fingerprint(processor)
+    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": 784}
+    assert processor_fingerprint(processor) != before
+
+
+@pytest.mark.parametrize("lora", [4, None])
+@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "all"])
+def test_the_reference_does_not_move_during_training(
+    llava: Any, rows: Any, train: Any, lora: Any, tmp_path: Path
+) -> None:
+    trainer = PivotTrainer(
+        llava[0],
+        PivotConfig(**settings(tmp_path, train=train, max_steps=3)),
+        rows,
+        processing_class=llava[1],
+        lora=lora,
+    )
+    assert trainer.ref_model is None, "no second copy of the model is held"
+    before = trainer.train_dataset["ref_chosen_logps"][:]
+    policy = trainer.score(trainer._collator.sources[0]).chosen
+    trainer.train()
+    assert trainer.train_dataset["ref_chosen_logps"][:] == before
+    assert not torch.allclose(trainer.score(trainer._collator.sources[0]).chosen, policy, atol=1e-3)
