@@ -79,8 +79,8 @@ def row(text: str, chosen: str, rejected: str, *images: Image.Image) -> dict[str
 def rows() -> list[dict[str, Any]]:
     """Eight pairs about image sets of different sizes.
 
-    Two questions on one image, a prompt with two images, a text-only pair, answers that begin alike, and an image behind
-    its question.
+    Two questions on one image, a prompt with two images, a text-only pair, answers that begin alike, and an image that
+    stands behind its question.
     """
     first, wide, tall, other, last = (
         picture(60, 60, 1),

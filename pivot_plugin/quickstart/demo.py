@@ -33,7 +33,7 @@ def examine(model: LlavaForConditionalGeneration, processor: LlavaProcessor, siz
         size: number of questions, and of scenes to fit the probe on and to score it on.
     """
     adapter = find_adapter(model)
-    fitting, testing = scenes.render_many(size, 910_000), scenes.render_many(size, 920_000)
+    fitting, testing = (scenes.render_many(size, seed, dusk=True) for seed in (910_000, 920_000))
     features = [
         patch_matrix(adapter, processor.image_processor, [scene.image for scene in drawn])
         for drawn in (fitting, testing)
@@ -45,7 +45,7 @@ def examine(model: LlavaForConditionalGeneration, processor: LlavaProcessor, siz
     )
 
 
-def run(output_dir: Path, pairs: int = 3000, steps: int = 300) -> None:
+def run(output_dir: Path, pairs: int = 5000, steps: int = 500) -> None:
     """Run the demonstration and print its table.
 
     Args:
@@ -61,7 +61,7 @@ def run(output_dir: Path, pairs: int = 3000, steps: int = 300) -> None:
     model = world.model()
     console.print(f"[bold]1.[/] examining the model before ({model.num_parameters():,} parameters)")
     before = examine(model, processor)
-    console.print(f"[bold]2.[/] pivot.optimize on {pairs} preference pairs")
+    console.print(f"[bold]2.[/] pivot.optimize on {pairs} preference pairs about scenes at dusk")
     result = pivot.optimize(
         model,
         world.pairs(pairs),
@@ -70,6 +70,7 @@ def run(output_dir: Path, pairs: int = 3000, steps: int = 300) -> None:
         output_dir=output_dir,
         max_steps=steps,
         per_device_train_batch_size=16,
+        learning_rate=1e-3,
         gradient_checkpointing=False,
         logging_steps=25,
         save_strategy="no",

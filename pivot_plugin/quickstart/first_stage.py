@@ -17,7 +17,7 @@ from transformers import LlavaProcessor
 
 from . import scenes, world
 
-CAPTION_STEPS, MIXED_STEPS = 700, 500
+CAPTION_STEPS, MIXED_STEPS = 1400, 1000
 BATCH_SIZE = 64
 SCENES = 20_000
 
@@ -71,7 +71,7 @@ def run(out: Path, seed: int = 0) -> None:
                 schedule.step()
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-        print(world.vqa_accuracy(model, processor, world.questions(500, seed=20_000)))
+        print(world.vqa_accuracy(model, processor, world.questions(500, seed=20_000, dusk=False)))
     save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, out)
 
 

@@ -1,7 +1,8 @@
 """Rendered scenes and what can be asked about them: the data of the embedded world.
 
-A scene is two to four coloured shapes on a noisy background. Everything that is known about it (which shape, which
-colour, where) is kept beside the picture, so that questions, preference pairs and patch labels come from one source.
+A scene is two to four coloured shapes on a noisy background, seen by day or at dusk. Everything that is known about it
+(which shape, which colour, where) is kept beside the picture, so that questions, preference pairs and patch labels come
+from one source. The first stage sees scenes by day; dusk is the new domain that preference pairs teach the encoder.
 This file knows nothing of models.
 """
 
@@ -22,6 +23,8 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+DUSK_LIGHT = np.array([0.6, 0.65, 0.8])
+DUSK_HAZE = np.array([4, 8, 30])
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 QUESTION_KINDS = ("colour", "shape", "count", "existence", "relation")
 
@@ -92,8 +95,13 @@ def _draw(canvas: ImageDraw.ImageDraw, item: SceneObject) -> None:
         canvas.rectangle((left, top + third, right, bottom - third), fill=fill)
 
 
-def render(rng: random.Random) -> Scene:
-    """Draw one scene: 2 to 4 objects of 10 to 15 px in jittered cells of a 3x3 grid, 48x48 px RGB."""
+def render(rng: random.Random, dusk: bool = False) -> Scene:
+    """Draw one scene: 2 to 4 objects of 10 to 15 px in jittered cells of a 3x3 grid, 48x48 px RGB.
+
+    Args:
+        rng: source of all chance.
+        dusk: show it dark and bluish.
+    """
     noise = np.random.default_rng(rng.getrandbits(32)).normal(96, 24, (IMAGE_SIZE, IMAGE_SIZE, 3))
     image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
     canvas = ImageDraw.Draw(image)
@@ -105,13 +113,15 @@ def render(rng: random.Random) -> Scene:
         box = (left, top, left + size - 1, top + size - 1)
         objects.append(SceneObject(rng.choice(SHAPES), rng.choice(list(COLOURS)), box))
         _draw(canvas, objects[-1])
+    if dusk:
+        image = Image.fromarray((np.asarray(image) * DUSK_LIGHT + DUSK_HAZE).astype(np.uint8))
     return Scene(image, tuple(objects))
 
 
-def render_many(count: int, seed: int) -> list[Scene]:
+def render_many(count: int, seed: int, dusk: bool = False) -> list[Scene]:
     """Draw `count` scenes; the same seed gives the same pictures."""
     rng = random.Random(seed)
-    return [render(rng) for _ in range(count)]
+    return [render(rng, dusk) for _ in range(count)]
 
 
 def _single(scene: Scene, attribute: str) -> list[SceneObject]:

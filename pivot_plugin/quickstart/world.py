@@ -134,7 +134,7 @@ def user_message(text: str) -> list[dict[str, Any]]:
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Preference pairs about fresh scenes: half captions wrong in one fact, half questions with a wrong answer.
+    """Preference pairs about fresh scenes at dusk: half captions wrong in one fact, half questions with a wrong answer.
 
     Wrong answers are drawn uniformly from those of the same kind, so that none can be told without the image.
 
@@ -147,7 +147,7 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """
     rng = random.Random(seed)
     rows = []
-    for index, scene in enumerate(scenes.render_many(count, seed + 1)):
+    for index, scene in enumerate(scenes.render_many(count, seed + 1, dusk=True)):
         if index % 2:
             text, chosen, rejected = CAPTION_PROMPT, scene.caption(), scenes.wrong_caption(scene, rng)
         else:
@@ -165,11 +165,11 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def questions(count: int, seed: int = 10_000) -> list[tuple[scenes.Scene, scenes.Question]]:
+def questions(count: int, seed: int = 10_000, dusk: bool = True) -> list[tuple[scenes.Scene, scenes.Question]]:
     """Examination questions about fresh scenes, the kinds in equal parts as far as the scenes allow."""
     rng = random.Random(seed)
     asked = []
-    for index, scene in enumerate(scenes.render_many(count, seed + 1)):
+    for index, scene in enumerate(scenes.render_many(count, seed + 1, dusk)):
         first = scenes.QUESTION_KINDS[index % len(scenes.QUESTION_KINDS)]
         asked.append((scene, scenes.ask(scene, first, rng) or scenes.ask_any(scene, rng)))
     return asked

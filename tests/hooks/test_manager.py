@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pivot_plugin.adapters import VisionAdapter
 
 import pivot_plugin as pivot
 from pivot_plugin import hooks
-from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import ModelError, PluginError
 from pivot_plugin.training.trainer import find_adapter
 

@@ -5,7 +5,6 @@ from types import ModuleType
 
 import pluggy
 import pytest
-
 from pivot_plugin.hooks import ENTRY_POINT_GROUP, hookspec, specs
 
 HOOKS = [name for name in vars(specs) if name.startswith("pivot_")]

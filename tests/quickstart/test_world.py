@@ -1,0 +1,120 @@
+"""The embedded world: what the scenes say is what they show."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from pivot_plugin.probes import probe_patches
+from pivot_plugin.probes.patches import mean_iou
+from pivot_plugin.quickstart import demo, scenes, world
+
+
+def test_the_same_seed_gives_the_same_scenes() -> None:
+    first, second = scenes.render_many(5, seed=3), scenes.render_many(5, seed=3)
+    for one, other in zip(first, second, strict=True):
+        assert one.objects == other.objects
+        assert one.image.tobytes() == other.image.tobytes()
+    assert scenes.render_many(5, seed=4)[0].objects != first[0].objects
+
+
+def test_objects_stand_where_and_in_the_colour_that_is_said() -> None:
+    for scene in scenes.render_many(30, seed=1):
+        pixels = np.asarray(scene.image)
+        for item in scene.objects:
+            left, top, right, bottom = item.box
+            centre = pixels[(top + bottom) // 2, (left + right) // 2]
+            assert tuple(centre) == scenes.COLOURS[item.colour]
+
+
+def test_answers_are_right_and_wrong_ones_are_wrong() -> None:
+    rng = random.Random(0)
+    seen = set()
+    for scene in scenes.render_many(200, seed=2):
+        for kind in scenes.QUESTION_KINDS:
+            question = scenes.ask(scene, kind, rng)
+            if question is None:
+                continue
+            seen.add(kind)
+            assert question.answer not in question.wrong
+            if kind == "count":
+                assert question.answer == scenes.NUMBERS[len(scene.objects)]
+            if kind == "colour":
+                shape = question.text.split()[-1]
+                assert [item.colour for item in scene.objects if item.shape == shape] == [question.answer]
+            if kind == "existence":
+                _, colour, shape = re.match(r"is there (a) (\w+) (\w+)", question.text).groups()  # type: ignore[union-attr]
+                present = any((item.colour, item.shape) == (colour, shape) for item in scene.objects)
+                assert question.answer == ("yes" if present else "no")
+    assert seen == set(scenes.QUESTION_KINDS)
+
+
+def test_patch_labels_cover_the_boxes() -> None:
+    for scene in scenes.render_many(20, seed=5):
+        labels = scene.patch_labels()
+        assert set(np.unique(labels)) == {0} | {1 + scenes.SHAPES.index(item.shape) for item in scene.objects}
+        for item in scene.objects:
+            left, top, right, bottom = item.box
+            row, column = (top + bottom) // 2 // scenes.PATCH_SIZE, (left + right) // 2 // scenes.PATCH_SIZE
+            assert labels[row, column] == 1 + scenes.SHAPES.index(item.shape)
+
+
+def test_a_wrong_caption_differs_in_one_word() -> None:
+    rng = random.Random(0)
+    for scene in scenes.render_many(50, seed=6):
+        right, wrong = scene.caption().split(), scenes.wrong_caption(scene, rng).split()
+        assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
+
+
+def test_every_word_of_the_world_is_in_its_vocabulary() -> None:
+    processor = world.processor()
+    unknown = processor.tokenizer.unk_token_id
+    for pair in world.pairs(200):
+        for message in (*pair["prompt"], *pair["chosen"], *pair["rejected"]):
+            parts = message["content"]
+            texts = [parts] if isinstance(parts, str) else [part.get("text", "") for part in parts]
+            for text in texts:
+                assert unknown not in processor.tokenizer(text)["input_ids"], text
+
+
+@pytest.fixture(scope="module")
+def trained() -> world.LlavaForConditionalGeneration:
+    return world.model()
+
+
+def test_the_shipped_model_sees_by_day(trained: world.LlavaForConditionalGeneration) -> None:
+    """The committed weights are what the committed script says it measured."""
+    by_day = world.vqa_accuracy(trained, world.processor(), world.questions(300, seed=20_000, dusk=False))
+    at_dusk = world.vqa_accuracy(trained, world.processor(), world.questions(300, seed=20_000))
+    assert by_day["all"] > 0.6 > at_dusk["all"]
+
+
+def test_examining_changes_nothing(trained: world.LlavaForConditionalGeneration) -> None:
+    first = demo.examine(trained, world.processor(), size=40)
+    assert demo.examine(trained, world.processor(), size=40) == first
+
+
+def test_a_separable_set_is_told_apart_and_a_random_one_is_not() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (40, 16))
+    directions = np.eye(3)[labels] * 4
+    features = np.concatenate([directions, rng.normal(size=(40, 16, 5))], axis=-1)
+    found = probe_patches(features[:20], labels[:20], features[20:], labels[20:])
+    assert found.accuracy == found.mean_iou == 1.0
+    noise = rng.normal(size=(40, 16, 8))
+    chance = probe_patches(noise[:20], labels[:20], noise[20:], labels[20:])
+    assert 0.2 < chance.accuracy < 0.47
+    assert chance.interval[0] <= chance.mean_iou <= chance.interval[1]
+
+
+def test_mean_iou_of_a_known_case() -> None:
+    # class 0: 1 of 2, class 1: 2 of 3
+    assert mean_iou(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1])) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_building_a_model_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    world.untrained_model(seed=5)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,113 @@
+"""The examples run as they stand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+from pivot_plugin.testing import build
+
+from .conftest import picture
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def installed_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder examples/own_adapter, installed as a distribution of its own."""
+    source, target = tmp_path_factory.mktemp("own_adapter"), tmp_path_factory.mktemp("site")
+    for file in (EXAMPLES / "own_adapter").iterdir():
+        if file.is_file():
+            (source / file.name).write_bytes(file.read_bytes())
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*command, str(target), str(source)], check=True, capture_output=True)
+    return target
+
+
+def run(code: str, *paths: Path, folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_own_adapter_is_under_sixty_lines() -> None:
+    files = [EXAMPLES / "own_adapter" / name for name in ("pyproject.toml", "pivot_vipllava.py")]
+    assert sum(len(file.read_text().splitlines()) for file in files) < 60
+
+
+def test_own_adapter_is_found_by_entry_point_and_wins(installed_adapter: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.argv = ['pivot', 'adapters', '--json']; from pivot_plugin.cli import main; main()"
+    first = json.loads(run(code, installed_adapter, folder=tmp_path))[0]
+    assert first == {
+        "name": "vipllava",
+        "distribution": "pivot-vipllava",
+        "version": "0.1.0",
+        "hooks": ["pivot_adapter"],
+        "problem": None,
+    }
+
+
+def test_own_adapter_trains_its_family(installed_adapter: Path, tmp_path: Path) -> None:
+    llava, processor = build("llava")
+    config = llava.config
+    torch.manual_seed(0)
+    model = VipLlavaForConditionalGeneration(
+        VipLlavaConfig(
+            vision_config=CLIPVisionConfig(**{**config.vision_config.to_dict(), "num_hidden_layers": 4}),
+            text_config=LlamaConfig(**config.text_config.to_dict()),
+            image_token_id=config.image_token_id,
+            vision_feature_layers=[-2, 1],
+            image_seq_length=16,
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture(40, 40, 1).save(tmp_path / "image.png")
+    pair = {"image": "image.png", "prompt": "what?", "chosen": "this", "rejected": "that"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    code = """
+import pivot_plugin as pivot
+result = pivot.optimize(
+    "model", "pairs.jsonl", output_dir="run", lora=4, max_steps=2, learning_rate=1e-2, use_cpu=True, disable_tqdm=True
+)
+changes = list(result.weight_change.values())
+print(result.family, [change > 0 for change in changes])
+"""
+    out = run(code, installed_adapter, folder=tmp_path)
+    # blocks 0 to 2 feed layers -2 and 1; the fourth feeds nothing
+    assert out.splitlines()[-1].startswith("vipllava")
+    assert out.count("True") == 3
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+
+
+def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
+    model, processor = build("qwen2_5_vl")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "prefs").mkdir()
+    picture(60, 60, 1).save(tmp_path / "prefs" / "a.png")
+    pair = {"image": "a.png", "prompt": "what?", "chosen": "this", "rejected": "that"}
+    (tmp_path / "prefs" / "pairs.jsonl").write_text(json.dumps(pair))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "with_trl.py"), "model", "prefs"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "with-trl" / "encoder" / "pivot.json").exists()
+
+
+def test_every_example_compiles() -> None:
+    for file in EXAMPLES.rglob("*.py"):
+        compile(file.read_text(), str(file), "exec")
