@@ -23,7 +23,7 @@ class PivotConfig(DPOConfig):
 
     Defaults that differ from DPOConfig's: `max_length=None` (truncation cuts image tokens),
     `lr_scheduler_type="cosine"` and `warmup_steps=0.03` (arXiv 2510.16333, appendix E.1), `bf16` only where the device
-    has it, `remove_unused_columns=False`, `report_to="none"`.
+    has it, `dataloader_pin_memory` only with a GPU, `remove_unused_columns=False`, `report_to="none"`.
 
     Args:
         train: which parts train: "encoder" (the vision tower), "encoder+projector", or "all" (the paper's setting).
@@ -43,6 +43,9 @@ class PivotConfig(DPOConfig):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or their share below 1."})
     bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16; default where the GPU has it."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are read as a whole."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin host memory; default where there is a GPU."}
+    )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are sent."})
     train: Train = field(default="encoder", metadata={"help": f"One of {', '.join(TRAIN_CHOICES)}."})
     learning_rates: dict[str, float] | None = field(default=None, metadata={"help": "Learning rate per part."})
