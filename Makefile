@@ -26,7 +26,7 @@ lint: env
 
 # The package's folders are mapped at build time, so the checker is given what a wheel would install.
 types: env
-	rm -rf .typecheck
+	rm -rf .typecheck build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .typecheck .
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p pivot_plugin
 

@@ -95,7 +95,7 @@ class TinyFamily:
     build_processor: Callable[[], ProcessorMixin]
 
 
-def _tokenizer(**named: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(**named: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: any text, no network, 268 tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
@@ -108,7 +108,7 @@ def _tokenizer(**named: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _template(family: str) -> str:
+def chat_template(family: str) -> str:
     """A ChatML template with the family's own image marker, for string and for structured content."""
     return (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -121,7 +121,7 @@ def _template(family: str) -> str:
     )
 
 
-VOCABULARY = len(_tokenizer())
+VOCABULARY = len(byte_tokenizer())
 TOKEN = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -166,11 +166,11 @@ def _llava() -> PreTrainedModel:
 def _llava_processor() -> ProcessorMixin:
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        tokenizer=_tokenizer(),
+        tokenizer=byte_tokenizer(),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_template("llava"),
+        chat_template=chat_template("llava"),
     )
 
 
@@ -194,11 +194,11 @@ def _llava_next_processor() -> ProcessorMixin:
         image_processor=LlavaNextImageProcessor(
             size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=_TILES
         ),
-        tokenizer=_tokenizer(),
+        tokenizer=byte_tokenizer(),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_template("llava_next"),
+        chat_template=chat_template("llava_next"),
     )
 
 
@@ -221,11 +221,11 @@ def _llava_onevision() -> PreTrainedModel:
 def _llava_onevision_processor() -> ProcessorMixin:
     return LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=_TILES),
-        tokenizer=_tokenizer(),
+        tokenizer=byte_tokenizer(),
         video_processor=LlavaOnevisionVideoProcessor(),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
-        chat_template=_template("llava_onevision"),
+        chat_template=chat_template("llava_onevision"),
     )
 
 
@@ -253,9 +253,9 @@ def _qwen2_vl() -> PreTrainedModel:
 def _qwen2_vl_processor() -> ProcessorMixin:
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=_QWEN_SIZE),
-        tokenizer=_tokenizer(),
+        tokenizer=byte_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(),
-        chat_template=_template("qwen2_vl"),
+        chat_template=chat_template("qwen2_vl"),
     )
 
 
@@ -281,9 +281,9 @@ def _qwen2_5_vl() -> PreTrainedModel:
 def _qwen2_5_vl_processor() -> ProcessorMixin:
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=_QWEN_SIZE),
-        tokenizer=_tokenizer(),
+        tokenizer=byte_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(),
-        chat_template=_template("qwen2_5_vl"),
+        chat_template=chat_template("qwen2_5_vl"),
     )
 
 
@@ -312,9 +312,9 @@ def _qwen3_vl_processor() -> ProcessorMixin:
         image_processor=Qwen2VLImageProcessor(
             size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, patch_size=16
         ),
-        tokenizer=_tokenizer(),
+        tokenizer=byte_tokenizer(),
         video_processor=Qwen3VLVideoProcessor(),
-        chat_template=_template("qwen3_vl"),
+        chat_template=chat_template("qwen3_vl"),
     )
 
 
@@ -335,7 +335,7 @@ def _internvl() -> PreTrainedModel:
 def _internvl_processor() -> ProcessorMixin:
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size={"height": 56, "width": 56}, max_patches=4, crop_to_patches=True),
-        tokenizer=_tokenizer(
+        tokenizer=byte_tokenizer(
             start_image_token="<img>",
             end_image_token="</img>",
             context_image_token="<IMG_CONTEXT>",
@@ -343,7 +343,7 @@ def _internvl_processor() -> ProcessorMixin:
         ),
         video_processor=InternVLVideoProcessor(),
         image_seq_length=4,
-        chat_template=_template("internvl"),
+        chat_template=chat_template("internvl"),
     )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of two sides measured in one run. Not installed with the package."""
