@@ -248,7 +248,6 @@ class Bench:
             "max_length": None,
             "max_steps": STEPS,
             "per_device_train_batch_size": self.shape.pairs,
-            "activation_checkpointing": self.checkpointing,
             "gradient_checkpointing": self.checkpointing,
             "learning_rate": 1e-4,
             "report_to": "none",
@@ -306,7 +305,7 @@ class Bench:
         forward.install(model, adapter)
         peft = get_peft_model(model, lora)
         if self.checkpointing:
-            model.activation_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             peft.enable_input_require_grads()
         optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-4)
         batches = [batch["forest"].to(self.device) for batch in trainer.get_train_dataloader()]
@@ -441,10 +440,12 @@ def main() -> None:
             if options.shape and shape.name not in options.shape:
                 continue
             torch.manual_seed(0)
-            model, processor = MAKERS[shape.model](PRESETS[options.preset][shape.model])
+            # a model of billions of weights is made where it will live, in the precision it will have
+            torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+            with device:
+                model, processor = MAKERS[shape.model](PRESETS[options.preset][shape.model])
+            torch.set_default_dtype(torch.float32)
             model.set_attn_implementation(options.attention)
-            if device.type == "cuda":
-                model.to(torch.bfloat16)
             bench = Bench(shape, model, processor, device, options.checkpointing, Path(folder))
             results.append(measure(bench, options.rounds))
             Console(width=120).print(table(results[-1:]))

@@ -153,6 +153,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether a model recomputes its activations in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
     """Leave a model in the state a user expects: trained after success, exactly as it was after a failure.
@@ -164,7 +169,7 @@ def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
     training = {name: module.training for name, module in model.named_modules()}
     dropout = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     forward = model.__dict__.get("forward")
-    checkpointing = model.is_activation_checkpointing
+    checkpointing = is_checkpointing(model)
     text_config = model.config.get_text_config()
     pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
     use_cache = getattr(text_config, "use_cache", None)
@@ -179,8 +184,9 @@ def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
             model.__dict__.pop(name, None)
         if forward is not None:
             model.forward = forward
-        if not checkpointing and model.is_activation_checkpointing:
-            model.activation_checkpointing_disable()
+        if not checkpointing and is_checkpointing(model):
+            # transformers 5.23 renamed gradient to activation checkpointing
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
         model.disable_input_require_grads()
         if failed:
             _put_back(modules)

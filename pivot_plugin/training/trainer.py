@@ -80,7 +80,7 @@ class PivotTrainer(DPOTrainer):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
-        **kwargs: passed on to `DPOTrainer`.
+        **kwargs: passed on to `DPOTrainer`; `ref_model=` replaces the model before training as the reference.
 
     Raises:
         DataError: for pairs that cannot be used.
@@ -130,7 +130,7 @@ class PivotTrainer(DPOTrainer):
             )
         self._reference = (
             {
-                "model": model_fingerprint(base),
+                "model": model_fingerprint(kwargs.get("ref_model") or base),
                 "processor": processor_fingerprint(processing_class),
                 "max_length": args.max_length,
                 "ld_alpha": args.ld_alpha,
@@ -235,7 +235,7 @@ class PivotTrainer(DPOTrainer):
             by_image[pairs.image_keys[position]].append(position)
         ordered = [position for group in by_image.values() for position in group]
         share = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
         model.to(self.accelerator.device).eval()
         fresh: list[tuple[str, tuple[float, float]]] = []
         written = time.monotonic()

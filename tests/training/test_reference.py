@@ -174,3 +174,31 @@ def test_the_reference_does_not_move_during_training(
     trainer.train()
     assert trainer.train_dataset["ref_chosen_logps"][:] == before
     assert not torch.allclose(trainer.score(trainer._collator.sources[0]).chosen, policy, atol=1e-3)
+
+
+def test_a_reference_model_that_is_given_is_the_reference(make: Any, rows: Any, tmp_path: Path) -> None:
+    (model, processor), (other, _) = make("llava"), make("llava")
+    with torch.no_grad():
+        other.model.language_model.layers[0].mlp.up_proj.weight.mul_(2)
+    alone = PivotTrainer(
+        copy.deepcopy(other), PivotConfig(**settings(tmp_path / "a")), rows, processing_class=processor, lora=4
+    )
+    given = PivotTrainer(
+        model, PivotConfig(**settings(tmp_path / "b")), rows, processing_class=processor, lora=4, ref_model=other
+    )
+    assert given.train_dataset["ref_chosen_logps"][:] == alone.train_dataset["ref_chosen_logps"][:]
+
+
+def test_held_out_pairs_are_evaluated_during_training(llava: Any, rows: Any, tmp_path: Path) -> None:
+    trainer = PivotTrainer(
+        llava[0],
+        PivotConfig(**settings(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)),
+        rows[:5],
+        eval_dataset=rows[5:],
+        processing_class=llava[1],
+        lora=4,
+    )
+    trainer.train()
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(evaluated) == 2
+    assert {"eval_rewards/accuracies", "eval_logps/chosen", "eval_rewards/margins"} <= evaluated[0].keys()
