@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
+from typing import Any
 
 import pluggy
 
@@ -21,6 +22,7 @@ from . import specs
 from .markers import ENTRY_POINT_GROUP
 
 BUILT_IN = {
+    "objectives": "pivot_plugin.objectives",
     "generic": "pivot_plugin.adapters.generic",
     "llava": "pivot_plugin.adapters.llava",
     "qwen-vl": "pivot_plugin.adapters.qwen_vl",
@@ -160,13 +162,13 @@ def ask(hook: str, **arguments: object) -> object | None:
     return None
 
 
-def collect(hook: str, **arguments: object) -> list[tuple[str, object]]:
+def collect(hook: str, **arguments: object) -> list[tuple[str, Any]]:
     """Call a collected hook; return (plugin name, answer) in order of registration, so that later ones may override.
 
     Raises:
         PluginError: as `ask`.
     """
-    answers: list[tuple[str, object]] = []
+    answers: list[tuple[str, Any]] = []
     for name, caller in _one_at_a_time(hook):
         try:
             results = caller(**arguments)

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,18 @@ from pivot_plugin.config import PivotConfig, Train
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import DataError, ModelError, PivotError, SettingsError, TrainingError
 from pivot_plugin.hooks import notify
+from pivot_plugin.objectives import resolve
 from pivot_plugin.preferences import PairDataset, PairStream, hold_out, load_pairs
 from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
 from pivot_plugin.training.trainer import PivotTrainer, check_processor, find_adapter
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATES = {
-    # rank-16 LoRA, found on the embedded world
-    True: 2e-4,
-    # all weights: arXiv 2510.16333, appendix E.1, stage 2
-    False: 1e-6,
-}
+# for LoRA: cautious beside the 1e-3 that serves the embedded world of the demonstration best
+LORA_LEARNING_RATE = 2e-4
+# for the weights themselves: arXiv 2510.16333, appendix E.1, stage 2
+LEARNING_RATE = 1e-6
+SFT_LEARNING_RATE = 5e-6
 RUN_FILE = "run.json"
 
 
@@ -103,6 +104,7 @@ def optimize(
     processor: ProcessorMixin | None = None,
     eval_prefs: object | None = None,
     output_dir: str | Path = "pivot-run",
+    objective: str | Sequence[str] = "dpo",
     train: Train = "encoder",
     lora: int | LoraConfig | None = 16,
     eval_fraction: float = 0.02,
@@ -119,6 +121,8 @@ def optimize(
         processor: the model's; found by the model's `name_or_path` where not given.
         eval_prefs: held-out pairs, in the same forms.
         output_dir: folder of the run: checkpoints, log, encoder.
+        objective: "dpo", "mpo", "specs", "sft", any other name a plugin offers, a TRL loss type, or a list of those
+            (weighted by `loss_weights=`).
         train: "encoder" (the tower), "encoder+projector", or "all".
         lora: a LoRA rank, a peft config, or None to train the weights themselves.
         eval_fraction: share of the pairs to hold out where `eval_prefs` is not given (at least 32 and at most 1000, at
@@ -139,10 +143,11 @@ def optimize(
         arXiv 2510.16333, section 3.1, stage 2.
     """
     folder = Path(output_dir)
-    config = _config(settings, folder, train, lora)
+    config = _config(settings, folder, objective, train, lora)
     if not 0 <= eval_fraction < 1:
         raise SettingsError(f"eval_fraction is {eval_fraction}.", "Give a share of at least 0 and below 1.")
     described = {
+        "objective": objective,
         "train": train,
         "lora": lora if isinstance(lora, int | None) else lora.to_dict(),
         "eval_fraction": eval_fraction,
@@ -206,7 +211,6 @@ def _train(
                 lora=lora,
                 adapter=adapter,
             )
-            print(f"{type(model).__name__}, family {adapter.family}:\n{trainer.parameter_table()}")
             trained = trainer.trained_parameters()
             metrics = {}
             if held_out is not None:
@@ -251,13 +255,25 @@ def _train(
     )
 
 
-def _config(settings: dict[str, Any], folder: Path, train: Train, lora: int | LoraConfig | None) -> PivotConfig:
+def _config(
+    settings: dict[str, Any],
+    folder: Path,
+    objective: str | Sequence[str],
+    train: Train,
+    lora: int | LoraConfig | None,
+) -> PivotConfig:
     known = {field.name for field in fields(PivotConfig)}
     if unknown := [name for name in settings if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "See PivotConfig, which has all of TRL's DPOConfig."
         raise SettingsError(f"optimize has no option {unknown[0]!r}.", hint)
-    settings = {"learning_rate": LEARNING_RATES[lora is not None], **settings}
+    preset = resolve(objective)
+    if "loss_type" in settings and objective != "dpo":
+        raise SettingsError(
+            f"Both objective={objective!r} and loss_type={settings['loss_type']!r} are given.", "Give one of them."
+        )
+    rate = LORA_LEARNING_RATE if lora is not None else SFT_LEARNING_RATE if objective == "sft" else LEARNING_RATE
+    settings = {"learning_rate": rate, **preset, **settings}
     try:
         return PivotConfig(output_dir=str(folder), train=train, **settings)
     except PivotError:
@@ -283,7 +299,7 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise SettingsError(
             f"output_dir {str(folder)!r} holds an earlier run.",
-            "Choose another output_dir, delete this one, or go on with it by resume=True.",
+            "Choose another output_dir, delete this one, or go on with it by resume=True (--resume).",
         )
     was = json.loads(earlier.read_text()).get("settings", {})
     now = json.loads(json.dumps(described, default=str))

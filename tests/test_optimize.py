@@ -345,6 +345,8 @@ def test_an_output_dir_with_another_run(llava: Any, rows: Any, fast: dict[str, A
         ({"learning_rat": 1.0}, "Did you mean learning_rate"),
         ({"train": "tower"}, "train is 'tower'"),
         ({"lora": 0}, "lora is 0"),
+        ({"objective": "sigmod"}, "Did you mean sigmoid"),
+        ({"objective": "mpo", "loss_type": "ipo"}, "Both objective='mpo' and loss_type='ipo'"),
         ({"learning_rates": {"head": 1.0}}, r"learning_rates names \['head'\]"),
         ({"eval_fraction": 1.5}, "eval_fraction is 1.5"),
         ({"lr_scheduler_type": "cosin"}, "cosin"),

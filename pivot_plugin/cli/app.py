@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -36,6 +37,8 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # TRL 1.16 calls transformers by names that are going: nothing a user of this command can change
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     # what other libraries tell of their own doings is not this command's output
     for name in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,6 +1,8 @@
 """Commands that train: `pivot optimize` and `pivot demo`."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ def optimize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
     prefs: Annotated[Path, typer.Argument(help="Folder with a .jsonl file and its images, or the .jsonl file.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the run.")] = Path("pivot-run"),
+    objective: Annotated[str, typer.Option(help="dpo, mpo, specs, sft, or a TRL loss type.")] = "dpo",
     train: Annotated[str, typer.Option(help="encoder, encoder+projector or all.")] = "encoder",
     lora: Annotated[str, typer.Option(help="LoRA rank, or none to train the weights themselves.")] = "16",
     eval_prefs: Annotated[Path | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
@@ -32,17 +35,20 @@ def optimize(
         raise SettingsError(f"--lora is {lora!r}.", "Give a rank such as 16, or none.")
     import pivot_plugin as pivot
 
-    result = pivot.optimize(
-        model,
-        prefs,
-        output_dir=output_dir,
-        train=train,  # type: ignore[arg-type]
-        lora=None if rank == "none" else int(rank),
-        eval_prefs=eval_prefs,
-        eval_fraction=eval_fraction,
-        resume=resume,
-        **options,
-    )
+    # the trainer's log goes to standard output, which holds nothing but JSON if JSON is asked for
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = pivot.optimize(
+            model,
+            prefs,
+            output_dir=output_dir,
+            objective=objective,
+            train=train,  # type: ignore[arg-type]
+            lora=None if rank == "none" else int(rank),
+            eval_prefs=eval_prefs,
+            eval_fraction=eval_fraction,
+            resume=resume,
+            **options,
+        )
     folder = result.output_dir / "encoder"
     if as_json:
         print(json.dumps({"encoder": str(folder), "metrics": result.metrics, "weight_change": result.weight_change}))

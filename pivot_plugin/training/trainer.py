@@ -340,11 +340,12 @@ class PivotTrainer(DPOTrainer):
 
     def parameter_table(self) -> str:
         """What trains, a line per part: parameters that train, of how many."""
-        counts = self.trained_parameters()
+        model = type(unwrapped(self.accelerator.unwrap_model(self.model))).__name__
         lines = [
-            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train" for part, (trained, total) in counts.items()
+            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train"
+            for part, (trained, total) in self.trained_parameters().items()
         ]
-        return "\n".join(lines)
+        return "\n".join([f"{model}, family {self.adapter.family}:", *lines])
 
 
 def find_adapter(model: PreTrainedModel) -> VisionAdapter:
@@ -437,7 +438,7 @@ class _GradientCheck(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            logger.info("What trains:\n%s", self._trainer.parameter_table())
+            print(self._trainer.parameter_table())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -61,6 +61,10 @@ def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Pa
     assert "encoder" in run.stdout
     assert "parameters train" in run.stdout
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+    as_json = pivot(
+        "optimize", world / "model", world / "pairs", *options[:-1], tmp_path / "other", "--json", folder=tmp_path
+    )
+    assert json.loads(as_json.stdout)["metrics"].keys() == {"before", "after"}
     again = pivot("optimize", world / "model", world / "pairs", *options, "--lora", "4", folder=tmp_path)
     assert again.returncode == 1
     assert again.stderr.startswith("pivot: output_dir")
@@ -74,6 +78,7 @@ def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Pa
         (["--set", "oops"], "is not name=value"),
         (["--lora", "many"], "--lora is 'many'"),
         (["--train", "tower"], "train is 'tower'"),
+        (["--objective", "dop"], "Did you mean dpo"),
     ],
 )
 def test_a_typo_is_one_sentence(world: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -104,7 +109,13 @@ def test_inspect_of_nothing_is_one_sentence(tmp_path: Path) -> None:
 
 def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
-    assert [info["name"] for info in json.loads(run.stdout)][-4:] == ["internvl", "qwen-vl", "llava", "generic"]
+    assert [info["name"] for info in json.loads(run.stdout)][-5:] == [
+        "internvl",
+        "qwen-vl",
+        "llava",
+        "generic",
+        "objectives",
+    ]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:

@@ -173,6 +173,11 @@ def test_five_steps_give_the_loss_curve_of_trl(
         {"loss_type": kind}
         for kind in ("hinge", "ipo", "nca_pair", "robust", "sppo_hard", "aot", "apo_zero", "discopop", "sigmoid_norm")
     ]
+    + [
+        {"loss_type": "apo_down"},
+        {"loss_type": "aot_unpaired"},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    ]
     + [{"loss_type": "exo_pair", "label_smoothing": 1e-3}, {"ld_alpha": 0.5}, {"use_weighting": True}],
     ids=lambda more: "-".join(map(str, more.values())),
 )

@@ -1,0 +1,97 @@
+"""Objectives by name: settings of TRL's DPOConfig that a word stands for.
+
+Notation: r(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of the answer y; w is chosen, l rejected; s is
+the logistic function. Any loss type of TRL is an objective under its own name too.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+from trl import DPOConfig
+
+from pivot_plugin.errors import SettingsError
+from pivot_plugin.hooks import collect, hookimpl
+from pivot_plugin.types import ObjectivePreset
+
+
+def dpo() -> ObjectivePreset:
+    """Direct preference optimisation: -log s(beta (r(w) - r(l))), beta 0.1.
+
+    When: pairs whose two answers differ in something visual; the paper's own arm for better encoders.
+    Source: Rafailov et al. 2023; arXiv 2510.16333, equation 1 (summed log-probabilities, no SFT term).
+    """
+    return {"loss_type": ["sigmoid"]}
+
+
+def sft() -> ObjectivePreset:
+    """Supervised fine-tuning on the chosen answers alone: their mean negative log-likelihood per token of the batch.
+
+    When: as the fair baseline, on the same pairs in the same order; the rejected answers are measured, not trained on.
+    Source: arXiv 2510.16333, section 3.1. TRL averages over the batch's tokens, so long answers weigh more.
+    """
+    return {"loss_type": ["sft"]}
+
+
+def mpo() -> ObjectivePreset:
+    """Mixed preference optimisation: 0.8 dpo + 0.2 quality (BCO) + 1.0 sft.
+
+    When: pure DPO lets the chosen log-probability fall; the SFT term holds it up.
+    Source: Wang et al. 2024 (MPO); arXiv 2510.16333, appendix B.1.
+    Relations: mpo = 0.8 sigmoid + 0.2 bco_pair + 1.0 sft.
+    """
+    return {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+
+
+def specs() -> ObjectivePreset:
+    """The cold start of SPECS: dpo + lambda sft with lambda 1.
+
+    When: before RL with verifiable rewards, on self-distilled pairs.
+    Source: arXiv 2510.25801, stage 2.
+    Relations: specs = 1.0 sigmoid + 1.0 sft.
+    """
+    return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+
+
+BUILT_IN: Mapping[str, Callable[[], ObjectivePreset]] = {"dpo": dpo, "sft": sft, "mpo": mpo, "specs": specs}
+
+
+@hookimpl
+def pivot_objectives() -> Mapping[str, ObjectivePreset]:
+    return {name: preset() for name, preset in BUILT_IN.items()}
+
+
+def loss_types() -> tuple[str, ...]:
+    """TRL's loss types, as its configuration names them."""
+    text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    return tuple(part for part in text.split("'")[1::2] if part.isidentifier())
+
+
+def resolve(objective: str | Sequence[str]) -> ObjectivePreset:
+    """The settings an objective stands for.
+
+    Args:
+        objective: a name from a plugin or from `BUILT_IN`, a TRL loss type, or a list of TRL loss types.
+
+    Raises:
+        SettingsError: for an unknown name, with the nearest ones.
+    """
+    presets: dict[str, ObjectivePreset] = {}
+    for _, offered in collect("pivot_objectives"):
+        presets.update(offered)
+    if isinstance(objective, str) and objective in presets:
+        return presets[objective]
+    names = [objective] if isinstance(objective, str) else list(objective)
+    for name in names:
+        if name not in loss_types():
+            if name in presets:
+                raise SettingsError(
+                    f"{name!r} is a preset, and presets cannot stand in a list.",
+                    f"Give it alone, or the loss types it stands for: {presets[name].get('loss_type')}.",
+                )
+            known = [*presets, *loss_types()]
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+            raise SettingsError(
+                f"There is no objective {name!r}.",
+                f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}.",
+            )
+    return {"loss_type": names}
