@@ -13,10 +13,10 @@ MODEL = "llava-hf/llava-1.5-7b-hf"
 
 if __name__ == "__main__":
     model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="bfloat16")
-    prefs = load_dataset("openbmb/RLAIF-V-Dataset", split="train[:5000]").rename_column("question", "prompt")
+    prefs = load_dataset("openbmb/RLAIF-V-Dataset", split="train[:5000]")
     result = pivot.optimize(
         model,
-        prefs.select_columns(["image", "prompt", "chosen", "rejected"]),
+        prefs,
         processor=AutoProcessor.from_pretrained(MODEL),
         output_dir="llava-pivot",
         num_train_epochs=1,

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         prefs = sys.argv[2]
     else:
-        prefs = load_dataset("openbmb/RLAIF-V-Dataset", split="train[:5000]").rename_column("question", "prompt")
+        prefs = load_dataset("openbmb/RLAIF-V-Dataset", split="train[:5000]")
 
     trainer = PivotTrainer(
         model=model,

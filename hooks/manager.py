@@ -22,6 +22,7 @@ from . import specs
 from .markers import ENTRY_POINT_GROUP
 
 BUILT_IN = {
+    "published-layouts": "pivot_plugin.preferences.published",
     "objectives": "pivot_plugin.objectives",
     "generic": "pivot_plugin.adapters.generic",
     "llava": "pivot_plugin.adapters.llava",

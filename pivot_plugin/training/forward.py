@@ -100,18 +100,19 @@ def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> 
     Returns:
         (B, N) depths, or (axes, B, N) where the family's rotary embedding has several axes.
     """
-    found: torch.Tensor | None = None
+    # families count positions in Python loops: on the host, a device is not waited for once per token
+    tokens, found = forest.tokens.cpu(), forest.depth.cpu()
+    inputs = {name: value if value.is_floating_point() else value.cpu() for name, value in batch.image_inputs.items()}
     for tree, path in zip(forest.sequence_tree.tolist(), forest.paths, strict=True):
-        path = path.to(forest.tokens.device)
         images = batch.tree_images[tree]
-        share = adapter.select_images(batch.image_inputs, images[0], images[-1] + 1) if images else {}
-        positions = adapter.positions(forest.tokens[tree, path], share)
+        share = adapter.select_images(inputs, images[0], images[-1] + 1) if images else {}
+        positions = adapter.positions(tokens[tree, path], share)
         if positions is None:
             return forest.depth
-        if found is None:
-            found = forest.depth.repeat(len(positions), 1, 1)
-        found[:, tree, path] = positions
-    return forest.depth if found is None else found
+        if found.ndim < positions.ndim + 1:
+            found = found.repeat(len(positions), 1, 1)
+        found[..., tree, path] = positions
+    return found.to(forest.depth.device)
 
 
 @contextmanager

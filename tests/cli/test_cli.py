@@ -109,13 +109,8 @@ def test_inspect_of_nothing_is_one_sentence(tmp_path: Path) -> None:
 
 def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
-    assert [info["name"] for info in json.loads(run.stdout)][-5:] == [
-        "internvl",
-        "qwen-vl",
-        "llava",
-        "generic",
-        "objectives",
-    ]
+    names = [info["name"] for info in json.loads(run.stdout)]
+    assert names[-6:] == ["internvl", "qwen-vl", "llava", "generic", "objectives", "published-layouts"]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:

@@ -15,6 +15,19 @@ from pivot_plugin.preferences import PairDataset, PairStream, hold_out, load_pai
 from ..conftest import picture, row
 
 
+@pytest.mark.parametrize("extra", [{}, {"idx": 3, "ds_name": "x", "origin_dataset": "y"}])
+def test_rows_of_rlaif_v_and_mmpr_are_read_as_they_are(extra: dict[str, Any]) -> None:
+    rows = [
+        {"image": picture(9, 9, 1), "question": "what?", "chosen": "a", "rejected": "b", **extra},
+        {"image": picture(9, 9, 1), "question": "<image>\nwhat?", "chosen": "a", "rejected": "b", **extra},
+    ]
+    for row_ in rows:
+        pair = PairDataset([row_])[0]
+        assert [part["type"] for part in pair["prompt"][0]["content"]] == ["image", "text"]
+        assert text_of(pair["prompt"]).strip() == "what?"
+    assert text_of(PairDataset([{"prompt": "?", "chosen": "a", "reject": "b"}])[0]["rejected"]) == "b"
+
+
 def text_of(messages: list[dict[str, Any]]) -> str:
     return "".join(part.get("text", "") for message in messages for part in message["content"])
 
