@@ -458,6 +458,13 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"trainer-{options.preset}{'-checkpointing' if options.checkpointing else ''}.json"
+    if file.exists():
+        # shapes that were not measured this time keep their rows, if they were measured on the same machine
+        earlier = json.loads(file.read_text())
+        if all(earlier[key] == record[key] for key in ("device", "torch", "attention")):
+            fresh = {row["name"]: row for row in results}
+            old = {row["name"]: row for row in earlier["results"]}
+            record["results"] = [*{**old, **fresh}.values()]
     file.write_text(json.dumps(record, indent=1) + "\n")
     Console(width=120).print(table(results))
     print(f"Written to {file}")

@@ -16,10 +16,7 @@ if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else "llava-hf/llava-1.5-7b-hf"
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
     processor = AutoProcessor.from_pretrained(name)
-    if len(sys.argv) > 2:
-        prefs = sys.argv[2]
-    else:
-        prefs = load_dataset("openbmb/RLAIF-V-Dataset", split="train[:5000]")
+    prefs = sys.argv[2] if len(sys.argv) > 2 else load_dataset("openbmb/RLAIF-V-Dataset", split="train[:5000]")
 
     trainer = PivotTrainer(
         model=model,

@@ -154,7 +154,11 @@ def optimize(
         "learning_rate": config.learning_rate,
         **settings,
     }
-    _claim(folder, described, resume)
+    # of several processes one keeps the folder
+    keeper = config.process_index == 0
+    if keeper:
+        _claim(folder, described, resume)
+    config.distributed_state.wait_for_everyone()
     model, processor = _load(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
@@ -167,20 +171,23 @@ def optimize(
         pairs, held_out = hold_out(pairs, eval_fraction, config.seed)
     if isinstance(held_out, PairStream):
         raise DataError("eval_prefs is a stream.", "Give held-out pairs as a list or a datasets.Dataset.")
-    (folder / RUN_FILE).write_text(json.dumps({"finished": False, "settings": described}, indent=2, default=str))
-    notify("pivot_run_started", run=_Run(adapter.family, folder, described))
+    if keeper:
+        (folder / RUN_FILE).write_text(json.dumps({"finished": False, "settings": described}, indent=2, default=str))
+        notify("pivot_run_started", run=_Run(adapter.family, folder, described))
     result = _train(model, processor, adapter, config, pairs, held_out, lora, resume, described)
-    result.save(folder / "encoder")
-    record = {
-        "finished": True,
-        "settings": described,
-        "metrics": result.metrics,
-        "weight_change": result.weight_change,
-        "trained": result.trained,
-        "history": result.history,
-    }
-    (folder / RUN_FILE).write_text(json.dumps(record, indent=2, default=str))
-    notify("pivot_run_finished", result=result)
+    if keeper:
+        result.save(folder / "encoder")
+        record = {
+            "finished": True,
+            "settings": described,
+            "metrics": result.metrics,
+            "weight_change": result.weight_change,
+            "trained": result.trained,
+            "history": result.history,
+        }
+        (folder / RUN_FILE).write_text(json.dumps(record, indent=2, default=str))
+        notify("pivot_run_finished", result=result)
+    config.distributed_state.wait_for_everyone()
     return result
 
 
