@@ -144,6 +144,16 @@ def _blame(name: str, hook: str, error: Exception) -> PluginError:
     )
 
 
+def _call(name: str, hook: str, caller: pluggy.HookCaller, arguments: dict[str, object]) -> Any:
+    """Call one plugin; what it raises by accident is blamed on it, what it raises on purpose is passed on."""
+    try:
+        return caller(**arguments)
+    except PivotError:
+        raise
+    except Exception as error:
+        raise _blame(name, hook, error) from error
+
+
 def ask(hook: str, **arguments: object) -> object | None:
     """Call a firstresult hook, one plugin at a time, and return the first answer that is not None.
 
@@ -152,13 +162,7 @@ def ask(hook: str, **arguments: object) -> object | None:
             purpose is passed on as it is.
     """
     for name, caller in _one_at_a_time(hook):
-        try:
-            answer = caller(**arguments)
-        except PivotError:
-            raise
-        except Exception as error:
-            raise _blame(name, hook, error) from error
-        if answer is not None:
+        if (answer := _call(name, hook, caller, arguments)) is not None:
             return answer
     return None
 
@@ -171,12 +175,7 @@ def collect(hook: str, **arguments: object) -> list[tuple[str, Any]]:
     """
     answers: list[tuple[str, Any]] = []
     for name, caller in _one_at_a_time(hook):
-        try:
-            results = caller(**arguments)
-        except PivotError:
-            raise
-        except Exception as error:
-            raise _blame(name, hook, error) from error
+        results = _call(name, hook, caller, arguments)
         answers.extend((name, answer) for answer in results if answer is not None)
     return answers[::-1]
 
