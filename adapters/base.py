@@ -6,6 +6,7 @@ Notation for shapes: I images, P patches of one image, D tower width, L tokens o
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -74,7 +75,7 @@ class VisionAdapter:
         """The vision tower inside the model."""
         return self.model.get_submodule(self.tower_path)
 
-    @property
+    @cached_property
     def projector_paths(self) -> tuple[str, ...]:
         """Paths of the modules that map tower features into the language model, outermost only."""
         found: list[str] = []
@@ -85,7 +86,7 @@ class VisionAdapter:
             found += [f"{path}.{index}" for index in range(len(module))] if is_list else [path]
         return tuple(found)
 
-    @property
+    @cached_property
     def language_model_paths(self) -> tuple[str, ...]:
         """Paths of the language model and its output head."""
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()

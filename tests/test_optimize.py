@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -118,6 +119,17 @@ def test_only_what_should_train_changes(
     }
     expected = {"encoder": 1, "encoder+projector": 2, "all": 3}[train]
     assert changed == set(("encoder", "projector", "language_model")[:expected])
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*vision_tower.*layers\.0.*q_proj"], ids=["ends", "pattern"])
+def test_a_lora_config_with_targets_of_the_user_s_own_is_accounted_for(
+    llava: Any, rows: list[dict[str, Any]], fast: dict[str, Any], targets: Any
+) -> None:
+    model, processor = llava
+    config = LoraConfig(r=4, target_modules=targets)
+    result = pivot.optimize(model, rows, processor=processor, lora=config, eval_fraction=0, **fast)
+    assert result.weight_change["model.vision_tower.encoder.layers.0"] > 1e-4
+    assert (result.weight_change["model.vision_tower.encoder.layers.1"] > 1e-4) == isinstance(targets, list)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -108,13 +109,6 @@ def original_name(name: str) -> str:
     return name.split(".lora_")[0]
 
 
-def block_of(adapter: VisionAdapter, name: str) -> str | None:
-    """The tower block a parameter stands in, "other" elsewhere in the tower, None outside it."""
-    if adapter.part_of(name) != "encoder":
-        return None
-    return next((path for path in adapter.blocks() if name.startswith(f"{path}.")), f"{adapter.tower_path} (other)")
-
-
 def weight_change(adapter: VisionAdapter, before: dict[str, torch.Tensor]) -> dict[str, float]:
     """Relative change of the tower's weights, ||after - before|| / ||before||, per block in order.
 
@@ -122,10 +116,12 @@ def weight_change(adapter: VisionAdapter, before: dict[str, torch.Tensor]) -> di
         adapter: of the model, whose weights are those after.
         before: tensors of the tower as they were, by full parameter name; one that is missing did not change.
     """
+    blocks = adapter.blocks()
     change: dict[str, list[float]] = {}
     for name, parameter in adapter.model.named_parameters():
-        if (block := block_of(adapter, name)) is None:
+        if adapter.part_of(name) != "encoder":
             continue
+        block = next((path for path in blocks if name.startswith(f"{path}.")), f"{adapter.tower_path} (other)")
         squares = change.setdefault(block, [0.0, 0.0])
         old = before.get(name, parameter.detach()).to(device=parameter.device, dtype=torch.float32)
         squares[0] += (parameter.detach().float() - old).square().sum().item()
@@ -135,16 +131,20 @@ def weight_change(adapter: VisionAdapter, before: dict[str, torch.Tensor]) -> di
 
 def trainable_weights(adapter: VisionAdapter, plan: TrainingPlan) -> dict[str, torch.Tensor]:
     """Copies, on the host, of the model's own weights that a run may change."""
-    names = set(plan.parameters)
-    if plan.lora is not None:
-        targets = [*(plan.lora.target_modules or []), *(plan.lora.modules_to_save or [])]
-        names |= {
-            name for name, _ in adapter.model.named_parameters() if name.startswith(tuple(f"{t}." for t in targets))
-        }
+    own = set(plan.parameters)
+
+    def may_change(name: str) -> bool:
+        if plan.lora is None:
+            return name in own
+        saved = plan.lora.modules_to_save or []
+        # target_modules may be a user's: full names, ends of names, or a pattern, as peft understands them
+        in_target = check_target_module_exists(plan.lora, name.rpartition(".")[0])
+        return bool(in_target) or any(f".{path}." in f".{name}" for path in saved)
+
     return {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in adapter.model.named_parameters()
-        if name in names
+        if may_change(name)
     }
 
 
