@@ -24,6 +24,7 @@ from .markers import ENTRY_POINT_GROUP
 BUILT_IN = {
     "published-layouts": "pivot_plugin.preferences.published",
     "objectives": "pivot_plugin.objectives",
+    "rewards": "pivot_plugin.rewards.lookup",
     "generic": "pivot_plugin.adapters.generic",
     "llava": "pivot_plugin.adapters.llava",
     "qwen-vl": "pivot_plugin.adapters.qwen_vl",

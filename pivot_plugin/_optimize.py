@@ -21,7 +21,7 @@ from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import DataError, ModelError, PivotError, SettingsError, TrainingError
 from pivot_plugin.hooks import notify
 from pivot_plugin.objectives import resolve
-from pivot_plugin.preferences import PairDataset, PairStream, hold_out, load_pairs
+from pivot_plugin.preferences import OnBadRow, PairDataset, PairStream, hold_out, load
 from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
 from pivot_plugin.training.trainer import PivotTrainer, check_processor, find_adapter
 
@@ -108,6 +108,7 @@ def optimize(
     train: Train = "encoder",
     lora: int | LoraConfig | None = 16,
     eval_fraction: float = 0.02,
+    on_bad_row: OnBadRow = "raise",
     resume: bool = False,
     **settings: Any,
 ) -> PivotResult:
@@ -116,8 +117,8 @@ def optimize(
     Args:
         model: a loaded transformers MLLM, or the path or Hub id of one. A loaded one is trained in place; after a
             failure it is as it was.
-        prefs: preference pairs: a list of dicts, a `datasets.Dataset`, an `IterableDataset` (then with `max_steps`), or
-            the path of a folder with a .jsonl file and its images.
+        prefs: preference pairs in any form that `pivot_plugin.preferences.load` takes: a list of dicts, a
+            `datasets.Dataset`, a file or folder, a Hub id, a stream (then with `max_steps`), or what `load` returned.
         processor: the model's; found by the model's `name_or_path` where not given.
         eval_prefs: held-out pairs, in the same forms.
         output_dir: folder of the run: checkpoints, log, encoder.
@@ -127,6 +128,8 @@ def optimize(
         lora: a LoRA rank, a peft config, or None to train the weights themselves.
         eval_fraction: share of the pairs to hold out where `eval_prefs` is not given (at least 32 and at most 1000, at
             most a quarter of all); 0 holds none out.
+        on_bad_row: "raise" stops at the first pair that cannot be used, before training; "skip" leaves such pairs out
+            and lists them in `skipped.jsonl` in `output_dir`.
         resume: go on from the last complete checkpoint in `output_dir`.
         **settings: any field of `PivotConfig`, which has all of TRL's DPOConfig: `learning_rate`, `max_steps`,
             `per_device_train_batch_size` (in pairs), `beta`, `loss_type`, `use_cpu`, ...
@@ -159,12 +162,19 @@ def optimize(
     if keeper:
         _claim(folder, described, resume)
     config.distributed_state.wait_for_everyone()
-    model, processor = _load(model, processor)
+    model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     plan(adapter, train, lora)
-    pairs = load_pairs(prefs)
-    held_out = None if eval_prefs is None else load_pairs(eval_prefs, "eval_prefs")
+    pairs = load(prefs, on_bad_row=on_bad_row, skipped=folder / "skipped.jsonl")
+    held_out = (
+        None
+        if eval_prefs is None
+        else load(eval_prefs, on_bad_row=on_bad_row, skipped=folder / "skipped-eval.jsonl", name="eval_prefs")
+    )
+    for data in (pairs, held_out):
+        if isinstance(data, PairDataset):
+            data.verify()
     if isinstance(pairs, PairStream) and config.max_steps <= 0:
         raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
     if held_out is None and isinstance(pairs, PairDataset):
@@ -318,9 +328,18 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _load(
+def load_model(
     model: PreTrainedModel | str | Path, processor: ProcessorMixin | None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """An MLLM and its processor, loaded where they are not.
+
+    Args:
+        model: loaded, or a folder or Hub id.
+        processor: found by the model's name where None.
+
+    Raises:
+        ModelError: if either cannot be loaded.
+    """
     name = model
     if isinstance(model, str | Path):
         try:

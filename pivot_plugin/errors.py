@@ -28,7 +28,18 @@ class PivotError(Exception):
 
 
 class DataError(PivotError):
-    """The preference data cannot be used as it is."""
+    """The preference data cannot be used as it is.
+
+    Args:
+        finding, remedy: as for `PivotError`.
+        kind: of the defect, a few words; what a report counts under one head.
+    """
+
+    def __init__(self, finding: str = "", remedy: str = "", kind: str = "unusable row") -> None:
+        super().__init__(finding, remedy)
+        # exceptions are pickled by their args, on the way out of worker processes too
+        self.args = (finding, remedy, kind)
+        self.kind = kind
 
 
 class ModelError(PivotError):

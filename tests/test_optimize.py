@@ -287,7 +287,7 @@ def refuse(error: type[Exception], match: str, model: Any, prefs: Any, **setting
 
 
 def test_empty_prefs(llava: Any, fast: dict[str, Any]) -> None:
-    refuse(DataError, "has no pairs", llava[0], [], processor=llava[1], **fast)
+    refuse(DataError, "has no rows", llava[0], [], processor=llava[1], **fast)
 
 
 def test_a_stream_without_max_steps(llava: Any, fast: dict[str, Any]) -> None:

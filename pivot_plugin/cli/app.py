@@ -11,7 +11,7 @@ import typer
 from pivot_plugin import __version__
 from pivot_plugin.errors import PivotError
 
-from . import models, runs
+from . import models, prefs, runs
 
 cli = typer.Typer(
     name="pivot",
@@ -24,6 +24,7 @@ cli.command("optimize")(runs.optimize)
 cli.command("demo")(runs.demo)
 cli.command("inspect")(models.inspect)
 cli.command("adapters")(models.adapters)
+cli.add_typer(prefs.group, name="prefs")
 
 
 def _version(asked: bool) -> None:
@@ -65,4 +66,5 @@ def main() -> None:
 def _plugins_asked_for() -> bool:
     """Whether to load plugins, which import torch, before the command line is read: for commands not built in."""
     given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    return bool(given) and given[0] not in {command.name for command in cli.registered_commands}
+    built_in = {command.name for command in cli.registered_commands} | {group.name for group in cli.registered_groups}
+    return bool(given) and given[0] not in built_in

@@ -13,13 +13,14 @@ from pivot_plugin.errors import SettingsError
 
 def optimize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
-    prefs: Annotated[Path, typer.Argument(help="Folder with a .jsonl file and its images, or the .jsonl file.")],
+    prefs: Annotated[str, typer.Argument(help="Preference pairs: a file, folder, zip or Hub id.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the run.")] = Path("pivot-run"),
     objective: Annotated[str, typer.Option(help="dpo, mpo, specs, sft, or a TRL loss type.")] = "dpo",
     train: Annotated[str, typer.Option(help="encoder, encoder+projector or all.")] = "encoder",
     lora: Annotated[str, typer.Option(help="LoRA rank, or none to train the weights themselves.")] = "16",
-    eval_prefs: Annotated[Path | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
+    eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.")] = 0.02,
+    on_bad_row: Annotated[str, typer.Option(help="raise, or skip: leave bad pairs out and list them.")] = "raise",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of TRL's DPOConfig, as name=value; repeat it.")
@@ -46,6 +47,7 @@ def optimize(
             lora=None if rank == "none" else int(rank),
             eval_prefs=eval_prefs,
             eval_fraction=eval_fraction,
+            on_bad_row=on_bad_row,  # type: ignore[arg-type]
             resume=resume,
             **options,
         )

@@ -1,184 +1,368 @@
-"""Preference pairs as data sets: a checked one with random access, and a stream that is checked as it passes."""
+"""Preference pairs and questions as data sets: with random access, or as streams that are checked as they pass."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-import datasets
-from datasets import Dataset, Image, IterableDataset, List
-from tqdm.auto import tqdm
+import numpy as np
+from datasets import Dataset
 
-from pivot_plugin.errors import DataError
+from pivot_plugin.errors import DataError, PivotError, SettingsError
+from pivot_plugin.types import Layout
 
-from .images import image_key, open_image
-from .layout import find_layout, normalise
+from .images import KEY_LENGTH, MAX_PIXELS, ImageAccess
+from .layout import normalise, normalise_question, recognise
+from .records import look_at, look_at_all
+from .sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["raise", "skip"]
+SKIPPED_FILE = "skipped.jsonl"
+Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
 
 
-class PairDataset:
-    """Preference pairs with random access. Images stay encoded until a pair is read.
+class _RowDataset:
+    """Rows in a normal form with random access. Images stay encoded until a row is read.
 
     Args:
-        rows: pairs in one of TRL's layouts, or in a layout that a plugin knows.
+        rows: in whatever layout, or an opened source.
         folder: what relative image paths start from.
         name: of the data, for errors.
 
     Raises:
-        DataError: naming the first row that cannot be used, before anything expensive.
+        DataError: if there are none. Rows that cannot be used are found by `verify`, or when they are read.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]] | Dataset, folder: Path | None = None, name: str = "prefs"
+        self,
+        rows: Source | Sequence[Mapping[str, Any]] | Dataset,
+        folder: Path | None = None,
+        name: str = "prefs",
+        columns: Mapping[str, str] | None = None,
     ) -> None:
-        if len(rows) == 0:
-            raise DataError(f"{name} has no pairs.", "Give at least one pair with images, prompt, chosen, rejected.")
-        self._rows = _undecoded(rows) if isinstance(rows, Dataset) else rows
-        self._folder = folder
-        self._name = name
-        first = self._rows[0]
-        if not isinstance(first, Mapping):
-            raise DataError(f"row 0 of {name} is a {type(first).__name__}.", "Give rows as dicts.")
-        self._layout = find_layout(list(first), first)
-        self.image_keys: list[str] = []
-        self._indices = list(range(len(rows)))
-        for index in tqdm(self._indices, desc="checking pairs", disable=len(rows) < 1000, leave=False):
-            pair = self._pair(index)
-            # decoding once here is what finds a truncated file before training does
-            for source in pair["images"]:
-                open_image(source, folder, self._where(index))
-            self.image_keys.append(image_key(pair["images"], folder, self._where(index)))
+        source = rows if isinstance(rows, Source) else open_source(rows, name)
+        if source.is_stream or not isinstance(source.rows, Sequence | Dataset):
+            raise DataError(f"{name} is a stream.", "Give rows with random access: a list or a datasets.Dataset.")
+        self.access = source.access if folder is None else ImageAccess(folder)
+        self._rows = source.rows
+        self._name = source.name
+        self._indices = np.arange(len(source.rows))
+        self._keys: np.ndarray | None = None
+        self._layout = self._recognise(_mapping(self._rows[0], self.where(0)), columns)
 
-    def _where(self, index: int) -> str:
-        return f"row {index} of {self._name}"
+    def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
+        raise NotImplementedError
 
-    def _pair(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
-        where = self._where(index)
-        if not isinstance(row, Mapping):
-            raise DataError(f"{where} is a {type(row).__name__}.", "Give rows as dicts.")
-        return normalise(self._layout(row) if self._layout else row, where)
+    def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Of the data, for errors."""
+        return self._name
+
+    def where(self, position: int) -> str:
+        """What a row is called in errors: its number in the source."""
+        return f"row {self._indices[position]} of {self._name}"
+
+    def plain(self, position: int) -> dict[str, Any]:
+        """A row in the normal form, its images as they stand in the source.
+
+        Raises:
+            DataError: if the row cannot be used.
+        """
+        where = self.where(position)
+        return _normalised(self._rows[int(self._indices[position])], self._layout, self._normal, where)
+
+    def verify(self, on_bad_row: OnBadRow = "raise", skipped: str | Path | None = None) -> Self:
+        """Look at every row once, decoding its images, so that training meets no bad one. Done once.
+
+        Args:
+            on_bad_row: "raise" stops at the first bad row; "skip" leaves bad rows out.
+            skipped: file that gets a line of JSON for each row left out.
+
+        Raises:
+            DataError: for a bad row, or if all rows are bad.
+        """
+        if self._keys is not None:
+            return self
+        keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
+        bad: list[int] = []
+        with _SkippedRows(self._name, skipped if on_bad_row == "skip" else None) as left_out:
+            for position, record in enumerate(look_at_all(self, self._name)):
+                if record.error is None:
+                    keys[position] = record.key.encode()
+                elif on_bad_row == "raise":
+                    raise DataError(*record.error)
+                else:
+                    bad.append(position)
+                    left_out.add(int(self._indices[position]), DataError(*record.error))
+        if len(bad) == len(self):
+            raise DataError(
+                f"All {len(bad)} rows of {self._name} are bad; the last: {left_out.last}", "Check the data's layout."
+            )
+        self._indices = np.delete(self._indices, bad)
+        self._keys = np.delete(keys, bad)
+        return self
+
+    @property
+    def image_keys(self) -> np.ndarray:
+        """(rows,) for each row the key of its image set as bytes, empty for none; the first use verifies the rows."""
+        keys = self.verify()._keys
+        assert keys is not None
+        return keys
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self._indices[position]
-        pair = self._pair(index)
-        pair["images"] = [open_image(source, self._folder, self._where(index)) for source in pair["images"]]
-        pair["image_key"] = self.image_keys[position]
-        return pair
+        row, where = self.plain(position), self.where(position)
+        if self._keys is None:
+            row["image_key"] = look_at(row, self.access, where).key
+        else:
+            row["image_key"] = self._keys[position].decode()
+        row["images"] = [self.access.open(source, where) for source in row["images"]]
+        return row
 
-    def select(self, positions: Sequence[int]) -> "PairDataset":
-        """The pairs at some positions, as a data set that shares the rows."""
-        chosen = object.__new__(PairDataset)
+    def select(self, positions: Sequence[int]) -> Self:
+        """The rows at some positions, as a data set that shares the source."""
+        chosen = object.__new__(type(self))
         chosen.__dict__.update(self.__dict__)
-        chosen._indices = [self._indices[position] for position in positions]
-        chosen.image_keys = [self.image_keys[position] for position in positions]
+        wanted = np.asarray(positions, dtype=np.int64)
+        chosen._indices = self._indices[wanted]
+        chosen._keys = None if self._keys is None else self._keys[wanted]
         return chosen
 
     def content_key(self, position: int) -> str:
-        """A key that is equal for pairs with equal images and texts."""
-        pair = self._pair(self._indices[position])
-        texts = [pair["prompt"], pair["chosen"], pair["rejected"]]
-        return hashlib.sha256(json.dumps([self.image_keys[position], texts]).encode()).hexdigest()
+        """A key that is equal for rows with equal images and texts."""
+        row = self.plain(position)
+        texts = [row[name] for name in ("prompt", "chosen", "rejected") if name in row]
+        return hashlib.sha256(json.dumps([self.image_keys[position].decode(), texts]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """A key that is equal for data sets with equal pairs in equal order."""
+        """A key that is equal for data sets with equal rows in equal order."""
         digest = hashlib.sha256()
         for position in range(len(self)):
             digest.update(self.content_key(position).encode())
         return digest.hexdigest()
 
 
+class PairDataset(_RowDataset):
+    """Preference pairs with random access. Images stay encoded until a pair is read.
+
+    Args:
+        rows: pairs in any known layout, or an opened source.
+        folder: what relative image paths start from.
+        name: of the data, for errors.
+        columns: our column names to the data's own, for an unknown layout.
+
+    Raises:
+        DataError: if there are none, or their layout is unknown.
+    """
+
+    def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
+        return recognise(first, self._name, columns)
+
+    def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return normalise(row, where)
+
+
+class QuestionDataset(_RowDataset):
+    """Questions about images, with whatever columns stand beside them, such as `answer`. As `PairDataset` otherwise."""
+
+    def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
+        return None
+
+    def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        taken = ("prompt", "question", "image", "images", "id")
+        beside = {str(name): value for name, value in row.items() if name not in taken}
+        return beside | normalise_question(row, where)
+
+
 class PairStream:
     """Preference pairs that arrive one by one; each is checked when it arrives.
 
     Args:
-        rows: as for `PairDataset`.
+        rows: as for `PairDataset`, in order.
         name: of the data, for errors.
+        columns: as for `PairDataset`.
+        access: to the images.
+        on_bad_row, skipped: as for `PairDataset.verify`.
 
     Raises:
-        DataError: when iterated, naming the row that cannot be used, or if there are no rows.
+        DataError: when iterated: for a row that cannot be used, if there are no rows, or if an iterator that can be
+            read only once is read again.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], name: str = "prefs") -> None:
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        name: str = "prefs",
+        columns: Mapping[str, str] | None = None,
+        access: ImageAccess | None = None,
+        on_bad_row: OnBadRow = "raise",
+        skipped: str | Path | None = None,
+    ) -> None:
         self._rows = rows
         self._name = name
+        self._columns = columns
+        self._access = access or ImageAccess()
+        self._skipped = skipped
+        self._skips = on_bad_row == "skip"
+        self._used_up = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        layout = None
-        index = -1
-        for index, row in enumerate(self._rows):
-            where = f"row {index} of {self._name}"
-            if index == 0:
-                layout = find_layout(list(row), row)
-            pair = normalise(layout(row) if layout else row, where)
-            pair["image_key"] = image_key(pair["images"], None, where)
-            pair["images"] = [open_image(source, None, where) for source in pair["images"]]
-            yield pair
+        if self._used_up:
+            raise DataError(
+                f"{self._name} is a generator that was read to its end already.",
+                "Give a list, a data set, or datasets.IterableDataset.from_generator, which can be read again.",
+            )
+        # an iterator is its own iterator, and gives its rows once
+        self._used_up = iter(self._rows) is self._rows
+        index, layout = -1, None
+        with _SkippedRows(self._name, self._skipped if self._skips else None) as left_out:
+            for index, row in enumerate(self._rows):
+                where = f"row {index} of {self._name}"
+                try:
+                    if index == 0:
+                        layout = recognise(_mapping(row, where), self._name, self._columns)
+                    pair = _normalised(row, layout, normalise, where)
+                    pair["image_key"] = look_at(pair, self._access, where).key
+                    pair["images"] = [self._access.open(source, where) for source in pair["images"]]
+                except DataError as error:
+                    if index == 0 or not self._skips:
+                        raise
+                    left_out.add(index, error)
+                    continue
+                yield pair
         if index < 0:
             raise DataError(f"{self._name} has no pairs.", "Give at least one pair.")
 
 
-def load_pairs(prefs: object, name: str = "prefs") -> PairDataset | PairStream:
-    """Preference pairs from what people bring.
+def load(
+    source: object,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "raise",
+    skipped: str | Path = SKIPPED_FILE,
+    streaming: bool = False,
+    allow_urls: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "prefs",
+) -> PairDataset | PairStream:
+    """Preference pairs from what people bring, lazily: a row is read when it is needed, an image decoded when it is.
 
     Args:
-        prefs: a list of dicts, a `datasets.Dataset` or `IterableDataset`, a `PairDataset`, or the path of a folder
-            that holds one .jsonl file and the images it names, or of such a .jsonl file.
+        source: a list of dicts, a generator, a `datasets.Dataset`, `DatasetDict` or `IterableDataset`, a Hub id, the
+            path of a .jsonl, .json, .parquet, .arrow or .zip file or of a folder with such files, or pairs that are
+            loaded already. Rows in the layouts of TRL, RLAIF-V, RLHF-V, MMPR, VLFeedback and the like, scored
+            completions or ranked candidates; others by `columns` or a plugin.
+        split: of a data set that has several; "train" where not given.
+        columns: our column names to the data's own: {"prompt": "instruction"}.
+        on_bad_row: "raise" names a row that cannot be used when it is read (or all are verified, as training does);
+            "skip" looks at all rows now and leaves bad ones out.
+        skipped: file that lists what was left out and why, a line of JSON each.
+        streaming: read a Hub data set as a stream.
+        allow_urls: fetch images given by http(s) address.
+        max_pixels: refuse larger images.
         name: of the data, for errors.
 
+    Returns:
+        pairs with `id`, `images` (RGB), `prompt`, `chosen`, `rejected` (messages), `image_key`, and where there are any
+        `source`, `score_chosen`, `score_rejected`.
+
     Raises:
-        DataError: if the source is none of these or holds no usable pairs.
+        DataError: if the source cannot be read or its layout is unknown.
+        SettingsError: for an option that does not exist.
     """
-    if isinstance(prefs, PairDataset | PairStream):
-        return prefs
-    if isinstance(prefs, IterableDataset):
-        return PairStream(prefs, name)
-    if isinstance(prefs, Dataset | list | tuple):
-        return PairDataset(prefs, name=name)
-    if isinstance(prefs, str | Path):
-        return _from_folder(Path(prefs))
-    raise DataError(
-        f"{name} is a {type(prefs).__name__}.",
-        "Give a list of dicts, a datasets.Dataset or IterableDataset, or the path of a folder with a .jsonl file.",
-    )
+    if on_bad_row not in ("raise", "skip"):
+        raise SettingsError(f"on_bad_row is {on_bad_row!r}.", "Choose 'raise' or 'skip'.")
+    if isinstance(source, PairDataset):
+        return source.verify("skip", skipped) if on_bad_row == "skip" else source
+    if isinstance(source, PairStream):
+        return source
+    opened = open_source(source, name, split, streaming, allow_urls, max_pixels)
+    if opened.is_stream:
+        return PairStream(opened.rows, opened.name, columns, opened.access, on_bad_row, skipped)
+    pairs = PairDataset(opened, columns=columns)
+    return pairs.verify("skip", skipped) if on_bad_row == "skip" else pairs
 
 
-def _from_folder(path: Path) -> PairDataset:
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if len(files) != 1:
-            raise DataError(
-                f"Folder {str(path)!r} holds {len(files)} .jsonl files: {', '.join(f.name for f in files) or 'none'}.",
-                "Give the path of one .jsonl file, or a folder with exactly one.",
-            )
-        path = files[0]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error}.", "Give a folder or a UTF-8 .jsonl file.") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def load_questions(source: object, name: str = "questions", **options: Any) -> QuestionDataset:
+    """Questions from what people bring, with the columns beside them.
+
+    Args:
+        source: as for `load`, with random access; rows with `prompt` or `question` and `images` or `image`.
+        name: of the data, for errors.
+        **options: `split`, `allow_urls`, `max_pixels` as for `load`.
+
+    Raises:
+        DataError: if the source cannot be read or is a stream.
+    """
+    if isinstance(source, QuestionDataset):
+        return source
+    return QuestionDataset(open_source(source, name, **options), name=name)
+
+
+def _mapping(row: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is a {type(row).__name__}.", "Give rows as dicts.", "wrong type")
+    return row
+
+
+def _normalised(row: object, layout: Layout | None, normal: Normal, where: str) -> dict[str, Any]:
+    found = _mapping(row, where)
+    if layout is not None:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            found = _mapping(layout(found), f"{where}, as its layout gives it,")
+        except PivotError as error:
+            raise DataError(f"{where}: {error.finding}", error.remedy) from error
+        # layouts are foreign code that meets foreign rows
+        except Exception as error:
             raise DataError(
-                f"Line {number} of {path.name} is not JSON: {error.msg} at column {error.colno}.",
-                "Each line holds one pair as a JSON object.",
+                f"{where}: its layout raised {type(error).__name__}: {error}.", "Mend the row or the plugin."
             ) from error
-    return PairDataset(rows, folder=path.parent, name=path.name)
+    return normal(found, where)
 
 
-def _undecoded(rows: Dataset) -> Dataset:
-    """The data set with images as encoded bytes or paths, so that reading a row decodes nothing."""
-    features: dict[str, Any] = dict(rows.features)
-    for name, feature in features.items():
-        if isinstance(feature, Image):
-            features[name] = Image(decode=False)
-        elif isinstance(feature, List | datasets.Sequence) and isinstance(feature.feature, Image):
-            features[name] = List(Image(decode=False))
-    return rows.with_format(None).cast(datasets.Features(features))
+class _SkippedRows:
+    """The list of rows left out: a line of JSON each in a file, and one sentence when it is closed."""
+
+    def __init__(self, name: str, path: str | Path | None) -> None:
+        self._name = name
+        self._path = None if path is None else Path(path)
+        self._file: Any = None
+        self._count = 0
+        self.last = ""
+
+    def add(self, index: int, error: DataError) -> None:
+        self._count += 1
+        self.last = error.finding
+        if self._path is None:
+            return
+        if self._file is None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("w", encoding="utf-8")
+            except OSError as failure:
+                raise SettingsError(
+                    f"The list of skipped rows cannot be written to {str(self._path)!r}: {failure.strerror}.",
+                    "Give another file with skipped=.",
+                ) from failure
+        line = {"data": self._name, "row": index, "defect": error.kind, "finding": error.finding}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._count:
+            listed = "" if self._path is None else f"; they are listed in {self._path}"
+            logger.warning("%d rows of %s are left out%s.", self._count, self._name, listed)

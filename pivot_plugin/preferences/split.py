@@ -25,7 +25,7 @@ def hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDatase
     by_image: dict[str, list[int]] = defaultdict(list)
     for position, key in enumerate(pairs.image_keys):
         # pairs without an image have nothing in common
-        by_image[key or f"text-{position}"].append(position)
+        by_image[key.decode() or f"text-{position}"].append(position)
     if fraction <= 0 or wanted < 1 or len(by_image) < 2:
         return pairs, None
     images = sorted(by_image)

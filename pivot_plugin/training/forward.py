@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.image_features import repeated_features
 
 from .batch import ForestBatch
 from .forest import Forest, attention_mask, block_mask, per_sequence
@@ -62,7 +63,8 @@ def _forest_forward(
     """The fields TRL's losses read, (S, C) each, zero for padding."""
     forest = batch.forest
     inputs = {name: _as_model_takes(value, model) for name, value in batch.image_inputs.items()}
-    with _images_by_tree(model, batch), _scored_states_only(model, forest):
+    wanted = [image for images in batch.tree_images for image in images]
+    with repeated_features(model, batch.image_tokens, wanted), _scored_states_only(model, forest):
         scored = fused_forward(
             input_ids=forest.tokens,
             attention_mask=_mask(model, forest),
@@ -128,33 +130,3 @@ def _scored_states_only(model: PreTrainedModel, forest: Forest) -> Iterator[None
         yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def _images_by_tree(model: PreTrainedModel, batch: ForestBatch) -> Iterator[None]:
-    """Have the backbone encode each distinct image once and hand its features to every tree that shows it."""
-    wanted = [image for images in batch.tree_images for image in images]
-    if wanted == list(range(len(batch.image_tokens))):
-        yield
-        return
-    backbone = model.base_model
-    encode = backbone.get_image_features
-
-    def repeated(features: Any) -> Any:
-        flat = torch.cat([part.flatten(0, -2) for part in features]) if not torch.is_tensor(features) else features
-        parts = flat.flatten(0, -2).split(batch.image_tokens)
-        chosen = [parts[image] for image in wanted]
-        return torch.cat(chosen) if torch.is_tensor(features) else chosen
-
-    def get_image_features(*args: Any, **kwargs: Any) -> Any:
-        outputs = encode(*args, **kwargs)
-        outputs.pooler_output = repeated(outputs.pooler_output)
-        if getattr(outputs, "deepstack_features", None) is not None:
-            outputs.deepstack_features = [repeated(layer) for layer in outputs.deepstack_features]
-        return outputs
-
-    backbone.get_image_features = get_image_features
-    try:
-        yield
-    finally:
-        del backbone.get_image_features

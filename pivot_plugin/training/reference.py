@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import ProcessorMixin
 
 Logps = tuple[float, float]
 _COLUMNS = ("key", "chosen", "rejected")
@@ -24,32 +22,6 @@ _COLUMNS = ("key", "chosen", "rejected")
 def default_folder() -> Path:
     """`$PIVOT_CACHE/reference`, or `~/.cache/pivot_plugin/reference`."""
     return Path(os.environ.get("PIVOT_CACHE", Path.home() / ".cache" / "pivot_plugin")) / "reference"
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of a model's weights, names, types and configuration: any change of a weight changes it."""
-    digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    if config is not None:
-        settings = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        digest.update(str(config.get_text_config()._attn_implementation).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def processor_fingerprint(processor: ProcessorMixin) -> str:
-    """A hash of everything in a processor that changes what the model is given."""
-    parts = [
-        json.dumps(processor.to_dict(), sort_keys=True, default=str),
-        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
-        str(processor.chat_template or processor.tokenizer.chat_template),
-        processor.tokenizer.backend_tokenizer.to_str(),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class ReferenceCache:

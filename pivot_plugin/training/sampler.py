@@ -13,14 +13,14 @@ class ImageGroupSampler(Sampler[int]):
     The order depends on seed and epoch alone, so that a resumed run sees the order of an undisturbed one.
 
     Args:
-        image_keys: for each pair a key that is equal for pairs with equal images, "" for none.
+        image_keys: for each pair a key that is equal for pairs with equal images, empty for none.
         seed: of the shuffle.
     """
 
-    def __init__(self, image_keys: Sequence[str], seed: int) -> None:
-        self._groups: dict[str, list[int]] = defaultdict(list)
+    def __init__(self, image_keys: Sequence[bytes], seed: int) -> None:
+        self._groups: dict[bytes, list[int]] = defaultdict(list)
         for position, key in enumerate(image_keys):
-            self._groups[key or f"text-{position}"].append(position)
+            self._groups[key or f"text-{position}".encode()].append(position)
         self._length = len(image_keys)
         self._seed = seed
         self._epoch = 0

@@ -33,13 +33,14 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
 from pivot_plugin.errors import ModelError, SettingsError, TrainingError
+from pivot_plugin.fingerprints import model_fingerprint, processor_fingerprint
 from pivot_plugin.hooks import ask
-from pivot_plugin.preferences import PairDataset, PairStream, load_pairs
+from pivot_plugin.preferences import PairDataset, PairStream, load
 
 from . import forward
 from .batch import ForestBatch, ForestCollator
 from .parts import TrainingPlan, count_parameters, original_name, plan, unwrapped
-from .reference import ReferenceCache, default_folder, model_fingerprint, processor_fingerprint
+from .reference import ReferenceCache, default_folder
 from .sampler import ImageGroupSampler
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class PivotTrainer(DPOTrainer):
     Args:
         model: the MLLM, loaded; or a peft model around it, whose LoRA is then trained as it is.
         args: settings.
-        train_dataset: pairs in any form `pivot_plugin.preferences.load_pairs` takes.
+        train_dataset: pairs in any form `pivot_plugin.preferences.load` takes.
         eval_dataset: held-out pairs, in the same forms.
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
@@ -113,8 +114,8 @@ class PivotTrainer(DPOTrainer):
             logger.warning(
                 "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, self._no_trees
             )
-        pairs = load_pairs(train_dataset)
-        held_out = None if eval_dataset is None else load_pairs(eval_dataset, "eval_prefs")
+        pairs = load(train_dataset)
+        held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
         self.plan: TrainingPlan | None = None
         if not isinstance(model, PeftModel):
             self.plan = plan(self.adapter, args.train, lora)
@@ -210,7 +211,7 @@ class PivotTrainer(DPOTrainer):
         ours = isinstance(dataset, IterableDataset) or (
             isinstance(dataset, Dataset) and {"source", "position"} <= set(dataset.column_names)
         )
-        return dataset if ours else self._rows(load_pairs(dataset))
+        return dataset if ours else self._rows(load(dataset))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._answer_from_forest()
@@ -260,7 +261,7 @@ class PivotTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.group_by_image and isinstance(rows, Dataset):
-            return ImageGroupSampler(self._pairs_of(rows).image_keys, self.args.data_seed or self.args.seed)
+            return ImageGroupSampler(self._pairs_of(rows).image_keys.tolist(), self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -110,10 +110,84 @@ def test_inspect_of_nothing_is_one_sentence(tmp_path: Path) -> None:
 def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
     names = [info["name"] for info in json.loads(run.stdout)]
-    assert names[-6:] == ["internvl", "qwen-vl", "llava", "generic", "objectives", "published-layouts"]
+    assert names[-7:] == ["internvl", "qwen-vl", "llava", "generic", "rewards", "objectives", "published-layouts"]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:
     import pivot_plugin
 
     assert pivot("--version", folder=tmp_path).stdout.strip() == pivot_plugin.__version__
+
+
+def test_prefs_check_reports_and_fails_on_errors(world: Path, tmp_path: Path) -> None:
+    good = pivot("prefs", "check", world / "pairs", "--processor", world / "model", folder=tmp_path)
+    assert good.returncode == 0, good.stderr
+    assert "pairs.jsonl: 8 pairs, 0 with errors" in good.stdout
+    assert "image tokens per image: 16" in good.stdout
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": "a"}\n{"prompt": "?", "chosen":')
+    bad = pivot("prefs", "check", "bad.jsonl", "--json", folder=tmp_path)
+    assert bad.returncode == 1
+    report = json.loads(bad.stdout)
+    assert {defect["kind"]: defect["rows"] for defect in report["defects"]} == {"equal answers": [0], "not JSON": [1]}
+
+
+def test_prefs_check_takes_columns_by_name(tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"ask": "?", "good": "a", "bad": "b"}\n')
+    unknown = pivot("prefs", "check", "odd.jsonl", folder=tmp_path)
+    assert unknown.returncode == 1
+    assert "columns ask, good, bad, which is no known layout" in unknown.stderr
+    named = ["--column", "prompt=ask", "--column", "chosen=good", "--column", "rejected=bad"]
+    assert pivot("prefs", "check", "odd.jsonl", *named, folder=tmp_path).returncode == 0
+    wrong = pivot("prefs", "check", "odd.jsonl", "--column", "prompt", folder=tmp_path)
+    assert "--column 'prompt' is not ours=theirs" in wrong.stderr
+
+
+def test_prefs_build_makes_pairs_that_optimize_takes(world: Path, tmp_path: Path) -> None:
+    lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "plugin.py").write_text(
+        "from pivot_plugin.hooks import hookimpl\n"
+        "def length(prompts, completions, **columns):\n    return [len(str(c)) for c in completions]\n"
+        "class Plugin:\n    @hookimpl\n    def pivot_rewards(self):\n        return {'length': length}\n"
+        "plugin = Plugin()\n"
+    )
+    (tmp_path / "plugin-1.dist-info").mkdir()
+    (tmp_path / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (tmp_path / "plugin-1.dist-info" / "entry_points.txt").write_text("[pivot_plugin]\nplugin = plugin:plugin\n")
+    arguments = ["prefs", "build", world / "model", "questions.jsonl", "-o", "out", "--reward", "length=2"]
+    options = ["--n", "4", "--max-new-tokens", "4", "--pair-up", "all"]
+    variables = {"PYTHONPATH": str(tmp_path)}
+    first = pivot(*arguments, *options, folder=tmp_path, **variables)
+    assert first.returncode == 0, first.stderr[-2000:]
+    again = pivot(*arguments, *options, "--json", folder=tmp_path, **variables)
+    assert json.loads(again.stdout)["questions"] == 4
+    assert "4 questions are sampled already" in again.stderr
+    assert "Rewards: length (weight 2)" in (tmp_path / "out" / "pairs" / "README.md").read_text()
+    training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4"]
+    trained = pivot("optimize", world / "model", "out/pairs", *training, folder=tmp_path)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+
+
+def test_prefs_build_says_what_is_wrong_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "?", "answer": "1"}\n')
+    typo = pivot("prefs", "build", "no-model", "q.jsonl", "-o", "out", "--reward", "acuracy", folder=tmp_path)
+    assert "Did you mean accuracy" in typo.stderr
+    weight = pivot("prefs", "build", "no-model", "q.jsonl", "-o", "out", "--reward", "format=x", folder=tmp_path)
+    assert "'x' is no number" in weight.stderr
+    missing = pivot("prefs", "build", "no-model", "nothing.jsonl", "-o", "out", folder=tmp_path)
+    assert "'nothing.jsonl' cannot be read" in missing.stderr
+
+
+def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    rows[3]["chosen"] = "no"
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "-o", "run"]
+    refused = pivot("optimize", world / "model", "pairs.jsonl", *options, folder=tmp_path)
+    assert refused.returncode == 1
+    assert "row 3 of pairs.jsonl: chosen and rejected are equal" in refused.stderr
+    assert not (tmp_path / "run" / "encoder").exists()
+    skipped = pivot("optimize", world / "model", "pairs.jsonl", *options, "--on-bad-row", "skip", folder=tmp_path)
+    assert skipped.returncode == 0, skipped.stderr[-2000:]
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == 3

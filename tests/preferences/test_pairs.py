@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pivot_plugin.errors import DataError
-from pivot_plugin.preferences import PairDataset, PairStream, hold_out, load_pairs
+from pivot_plugin.preferences import PairDataset, PairStream, hold_out, load
 
 from ..conftest import picture, row
 
@@ -82,7 +82,7 @@ def test_equal_images_have_equal_keys_whatever_they_come_from(tmp_path: Path) ->
     picture(20, 20, 2).save(tmp_path / "c.png")
     rows = [{**row("?", "a", "b"), "images": [str(tmp_path / name)]} for name in ("a.png", "b.png", "c.png")]
     first, same, other = PairDataset(rows).image_keys
-    assert first == same != other
+    assert first == same != other and len(first) == 32
 
 
 def test_a_folder_gives_what_its_rows_give(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_folder_gives_what_its_rows_give(tmp_path: Path) -> None:
     lines = [{"image": "one.png", "prompt": "what?", "chosen": "a", "rejected": "b", "id": "x"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     for source in (tmp_path, tmp_path / "pairs.jsonl", str(tmp_path)):
-        pairs = load_pairs(source)
+        pairs = load(source)
         assert isinstance(pairs, PairDataset)
         assert pairs[0]["id"] == "x"
         assert pairs[0]["images"][0].size == (20, 20)
@@ -98,8 +98,8 @@ def test_a_folder_gives_what_its_rows_give(tmp_path: Path) -> None:
 
 def refuse(rows: Any, *said: str) -> None:
     with pytest.raises(DataError) as caught:
-        pairs = load_pairs(rows)
-        list(pairs) if isinstance(pairs, PairStream) else None
+        pairs = load(rows)
+        list(pairs) if isinstance(pairs, PairStream) else pairs.verify()
     for text in said:
         assert text in str(caught.value)
     assert caught.value.remedy
@@ -143,9 +143,9 @@ def test_a_truncated_file_is_named_with_its_path(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
-    refuse([], "has no pairs")
+    refuse([], "has no rows")
     refuse(17, "is a int")
-    refuse(tmp_path, "holds 0 .jsonl files")
+    refuse(tmp_path, "does not hold one file with rows; it holds: none")
     refuse(tmp_path / "no.jsonl", "cannot be read")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "?"\n')
     refuse(tmp_path, "Line 1 of bad.jsonl is not JSON")

@@ -1,0 +1,139 @@
+"""Commands about preference data: `pivot prefs check`, `pivot prefs build`, `pivot prefs push`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pivot_plugin.errors import SettingsError
+
+group = typer.Typer(help="Check preference pairs, or make them.", no_args_is_help=True)
+
+
+@group.command("check")
+def check(
+    source: Annotated[str, typer.Argument(help="File, folder, zip or Hub id of pairs.")],
+    processor: Annotated[str | None, typer.Option(help="Model whose processor counts the tokens.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs; repeat it.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images given by address.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, every row number included.")
+    ] = False,
+) -> None:
+    """Look at every pair and report every defect; exit status 1 when there are errors.
+
+    pivot prefs check ./pairs --processor llava-hf/llava-1.5-7b-hf
+    """
+    named = dict(_named(text) for text in columns or [])
+    from pivot_plugin.preferences import check as look
+
+    report = look(source, _processor(processor), split=split, columns=named or None, allow_urls=allow_urls)
+    print(json.dumps(report.as_dict()) if as_json else report)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+@group.command("build")
+def build(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the MLLM to sample from.")],
+    questions: Annotated[str, typer.Argument(help="File, folder or Hub id of questions with answers.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the pairs.")],
+    rewards: Annotated[list[str] | None, typer.Option("--reward", help="Name, or name=weight; repeat it.")] = None,
+    pair_up: Annotated[str, typer.Option(help="best-worst, best-each or all.")] = "best-worst",
+    margin: Annotated[float, typer.Option(help="Leave out pairs not further apart than this.")] = 0.0,
+    n: Annotated[int, typer.Option("--n", help="Completions per question.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    instruction: Annotated[str | None, typer.Option(help="Put behind every question.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Address of a vLLM server.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of the questions.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Turn questions with answers into preference pairs from the model's own completions.
+
+    Finished questions stay on disk; the same command goes on where it stopped.
+
+    pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
+    """
+    weighted = [_weighted(text) for text in rewards or ["accuracy"]]
+    from pivot_plugin._optimize import load_model
+    from pivot_plugin.preferences import load_questions, rank, sample, save
+    from pivot_plugin.rewards import resolve_rewards
+
+    functions = resolve_rewards([name for name, _ in weighted])
+    asked = load_questions(questions, split=split)
+    mllm, processor = load_model(model, None)
+    candidates = sample(
+        mllm,
+        asked,
+        processor=processor,
+        n=n,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        instruction=instruction,
+        engine=engine,
+        seed=seed,
+        output_dir=output_dir / "candidates",
+    )
+    pairs = rank(candidates, functions, [weight for _, weight in weighted], pair_up=pair_up, margin=margin)  # type: ignore[arg-type]
+    said = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
+    built = (
+        f"{n} completions per question were sampled at temperature {temperature:g} and paired by score "
+        f"({pair_up}, margin {margin:g}). Rewards: {said}. {len(asked):,} questions gave {len(pairs):,} pairs."
+    )
+    report = save(pairs, output_dir / "pairs", built)
+    if as_json:
+        print(json.dumps({"questions": len(asked), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
+    else:
+        print(f"{report}\nPairs: {output_dir / 'pairs'}")
+
+
+@group.command("push")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of saved pairs.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
+) -> None:
+    """Put saved pairs on the Hub in one commit, with their data card.
+
+    pivot prefs push out/pairs me/my-pairs
+    """
+    from pivot_plugin.preferences import push as upload
+
+    print(upload(folder, repo_id, private=private or None))
+
+
+def _processor(name: str | None) -> object | None:
+    if name is None:
+        return None
+    from transformers import AutoProcessor
+
+    try:
+        loaded: object = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"No processor could be loaded from {name!r}: {error}", "Give a folder or Hub id."
+        ) from error
+    return loaded
+
+
+def _named(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not equals or not ours or not theirs:
+        raise SettingsError(f"--column {text!r} is not ours=theirs.", "For example: --column prompt=instruction.")
+    return ours, theirs
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    name, equals, weight = text.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError as error:
+        raise SettingsError(
+            f"--reward {text!r}: {weight!r} is no number.", "For example: --reward format=0.5."
+        ) from error

@@ -1,0 +1,33 @@
+"""What a model and a processor are, as hashes: two that give other results have other fingerprints."""
+
+import hashlib
+import json
+
+import torch
+from transformers import ProcessorMixin
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's weights, names, types and configuration: any change of a weight changes it."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        settings = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(str(config.get_text_config()._attn_implementation).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def processor_fingerprint(processor: ProcessorMixin) -> str:
+    """A hash of everything in a processor that changes what the model is given."""
+    parts = [
+        json.dumps(processor.to_dict(), sort_keys=True, default=str),
+        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
+        str(processor.chat_template or processor.tokenizer.chat_template),
+        processor.tokenizer.backend_tokenizer.to_str(),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""JSON-lines files with random access in little memory: one number per row, a row is parsed when it is read.
+
+Rows need not agree in their types, unlike in a table: one may hold text where the next holds messages.
+"""
+
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from pivot_plugin.errors import DataError
+
+IMAGE_COLUMNS = ("image", "images")
+
+
+class JsonLines(Sequence[Mapping[str, Any]]):
+    """The rows of one or more .jsonl files.
+
+    Args:
+        parts: files, each with the folder that its relative image paths start from (None: left as they are).
+
+    Raises:
+        DataError: for a file that cannot be read; for a line that is not a JSON object, when it is read.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path, Path | None]]) -> None:
+        self._parts = list(parts)
+        self._offsets: list[array[int]] = []
+        self._starts: list[int] = []
+        self._open: tuple[int, dict[int, Any]] | None = None
+        count = 0
+        for path, _ in self._parts:
+            self._starts.append(count)
+            self._offsets.append(_line_offsets(path))
+            count += len(self._offsets[-1])
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        number = bisect_right(self._starts, index) - 1
+        path, folder = self._parts[number]
+        offset = self._offsets[number][index - self._starts[number]]
+        file = self._file(number)
+        file.seek(offset)
+        line = file.readline()
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            with path.open("rb") as whole:
+                lineno = whole.read(offset).count(b"\n") + 1
+            detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            cut = "" if line.endswith(b"\n") else "; the file ends there and may have been cut"
+            raise DataError(
+                f"Line {lineno} of {path.name} is not JSON: {detail}{cut}.",
+                "Each line holds one row as a JSON object.",
+                "not JSON",
+            ) from error
+        if isinstance(row, Mapping) and folder is not None:
+            row = {**row, **{name: _below(folder, row[name]) for name in IMAGE_COLUMNS if name in row}}
+        return row  # type: ignore[no-any-return]
+
+    def _file(self, number: int) -> Any:
+        """An open file of this process; worker processes must not share a file's position."""
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), {})
+        files = self._open[1]
+        if number not in files:
+            files[number] = self._parts[number][0].open("rb")
+        return files[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "JsonLines":
+        return self
+
+
+def _line_offsets(path: Path) -> "array[int]":
+    offsets: array[int] = array("q")
+    try:
+        with path.open("rb") as file:
+            position = 0
+            for line in file:
+                if line.strip():
+                    offsets.append(position)
+                position += len(line)
+    except OSError as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.", "Give the path of a file that exists."
+        ) from error
+    return offsets
+
+
+def _below(folder: Path, value: object) -> object:
+    if isinstance(value, str) and "://" not in value:
+        return str(folder / value)
+    return [_below(folder, item) for item in value] if isinstance(value, list) else value

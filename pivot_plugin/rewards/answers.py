@@ -1,0 +1,146 @@
+"""Is the answer right: rules that compare a completion's final answer with the expected one, in column `answer`.
+
+`answer` (or `solution`, TRL's name) holds one text, or a list of texts any of which is right.
+"""
+
+import logging
+import re
+import string
+from collections.abc import Callable, Sequence
+from math import isclose
+
+from pivot_plugin.errors import DataError
+
+from .text import answer_of, completion_text
+
+Compare = Callable[[str, str], float]
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
+FRACTION = re.compile(r"\s*([-+]?\d+)\s*/\s*(\d+)\s*")
+CHOICE = re.compile(r"\(?([A-Za-z])\)?\s*(?:[.:)\]].*)?", re.DOTALL)
+TOLERANCE = 1e-3
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+
+
+def expected(columns: dict[str, object], count: int, reward: str) -> Sequence[object]:
+    """The expected answers, one per completion.
+
+    Raises:
+        DataError: if there are none, naming the reward that needs them and the first row without one.
+    """
+    given = columns.get("answer", columns.get("solution"))
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
+        raise DataError(
+            f"The reward {reward!r} needs an expected answer per question; there is no column 'answer' or 'solution'.",
+            "Add a column 'answer', or use a reward that needs none, such as 'format'.",
+            "no answer",
+        )
+    for index, answer in enumerate(given):
+        if answer is None or answer == []:
+            raise DataError(
+                f"The reward {reward!r} needs an expected answer, and row {index} of its batch has none.",
+                "Give every question an 'answer', or leave the question out.",
+                "no answer",
+            )
+    return given
+
+
+def _judge(name: str, compare: Compare, completions: Sequence[object], columns: dict[str, object]) -> list[float]:
+    scores = []
+    for completion, answer in zip(completions, expected(columns, len(completions), name), strict=True):
+        said = answer_of(completion_text(completion))
+        right = answer if isinstance(answer, list | tuple) else [answer]
+        scores.append(max(compare(said, str(one)) for one in right))
+    return scores
+
+
+def normalised(text: str) -> str:
+    """A text in lower case, without punctuation, articles and superfluous spaces; as VQA's evaluation does."""
+    plain = _ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION))
+    # where nothing but punctuation is said, the punctuation is the answer
+    return " ".join(plain.split()) or text.strip()
+
+
+def as_number(text: str) -> float | None:
+    """The number a text is, a fraction and a percentage included; None if it is none or several."""
+    if fraction := FRACTION.fullmatch(text):
+        return int(fraction[1]) / int(fraction[2]) if int(fraction[2]) else None
+    found = [match[0] for match in NUMBER.finditer(text.strip().strip("$")) if re.search(r"\d", match[0])]
+    if len(found) != 1:
+        return None
+    number = float(found[0].replace(",", "").rstrip("%"))
+    return number / 100 if found[0].endswith("%") else number
+
+
+def choice_of(text: str) -> str | None:
+    """The letter of a choice such as "B", "(b)" or "B. a red cat"; None for anything else."""
+    match = CHOICE.fullmatch(text.strip())
+    return match[1].upper() if match else None
+
+
+def same_text(said: str, right: str) -> float:
+    return float(said.strip() == right.strip())
+
+
+def same_normalised(said: str, right: str) -> float:
+    return float(normalised(said) == normalised(right))
+
+
+def same_choice(said: str, right: str) -> float:
+    wanted = choice_of(right)
+    return float(wanted is not None and choice_of(said) == wanted)
+
+
+def same_number(said: str, right: str) -> float:
+    """Equal within a relative tolerance of 0.1 %; where one is no plain number, equal to math-verify if installed."""
+    first, second = as_number(said), as_number(right)
+    if first is not None and second is not None:
+        return float(isclose(first, second, rel_tol=TOLERANCE, abs_tol=1e-9))
+    return _same_formula(said, right)
+
+
+def _same_formula(said: str, right: str) -> float:
+    try:
+        from math_verify import parse, verify
+    except ModuleNotFoundError:
+        return 0.0
+    for name in ("math_verify.parser", "math_verify.grader"):
+        # which warn at every call that their time limit is off
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # its own time limit works with signals, in the main thread alone; `GuardedReward` has one that works everywhere
+    parsed = [parse(f"${text}$", parsing_timeout=None) for text in (right, said)]
+    return float(verify(*parsed, timeout_seconds=None))
+
+
+def same_answer(said: str, right: str) -> float:
+    """The rule that the expected answer asks for: of a choice, of a number, else of normalised text."""
+    if len(right.strip(" ().")) == 1 and right.strip(" ().").isalpha():
+        return same_choice(said, right)
+    if as_number(right) is not None:
+        return max(same_number(said, right), same_normalised(said, right))
+    return same_normalised(said, right)
+
+
+def accuracy(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
+    """1 where the final answer is right, by the rule its kind asks for: choice, number or normalised text."""
+    return _judge("accuracy", same_answer, completions, columns)
+
+
+def exact_match(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
+    """1 where the final answer is the expected text, letter for letter."""
+    return _judge("exact_match", same_text, completions, columns)
+
+
+def normalised_match(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
+    """1 where the final answer is the expected text but for case, punctuation, articles and spaces."""
+    return _judge("normalised_match", same_normalised, completions, columns)
+
+
+def multiple_choice(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
+    """1 where the final answer names the expected letter."""
+    return _judge("multiple_choice", same_choice, completions, columns)
+
+
+def numeric(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
+    """1 where the final answer is the expected number within 0.1 %, or an equal formula."""
+    return _judge("numeric", same_number, completions, columns)
