@@ -50,8 +50,12 @@ _HOME = {
     "optimize": "_optimize",
 }
 
+_PACKAGES = ("preferences", "probes", "rewards")
+
 
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

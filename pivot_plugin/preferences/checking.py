@@ -165,7 +165,7 @@ class _Found:
     def __init__(self) -> None:
         self._bad: dict[str, tuple[array[int], list[str], str]] = {}
         self._near: array[int] = array("q")
-        self._keys: Counter[bytes] = Counter()
+        self._keys: array[int] = array("Q")
         self._rows: array[int] = array("q")
         self._pairs: array[int] = array("q")
         self._turned: array[int] = array("b")
@@ -187,7 +187,7 @@ class _Found:
         self._turned.append(record.turned)
         self._images[record.images] += 1
         if record.key:
-            self._keys[bytes.fromhex(record.key)] += 1
+            self._keys.append(int(record.key[:16], 16))
         for lengths, length in zip(self._lengths, (record.chosen, record.rejected), strict=True):
             lengths.append(length)
         if record.near:
@@ -254,12 +254,13 @@ class _Found:
 
     def statistics(self) -> dict[str, Any]:
         longer, _ = self._length_bias()
+        _, sharing = np.unique(np.asarray(self._keys), return_counts=True)
         numbers: dict[str, Any] = {
             "usable_pairs": len(self._rows),
             "images_per_pair": {str(count): pairs for count, pairs in sorted(self._images.items())},
-            "distinct_image_sets": len(self._keys),
-            "pairs_that_share_an_image": sum(count for count in self._keys.values() if count > 1),
-            "most_pairs_on_one_image": max(self._keys.values(), default=0),
+            "distinct_image_sets": len(sharing),
+            "pairs_that_share_an_image": int(sharing[sharing > 1].sum()),
+            "most_pairs_on_one_image": int(sharing.max(initial=0)),
             "characters_chosen": _spread(self._lengths[0]),
             "characters_rejected": _spread(self._lengths[1]),
             "chosen_is_longer": round(longer, 4),

@@ -45,7 +45,7 @@ class _RowDataset:
         columns: Mapping[str, str] | None = None,
     ) -> None:
         source = rows if isinstance(rows, Source) else open_source(rows, name)
-        if source.is_stream or not isinstance(source.rows, Sequence | Dataset):
+        if source.is_stream or not isinstance(source.rows, Sequence):
             raise DataError(f"{name} is a stream.", "Give rows with random access: a list or a datasets.Dataset.")
         self.access = source.access if folder is None else ImageAccess(folder)
         self._rows = source.rows

@@ -10,11 +10,11 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, List
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from pivot_plugin.errors import DataError, SettingsError
 
@@ -43,14 +43,14 @@ class Source:
         access: to its images.
     """
 
-    rows: Sequence[Mapping[str, Any]] | Dataset | Iterable[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]] | Iterable[Mapping[str, Any]]
     name: str
     access: ImageAccess
 
     @property
     def is_stream(self) -> bool:
         """Whether rows can only be read in order."""
-        return not isinstance(self.rows, Sequence | Dataset)
+        return not isinstance(self.rows, Sequence)
 
 
 def open_source(
@@ -74,7 +74,7 @@ def open_source(
         DataError: if the source is none of these, cannot be read, or is empty.
     """
     opened = _open(source, name, split, streaming, ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels))
-    if isinstance(opened.rows, Sequence | Dataset) and len(opened.rows) == 0:
+    if isinstance(opened.rows, Sequence) and len(opened.rows) == 0:
         raise DataError(f"{opened.name} has no rows.", "Give at least one pair or question.")
     return opened
 
@@ -86,10 +86,8 @@ def _open(source: object, name: str, split: str | None, streaming: bool, access:
         raise SettingsError(f"split={split!r} is given for a {type(source).__name__}.", "Only Hub ids have splits.")
     if isinstance(source, str | Path):
         return _from_text(source, split, streaming, access)
-    if isinstance(source, IterableDataset):
-        return Source(undecoded(source), name, access)
-    if isinstance(source, Dataset):
-        return Source(undecoded(source), name, access)
+    if isinstance(source, Dataset | IterableDataset):
+        return Source(_rows_of(source), name, access)
     if isinstance(source, list | tuple):
         return Source(source, name, access)
     if isinstance(source, Iterable) and not isinstance(source, Mapping | bytes | bytearray | set | frozenset):
@@ -111,18 +109,35 @@ def _one_split(
     return splits[split]
 
 
-def undecoded(rows: Any) -> Any:
-    """The data set with images as encoded bytes or paths, so that reading a row decodes nothing."""
-    if rows.features is None:
-        return rows
-    features: dict[str, Any] = dict(rows.features)
-    for name, feature in features.items():
-        if isinstance(feature, Image):
-            features[name] = Image(decode=False)
-        elif isinstance(feature, List | datasets.Sequence) and isinstance(feature.feature, Image):
-            features[name] = List(Image(decode=False))
-    plain = rows if isinstance(rows, IterableDataset) else rows.with_format(None)
-    return plain if features == dict(rows.features) else plain.cast(datasets.Features(features))
+class TableRows(Sequence[Mapping[str, Any]]):
+    """The rows of a Dataset with images as they are stored, encoded bytes or paths; neither decoded nor copied.
+
+    Args:
+        table: any Dataset.
+    """
+
+    def __init__(self, table: Dataset) -> None:
+        self._table = table.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        rows: list[Mapping[str, Any]] = self._table[
+            slice(index, index + 1) if isinstance(index, int) else index
+        ].to_pylist()
+        return rows[0] if isinstance(index, int) else rows
+
+
+def _rows_of(table: "Dataset | IterableDataset") -> "TableRows | IterableDataset":
+    if isinstance(table, Dataset):
+        return TableRows(table)
+    # a stream of rows without known features decodes nothing
+    return table if table.features is None else table.decode(False)
 
 
 # Paths and Hub ids
@@ -143,7 +158,7 @@ def _from_text(source: str | Path, split: str | None, streaming: bool, access: I
         ) from error
     if isinstance(loaded, DatasetDict | IterableDatasetDict):
         loaded = _one_split(loaded, None, source)
-    return Source(undecoded(loaded), source, access)
+    return Source(_rows_of(loaded), source, access)
 
 
 def _from_path(path: Path, access: ImageAccess, split: str | None = None) -> Source:
@@ -161,7 +176,7 @@ def _from_folder(path: Path, access: ImageAccess, split: str | None) -> Source:
         except _UNREADABLE as error:
             raise DataError(f"The data set saved in {str(path)!r} cannot be read: {error}", "Save it anew.") from error
         found = _one_split(loaded, split, path.name) if isinstance(loaded, DatasetDict) else loaded
-        return Source(undecoded(found), path.name, access)
+        return Source(_rows_of(found), path.name, access)
     kinds = {
         suffix: [*sorted(path.glob(f"*{suffix}")), *sorted(path.glob(f"data/*{suffix}"))]
         for suffix in (".jsonl", ".json", ".parquet", ".arrow")
@@ -244,7 +259,7 @@ def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:
         raise DataError(
             f"{name} cannot be read as parquet: {error}", "Check that the files are whole and have the same columns."
         ) from error
-    return Source(undecoded(rows), name, _in(access, files[0].parent))
+    return Source(_rows_of(rows), name, _in(access, files[0].parent))
 
 
 def _arrow(path: Path, access: ImageAccess) -> Source:
@@ -252,7 +267,7 @@ def _arrow(path: Path, access: ImageAccess) -> Source:
         rows = Dataset.from_file(str(path))
     except _UNREADABLE as error:
         raise DataError(f"{path.name} cannot be read as arrow: {error}", "Check that the file is whole.") from error
-    return Source(undecoded(rows), path.name, _in(access, path.parent))
+    return Source(_rows_of(rows), path.name, _in(access, path.parent))
 
 
 def _zip(path: Path, access: ImageAccess) -> Source:
