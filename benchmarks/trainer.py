@@ -54,7 +54,7 @@ from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.testing.families import TOKEN, byte_tokenizer, chat_template
 from pivot_plugin.training import forward
 from pivot_plugin.training.parts import plan
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 3

@@ -23,7 +23,8 @@ from pivot_plugin.hooks import notify
 from pivot_plugin.objectives import resolve
 from pivot_plugin.preferences import OnBadRow, PairDataset, PairStream, hold_out, load
 from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
-from pivot_plugin.training.trainer import PivotTrainer, check_processor, find_adapter
+from pivot_plugin.training.tower import check_processor, find_adapter
+from pivot_plugin.training.trainer import PivotTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,18 @@
-"""Settings of a run: TRL's DPOConfig with a few fields of our own and the defaults of this package."""
+"""Settings of a run: TRL's configurations with a few fields of our own and the defaults of this package."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from trl import DPOConfig
+from transformers import TrainingArguments
+from trl import DPOConfig, GRPOConfig, RLOOConfig
 
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.rewards.guard import TIME_LIMIT_S
 
 Train = Literal["encoder", "encoder+projector", "all"]
 TRAIN_CHOICES = ("encoder", "encoder+projector", "all")
+SftAverage = Literal["token", "sequence"]
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -17,28 +20,30 @@ _RENAMED = {
 PARTS = ("encoder", "projector", "language_model")
 
 
-@dataclass
-class PivotConfig(DPOConfig):
-    """TRL's DPOConfig, plus what trains.
+# a dataclass hands on the defaults of its own parents too, and TRL's must win over those of TrainingArguments
+_Settings = TrainingArguments if TYPE_CHECKING else object
 
-    Defaults that differ from DPOConfig's: `max_length=None` (truncation cuts image tokens),
-    `lr_scheduler_type="cosine"` and `warmup_steps=0.03` (arXiv 2510.16333, appendix E.1), `bf16` only where the device
-    has it, `dataloader_pin_memory` only with a GPU, `remove_unused_columns=False`, `report_to="none"`.
+
+@dataclass
+class TowerConfig(_Settings):
+    """What every run of this package is told beside TRL's settings.
+
+    Defaults that differ from TRL's: `lr_scheduler_type="cosine"` and `warmup_steps=0.03` (arXiv 2510.16333, appendix
+    E.1), `bf16` only where the device has it, `dataloader_pin_memory` only with a GPU, `remove_unused_columns=False`,
+    `report_to="none"`.
 
     Args:
         train: which parts train: "encoder" (the vision tower), "encoder+projector", or "all" (the paper's setting).
         learning_rates: rates of single parts ("encoder", "projector", "language_model"); others use `learning_rate`.
-        group_by_image: put pairs that share an image into one batch, so that they share its tokens; the order of
-            images, and of the pairs of an image, is drawn anew each epoch.
-        reference_cache: folder of the reference log-probabilities; default `~/.cache/pivot_plugin/reference`, or
-            `$PIVOT_CACHE/reference`.
+        patience: evaluations in a row without a better one before the run stops early; None never stops early. Counts
+            from the first evaluation, of which there are several only with held-out rows and an `eval_strategy`.
+        min_delta: by how much an evaluation must be better to count.
 
     Raises:
         SettingsError: for a value of these fields that is none of the allowed ones.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the run."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut sequences to this many tokens."})
     lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or their share below 1."})
     bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16; default where the GPU has it."})
@@ -49,14 +54,16 @@ class PivotConfig(DPOConfig):
     report_to: Any = field(default="none", metadata={"help": "Where metrics are sent."})
     train: Train = field(default="encoder", metadata={"help": f"One of {', '.join(TRAIN_CHOICES)}."})
     learning_rates: dict[str, float] | None = field(default=None, metadata={"help": "Learning rate per part."})
-    group_by_image: bool = field(default=True, metadata={"help": "Batch pairs that share an image together."})
-    reference_cache: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
+    patience: int | None = field(default=3, metadata={"help": "Evaluations without a better one before stopping."})
+    min_delta: float = field(default=0.0, metadata={"help": "By how much an evaluation must be better to count."})
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN_CHOICES:
             raise SettingsError(f"train is {self.train!r}.", f"Choose one of {', '.join(map(repr, TRAIN_CHOICES))}.")
         if unknown := sorted(set(self.learning_rates or {}) - set(PARTS)):
             raise SettingsError(f"learning_rates names {unknown}.", f"Its keys are {', '.join(map(repr, PARTS))}.")
+        if self.patience is not None and self.patience < 1:
+            raise SettingsError(f"patience is {self.patience}.", "Give 1 or more evaluations, or None.")
         # transformers renames these; TRL still sets the old names, which warns
         for old, new in _RENAMED.items():
             if hasattr(self, new) and getattr(self, new) is None:
@@ -64,3 +71,55 @@ class PivotConfig(DPOConfig):
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+
+
+@dataclass
+class PivotConfig(TowerConfig, DPOConfig):
+    """Preference optimisation: TRL's DPOConfig and `TowerConfig`. `max_length` is None: truncation cuts image tokens.
+
+    Args:
+        group_by_image: put pairs that share an image into one batch, so that they share its tokens; the order of
+            images, and of the pairs of an image, is drawn anew each epoch.
+        reference_cache: folder of the reference log-probabilities; default `~/.cache/pivot_plugin/reference`, or
+            `$PIVOT_CACHE/reference`.
+        sft_average: what the "sft" loss averages: "token", TRL's mean over all chosen tokens of the batch, in which
+            long answers weigh more, or "sequence", the mean over answers of the mean over their tokens.
+
+    Raises:
+        SettingsError: as `TowerConfig`.
+    """
+
+    max_length: int | None = field(default=None, metadata={"help": "Cut sequences to this many tokens."})
+    group_by_image: bool = field(default=True, metadata={"help": "Batch pairs that share an image together."})
+    reference_cache: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
+    sft_average: SftAverage = field(default="token", metadata={"help": "Mean over tokens, or over sequences."})
+
+    def __post_init__(self) -> None:
+        if self.sft_average not in ("token", "sequence"):
+            raise SettingsError(f"sft_average is {self.sft_average!r}.", "Choose 'token' or 'sequence'.")
+        super().__post_init__()
+
+
+@dataclass
+class RolloutConfig(TowerConfig):
+    """What training on a model's own roll-outs is told beside TRL's settings.
+
+    Args:
+        group_rollouts: keep the roll-outs of a prompt in one batch, so that they share its tokens; which batch they
+            come in is drawn as TRL draws it.
+        reward_time_limit: seconds that one call of a reward function may take.
+    """
+
+    group_rollouts: bool = field(default=True, metadata={"help": "Batch the roll-outs of a prompt together."})
+    reward_time_limit: float = field(default=TIME_LIMIT_S, metadata={"help": "Seconds for one call of a reward."})
+    num_generations_eval: int | None = field(default=1, metadata={"help": "Roll-outs of a held-out question."})
+
+
+@dataclass
+class PivotGRPOConfig(RolloutConfig, GRPOConfig):
+    """Group-relative policy optimisation: TRL's GRPOConfig, `RolloutConfig` and `TowerConfig`."""
+
+
+@dataclass
+class PivotRLOOConfig(RolloutConfig, RLOOConfig):
+    """REINFORCE leave-one-out: TRL's RLOOConfig, `RolloutConfig` and `TowerConfig`."""

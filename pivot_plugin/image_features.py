@@ -1,5 +1,6 @@
 """Each image goes through the tower once, however many sequences show it."""
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def repeated_features(
         chosen = [parts[image] for image in wanted]
         return torch.cat(chosen) if torch.is_tensor(features) else chosen
 
+    # `generate` reads the signature to know what to hand on
+    @functools.wraps(encode)
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
         # by name: transformers' decorators of the method add names of their own
         called = dict(zip(names, args, strict=False)) | kwargs

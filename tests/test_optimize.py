@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingError
 from pivot_plugin.training.parts import is_checkpointing
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 from .conftest import picture, row
 

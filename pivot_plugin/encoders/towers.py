@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 
 def extract_encoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from typing import Any, overload
 import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from pivot_plugin.errors import DataError, SettingsError
 
@@ -29,6 +30,8 @@ FORMS = (
     ".jsonl, .json, .parquet, .arrow or .zip file or of a folder with such files"
 )
 ARCHIVE_MEMBERS = 5_000_000
+# by default the reader keeps whole files in memory while they are converted
+_ONE_GROUP_AT_A_TIME = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
 # what the readers of tables raise for a file that is not one
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError)
 
@@ -254,7 +257,7 @@ def _resolve(folder: Path, name: str) -> Path | None:
 
 def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:
     try:
-        rows = Dataset.from_parquet([str(file) for file in files])
+        rows = Dataset.from_parquet([str(file) for file in files], fragment_scan_options=_ONE_GROUP_AT_A_TIME)
     except _UNREADABLE as error:
         raise DataError(
             f"{name} cannot be read as parquet: {error}", "Check that the files are whole and have the same columns."

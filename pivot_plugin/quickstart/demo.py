@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import pivot_plugin as pivot
 from pivot_plugin.probes.patches import PatchProbe, patch_matrix, probe_patches
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 from . import scenes, world
 

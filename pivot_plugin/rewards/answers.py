@@ -14,6 +14,7 @@ from pivot_plugin.errors import DataError
 from .text import answer_of, completion_text
 
 Compare = Callable[[str, str], float]
+ANSWER_COLUMNS = ("answer", "solution")
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
 FRACTION = re.compile(r"\s*([-+]?\d+)\s*/\s*(\d+)\s*")
 CHOICE = re.compile(r"\(?([A-Za-z])\)?\s*(?:[.:)\]].*)?", re.DOTALL)

@@ -91,7 +91,7 @@ class ForestCollator:
             ModelError: if the processor cannot be used this way.
         """
         image_sets = {row["image_key"]: row["images"] for row in rows if row["images"]}
-        image_inputs, expansions = self._process_images(list(image_sets.values()))
+        image_inputs, expansions = self.process_images(list(image_sets.values()))
         expansion_of = dict(zip(image_sets, expansions, strict=True))
         first_image = {}
         image_tokens: list[int] = []
@@ -116,7 +116,8 @@ class ForestCollator:
 
         groups: dict[object, list[int]] = {}
         for index, (sequence, row) in enumerate(zip(sequences, [*rows, *rows], strict=True)):
-            groups.setdefault(self._group(index, sequence, row), []).append(index)
+            group = self.group(index, sequence, row["image_key"] if row["images"] else None)
+            groups.setdefault(group, []).append(index)
         forest = build_forest(list(groups.values()), sequences, starts)
         tree_images = []
         for group in groups.values():
@@ -139,16 +140,21 @@ class ForestCollator:
                 batch[name] = torch.tensor([row[name] for row in rows])
         return batch
 
-    def _group(self, index: int, sequence: list[int], row: Mapping[str, Any]) -> object:
-        """Which tree a sequence belongs to.
+    def group(self, index: int, sequence: list[int], images: object) -> object:
+        """Which tree a sequence belongs to, as a key.
 
         Image tokens are filled with image features in order, so that sequences may share a tree only if they agree up
         to and including their last image token.
+
+        Args:
+            index: of the sequence.
+            sequence: its tokens.
+            images: tells its image set from others, None where it has none.
         """
         if not self.tree:
             return index
         last = max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
-        return row["image_key"] if row["images"] else None, tuple(sequence[: last + 1])
+        return images, tuple(sequence[: last + 1])
 
     def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The row in the words of the chat template, by TRL's own functions."""
@@ -162,8 +168,11 @@ class ForestCollator:
     def _tokens(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _process_images(self, image_sets: list[list[Any]]) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
+    def process_images(self, image_sets: list[list[Any]]) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
         """Run the processor once over all distinct images.
+
+        Args:
+            image_sets: for each set its images (PIL).
 
         Returns:
             its outputs about images, and for each set and image the tokens that its marker expands to.

@@ -5,6 +5,7 @@ call is answered from the forest: the backbone runs over the trees, the hidden s
 picked out, and TRL's own fused head scores exactly those.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -41,7 +42,7 @@ def takes_trees(model: PreTrainedModel) -> str | None:
 
 
 def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
-    """Let a model that has TRL's fused head answer calls with `forest=`.
+    """Let a model that has TRL's fused head answer calls with `forest=`; what else is asked for is handed on.
 
     Args:
         model: after `trl.trainer.utils.add_fused_lm_head`; its `forward` is replaced on the instance.
@@ -49,20 +50,22 @@ def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
     """
     fused_forward = model.forward
 
+    # `generate` reads the signature to know what the model takes
+    @functools.wraps(fused_forward)
     def forward(*args: Any, forest: ForestBatch | None = None, **kwargs: Any) -> Any:
         if forest is None:
             return fused_forward(*args, **kwargs)
-        return _forest_forward(model, adapter, fused_forward, forest.to(model.device))
+        return _forest_forward(model, adapter, fused_forward, forest.to(model.device), kwargs)
 
     model.forward = forward
 
 
 def _forest_forward(
-    model: PreTrainedModel, adapter: VisionAdapter, fused_forward: Any, batch: ForestBatch
+    model: PreTrainedModel, adapter: VisionAdapter, fused_forward: Any, batch: ForestBatch, asked: dict[str, Any]
 ) -> FusedCausalLMOutput:
     """The fields TRL's losses read, (S, C) each, zero for padding."""
     forest = batch.forest
-    inputs = {name: _as_model_takes(value, model) for name, value in batch.image_inputs.items()}
+    inputs = {name: as_model_takes(value, model) for name, value in batch.image_inputs.items()}
     wanted = [image for images in batch.tree_images for image in images]
     with repeated_features(model, batch.image_tokens, wanted), _scored_states_only(model, forest):
         scored = fused_forward(
@@ -72,6 +75,7 @@ def _forest_forward(
             shift_labels=forest.edge_token[None],
             fused_lm_head=True,
             **inputs,
+            **asked,
         )
     per_token = {}
     for field in fields(scored):
@@ -81,7 +85,8 @@ def _forest_forward(
     return FusedCausalLMOutput(loss=scored.loss, aux_loss=scored.aux_loss, **per_token)
 
 
-def _as_model_takes(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+def as_model_takes(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """A processor's output in the precision of the model."""
     return value.to(model.dtype) if value.is_floating_point() else value
 
 

@@ -13,7 +13,7 @@ from pivot_plugin.preferences.layout import normalise
 
 from .batch import ForestCollator
 from .forward import takes_trees
-from .trainer import find_adapter
+from .tower import find_adapter
 
 
 def inspect_model(name: str) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Overrides, and why each is needed:
     _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
     _get_train_sampler        pairs that share an image come together
-    create_optimizer          learning rates per part
-    compute_loss              a non-finite loss names its pairs; a batch without images still has a gradient
+    compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
+
+What it shares with the trainers on roll-outs stands in tower.py.
 
 Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 """
@@ -16,6 +17,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,21 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
-from pivot_plugin.errors import ModelError, SettingsError, TrainingError
+from pivot_plugin.errors import ModelError, SettingsError
 from pivot_plugin.fingerprints import model_fingerprint, processor_fingerprint
-from pivot_plugin.hooks import ask
 from pivot_plugin.preferences import PairDataset, PairStream, load
 
-from . import forward
 from .batch import ForestBatch, ForestCollator
-from .parts import TrainingPlan, count_parameters, original_name, plan, unwrapped
+from .parts import unwrapped
 from .reference import ReferenceCache, default_folder
 from .sampler import ImageGroupSampler
+from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class PairScores:
         }
 
 
-class PivotTrainer(DPOTrainer):
+class PivotTrainer(TowerTraining, DPOTrainer):
     """Preference optimisation of an MLLM's vision tower.
 
     Args:
@@ -89,8 +89,6 @@ class PivotTrainer(DPOTrainer):
         SettingsError: for settings that exclude each other.
     """
 
-    optimizer: torch.optim.Optimizer | None
-
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -102,26 +100,10 @@ class PivotTrainer(DPOTrainer):
         adapter: VisionAdapter | None = None,
         **kwargs: Any,
     ) -> None:
-        if processing_class is None:
-            raise SettingsError(
-                "PivotTrainer got no processor.", "Pass processing_class=AutoProcessor.from_pretrained(...)."
-            )
-        base = unwrapped(model)
-        self.adapter = adapter or find_adapter(base)
-        check_processor(base, processing_class, self.adapter)
-        self._no_trees = forward.takes_trees(base)
-        if self._no_trees:
-            logger.warning(
-                "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, self._no_trees
-            )
+        peft_config = self._prepare_model(model, args.train, processing_class, lora, adapter)
+        assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
-        self.plan: TrainingPlan | None = None
-        if not isinstance(model, PeftModel):
-            self.plan = plan(self.adapter, args.train, lora)
-            trained = set(self.plan.parameters)
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(name in trained)
         # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
         args.precompute_ref_log_probs = isinstance(pairs, PairDataset) and not isinstance(model, PeftModel)
         if isinstance(pairs, PairStream) and self.plan and self.plan.lora is None and kwargs.get("ref_model") is None:
@@ -131,11 +113,11 @@ class PivotTrainer(DPOTrainer):
             )
         self._reference = (
             {
-                "model": model_fingerprint(kwargs.get("ref_model") or base),
+                "model": model_fingerprint(kwargs.get("ref_model") or unwrapped(model)),
                 "processor": processor_fingerprint(processing_class),
                 "max_length": args.max_length,
                 "ld_alpha": args.ld_alpha,
-                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(base.dtype),
+                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(unwrapped(model).dtype),
             }
             if args.precompute_ref_log_probs
             else {}
@@ -143,8 +125,6 @@ class PivotTrainer(DPOTrainer):
         self._collator = _PairCollator(
             ForestCollator(processing_class, self.adapter.image_token_id, not self._no_trees, args.max_length), []
         )
-        self._answers_from_forest = False
-        self.saw_images = False
         super().__init__(
             model=model,
             args=args,
@@ -152,21 +132,16 @@ class PivotTrainer(DPOTrainer):
             eval_dataset=None if held_out is None else self._rows(held_out),
             processing_class=processing_class,
             data_collator=self._collator,
-            peft_config=self.plan.lora if self.plan else None,
+            peft_config=peft_config,
             **kwargs,
         )
         self._answer_from_forest()
-        self.add_callback(_GradientCheck(self))
+        self._watch_training()
 
     def _answer_from_forest(self) -> None:
-        """Let policy and reference answer forest calls; TRL has given both their fused head by now."""
         if self._answers_from_forest:
             return
-        self._answers_from_forest = True
-        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter)
-        if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            forward.install(reference, find_adapter(reference))
+        super()._answer_from_forest()
         if self._collator.sources:
             self._check_forest(self._collator.sources[0][0])
 
@@ -264,42 +239,33 @@ class PivotTrainer(DPOTrainer):
             return ImageGroupSampler(self._pairs_of(rows).image_keys.tolist(), self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As the parent's, with one group per learning rate where parts have their own."""
-        if self.args.learning_rates and self.optimizer is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    part = self.adapter.part_of(original_name(name))
-                    rate = self.args.learning_rates.get(part, self.args.learning_rate)
-                    decay = self.args.weight_decay if name in decayed else 0.0
-                    groups.setdefault((rate, decay), []).append(parameter)
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(
-                [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **settings
-            )
-        return super().create_optimizer()
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._policy_outputs(model) as outputs:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
+        if self.args.sft_average == "sequence" and "sft" in self.loss_types:
+            loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
         batch: ForestBatch = inputs["forest"]
-        self.saw_images = self.saw_images or bool(batch.image_tokens)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"The loss became {loss.item()} at step {self.state.global_step} on pairs {', '.join(batch.pair_ids)}.",
-                f"Look at these pairs, lower the learning rate, or train in another precision. Checkpoints are in "
-                f"{self.args.output_dir}.",
-            )
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            # no image in the batch, so nothing that trains was used: a zero gradient instead of an error
-            loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
-            result = (loss, result[1]) if return_outputs else loss
-        return result
+        loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
+        return (loss, result[1]) if return_outputs else loss
+
+    @contextmanager
+    def _policy_outputs(self, model: Any) -> Iterator[list[Any]]:
+        """What the policy answers meanwhile; TRL keeps it to itself."""
+        seen: list[Any] = []
+        hook = self.accelerator.unwrap_model(model).register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        )
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    def _sft_weight(self) -> float:
+        weights = self.loss_weights or [1.0] * len(self.loss_types)
+        return float(sum(weight for kind, weight in zip(self.loss_types, weights, strict=True) if kind == "sft"))
 
     # What is measured beside the loss
 
@@ -335,70 +301,6 @@ class PivotTrainer(DPOTrainer):
             return self.score(self._pairs_of(rows))
         return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
 
-    def trained_parameters(self) -> dict[str, tuple[int, int]]:
-        """Per part, how many parameters train and how many there are."""
-        return count_parameters(self.adapter, self.accelerator.unwrap_model(self.model))
-
-    def parameter_table(self) -> str:
-        """What trains, a line per part: parameters that train, of how many."""
-        model = type(unwrapped(self.accelerator.unwrap_model(self.model))).__name__
-        lines = [
-            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train"
-            for part, (trained, total) in self.trained_parameters().items()
-        ]
-        return "\n".join([f"{model}, family {self.adapter.family}:", *lines])
-
-
-def find_adapter(model: PreTrainedModel) -> VisionAdapter:
-    """The adapter of a model's family, from the newest plugin that knows it.
-
-    Raises:
-        ModelError: if no plugin knows the model.
-        PluginError: if a plugin raises.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"The model is a {type(model).__name__}, not a transformers PreTrainedModel.",
-            "Load it with a transformers class such as LlavaForConditionalGeneration.",
-        )
-    adapter = ask("pivot_adapter", model=model)
-    if adapter is None:
-        raise ModelError(
-            f"No adapter knows {type(model).__name__}.", "Install a plugin for its family; `pivot adapters` lists them."
-        )
-    if not isinstance(adapter, VisionAdapter):
-        raise ModelError(
-            f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
-            "It should return a VisionAdapter or None.",
-        )
-    return adapter
-
-
-def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAdapter) -> None:
-    """Refuse a processor that does not belong to a model.
-
-    Raises:
-        ModelError: naming what does not fit.
-    """
-    remedy = "Pass the processor the model was published with: AutoProcessor.from_pretrained(<same id>)."
-    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
-        raise ModelError(f"The processor is a {type(processor).__name__}, without an image processor.", remedy)
-    marker = getattr(processor, "image_token", None)
-    token = processor.tokenizer.convert_tokens_to_ids(marker) if marker else None
-    if token != adapter.image_token_id:
-        raise ModelError(
-            f"{type(processor).__name__} does not belong to {type(model).__name__}: its image token {marker!r} is "
-            f"{token}, the model's is {adapter.image_token_id}.",
-            remedy,
-        )
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(processor.tokenizer) > embeddings:
-        raise ModelError(
-            f"The tokenizer of {type(processor).__name__} has {len(processor.tokenizer)} tokens, "
-            f"{type(model).__name__} embeds only {embeddings}.",
-            remedy,
-        )
-
 
 @dataclass
 class _PairCollator:
@@ -418,6 +320,19 @@ class _PairCollator:
         return {**pair, **{name: value for name, value in item.items() if name not in where}}
 
 
+def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """What to add to TRL's mean over all chosen tokens to get the mean over chosen answers of their means.
+
+    Args:
+        logps: (S, C) of all completions, chosen ones first, zero for padding.
+        completion_mask: (S, 1 + C).
+    """
+    chosen, mask = logps.chunk(2)[0], completion_mask[:, 1:].chunk(2)[0]
+    tokens = mask.sum(dim=1)
+    of_sequence = chosen.sum(dim=1) / tokens.clamp(min=1)
+    return chosen.sum() / tokens.sum().clamp(min=1) - of_sequence.mean()
+
+
 def _as_trl(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair with the columns TRL's own collator knows; it changes what it is given."""
     return {name: copy.copy(pair[name]) for name in ("images", "prompt", "chosen", "rejected")}
@@ -426,38 +341,3 @@ def _as_trl(pair: dict[str, Any]) -> dict[str, Any]:
 def _items_of(stream: PairStream) -> Iterator[dict[str, Any]]:
     for pair in stream:
         yield {"pair": pair}
-
-
-class _GradientCheck(TrainerCallback):
-    """After the first backward pass that saw an image: every part that should train has a gradient."""
-
-    def __init__(self, trainer: PivotTrainer) -> None:
-        self._trainer = trainer
-        self._done = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            print(self._trainer.parameter_table())
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self._trainer
-        if self._done or not trainer.saw_images:
-            return
-        self._done = True
-        reached: dict[str, bool] = {}
-        for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-            if parameter.requires_grad:
-                part = trainer.adapter.part_of(original_name(name))
-                reached[part] = reached.get(part, False) or bool(
-                    parameter.grad is not None and parameter.grad.abs().max() > 0
-                )
-        if deaf := [part for part, found in reached.items() if not found]:
-            raise TrainingError(
-                f"After the first step the {' and the '.join(deaf)} got no gradient at all, although it should train.",
-                "The loss does not reach it: check that the model uses its images, that gradient checkpointing keeps "
-                "gradients, and that the adapter names the right modules (`pivot inspect`).",
-            )

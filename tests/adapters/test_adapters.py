@@ -9,7 +9,7 @@ import torch
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.preferences.layout import normalise
 from pivot_plugin.training.batch import ForestCollator
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 from ..conftest import picture
 

@@ -14,7 +14,7 @@ from pivot_plugin.adapters import VisionAdapter
 import pivot_plugin as pivot
 from pivot_plugin import hooks
 from pivot_plugin.errors import ModelError, PluginError
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from pivot_plugin.preferences import PairDataset
 from pivot_plugin.training import forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.parts import plan
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 
 def normal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.training import forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import attention_mask, block_mask, build_forest
-from pivot_plugin.training.trainer import find_adapter
+from pivot_plugin.training.tower import find_adapter
 
 from .test_exactness import normal, settings
 

@@ -1,0 +1,238 @@
+"""What every trainer of this package has in common: what trains, at which rate, and an eye on it while it does.
+
+`TowerTraining` stands in front of one of TRL's trainers:
+
+    class PivotTrainer(TowerTraining, DPOTrainer)
+    class PivotGRPOTrainer(Rollouts, TowerTraining, GRPOTrainer)
+"""
+
+import logging
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.config import Train
+from pivot_plugin.errors import ModelError, SettingsError, TrainingError
+from pivot_plugin.hooks import ask
+
+from . import forward
+from .parts import TrainingPlan, count_parameters, original_name, plan, unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+class TowerTraining(Trainer):
+    """The part of a trainer that knows what trains.
+
+    A subclass calls `_prepare_model` before its parent's constructor and `_watch_training` after it, and hands every
+    loss it computes to `_checked`.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def _prepare_model(
+        self,
+        model: PreTrainedModel | PeftModel,
+        train: Train,
+        processor: ProcessorMixin | None,
+        lora: int | LoraConfig | None,
+        adapter: VisionAdapter | None,
+    ) -> LoraConfig | None:
+        """Find the adapter, make sure that model and processor fit, and switch gradients on where they belong.
+
+        Returns:
+            the peft config for TRL.
+        """
+        if processor is None:
+            raise SettingsError(
+                f"{type(self).__name__} got no processor.", "Pass processing_class=AutoProcessor.from_pretrained(...)."
+            )
+        base = unwrapped(model)
+        self.adapter = adapter or find_adapter(base)
+        check_processor(base, processor, self.adapter)
+        self._no_trees = forward.takes_trees(base)
+        if self._no_trees:
+            logger.warning(
+                "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, self._no_trees
+            )
+        self._answers_from_forest = False
+        self.saw_images = False
+        self._rows_of_step: list[str] = []
+        self.plan: TrainingPlan | None = None
+        if isinstance(model, PeftModel):
+            return None
+        self.plan = plan(self.adapter, train, lora)
+        trained = set(self.plan.parameters)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return self.plan.lora
+
+    def _watch_training(self) -> None:
+        self.add_callback(_GradientCheck(self))
+
+    def _answer_from_forest(self) -> None:
+        """Let policy and reference answer forest calls; TRL has given both their fused head by now."""
+        if self._answers_from_forest:
+            return
+        self._answers_from_forest = True
+        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            forward.install(reference, find_adapter(reference))
+
+    def _checked(self, loss: torch.Tensor, model: torch.nn.Module, rows: list[str], images: bool) -> torch.Tensor:
+        """The loss, with a gradient even where no image was in the batch.
+
+        Args:
+            loss: of a batch.
+            model: that computed it.
+            rows: names of the batch's rows.
+            images: whether it shows any.
+
+        Raises:
+            TrainingError: if it is not finite, naming the rows.
+        """
+        self.saw_images = self.saw_images or images
+        if not torch.isfinite(loss):
+            raise self._not_finite(f"The loss became {loss.item()}", rows)
+        if model.training:
+            self._rows_of_step += rows
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            # no image in the batch, so nothing that trains was used: a zero gradient instead of an error
+            loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+        return loss
+
+    def _not_finite(self, what: str, rows: list[str]) -> TrainingError:
+        named = list(dict.fromkeys(rows))
+        return TrainingError(
+            f"{what} at step {self.state.global_step} on {', '.join(named)}.",
+            f"Look at these rows, lower the learning rate, or train in another precision. Checkpoints are in "
+            f"{self.args.output_dir}.",
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the parent's, with one group per learning rate where parts have their own."""
+        if self.args.learning_rates and self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    part = self.adapter.part_of(original_name(name))
+                    rate = self.args.learning_rates.get(part, self.args.learning_rate)
+                    decay = self.args.weight_decay if name in decayed else 0.0
+                    groups.setdefault((rate, decay), []).append(parameter)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(
+                [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **settings
+            )
+        return super().create_optimizer()
+
+    def trained_parameters(self) -> dict[str, tuple[int, int]]:
+        """Per part, how many parameters train and how many there are."""
+        return count_parameters(self.adapter, self.accelerator.unwrap_model(self.model))
+
+    def parameter_table(self) -> str:
+        """What trains, a line per part: parameters that train, of how many."""
+        model = type(unwrapped(self.accelerator.unwrap_model(self.model))).__name__
+        lines = [
+            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train"
+            for part, (trained, total) in self.trained_parameters().items()
+        ]
+        return "\n".join([f"{model}, family {self.adapter.family}:", *lines])
+
+
+def find_adapter(model: PreTrainedModel) -> VisionAdapter:
+    """The adapter of a model's family, from the newest plugin that knows it.
+
+    Raises:
+        ModelError: if no plugin knows the model.
+        PluginError: if a plugin raises.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"The model is a {type(model).__name__}, not a transformers PreTrainedModel.",
+            "Load it with a transformers class such as LlavaForConditionalGeneration.",
+        )
+    adapter = ask("pivot_adapter", model=model)
+    if adapter is None:
+        raise ModelError(
+            f"No adapter knows {type(model).__name__}.", "Install a plugin for its family; `pivot adapters` lists them."
+        )
+    if not isinstance(adapter, VisionAdapter):
+        raise ModelError(
+            f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
+            "It should return a VisionAdapter or None.",
+        )
+    return adapter
+
+
+def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAdapter) -> None:
+    """Refuse a processor that does not belong to a model.
+
+    Raises:
+        ModelError: naming what does not fit.
+    """
+    remedy = "Pass the processor the model was published with: AutoProcessor.from_pretrained(<same id>)."
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise ModelError(f"The processor is a {type(processor).__name__}, without an image processor.", remedy)
+    marker = getattr(processor, "image_token", None)
+    token = processor.tokenizer.convert_tokens_to_ids(marker) if marker else None
+    if token != adapter.image_token_id:
+        raise ModelError(
+            f"{type(processor).__name__} does not belong to {type(model).__name__}: its image token {marker!r} is "
+            f"{token}, the model's is {adapter.image_token_id}.",
+            remedy,
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(processor.tokenizer) > embeddings:
+        raise ModelError(
+            f"The tokenizer of {type(processor).__name__} has {len(processor.tokenizer)} tokens, "
+            f"{type(model).__name__} embeds only {embeddings}.",
+            remedy,
+        )
+
+
+class _GradientCheck(TrainerCallback):
+    """Gradients are finite at every step, and after the first that saw an image every part that trains has one."""
+
+    def __init__(self, trainer: TowerTraining) -> None:
+        self._trainer = trainer
+        self._done = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            print(self._trainer.parameter_table())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self._trainer
+        rows, trainer._rows_of_step = trainer._rows_of_step, []
+        # with fp16 the gradient scaler meets infinite gradients and lowers its scale
+        if not args.fp16:
+            gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            if gradients and not torch.isfinite(norm := torch.nn.utils.get_total_norm(gradients)):
+                raise trainer._not_finite(f"The gradient became {norm.item()}", rows)
+        if self._done or not trainer.saw_images:
+            return
+        self._done = True
+        reached: dict[str, bool] = {}
+        for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+            if parameter.requires_grad:
+                part = trainer.adapter.part_of(original_name(name))
+                reached[part] = reached.get(part, False) or bool(
+                    parameter.grad is not None and parameter.grad.abs().max() > 0
+                )
+        if deaf := [part for part, found in reached.items() if not found]:
+            raise TrainingError(
+                f"After the first step the {' and the '.join(deaf)} got no gradient at all, although it should train.",
+                "The loss does not reach it: check that the model uses its images, that gradient checkpointing keeps "
+                "gradients, and that the adapter names the right modules (`pivot inspect`).",
+            )
