@@ -22,17 +22,25 @@ if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / 
     __path__.append(str(_source_tree))
 
 if TYPE_CHECKING:
+    from pivot_plugin._arms import ArmsComparison, compare_arms
     from pivot_plugin._optimize import PivotResult, optimize
-    from pivot_plugin.config import PivotConfig
+    from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
     from pivot_plugin.encoders import extract_encoder, graft, load_encoder
     from pivot_plugin.errors import PivotError
+    from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer
     from pivot_plugin.training.trainer import PivotTrainer
 
 __all__ = [
+    "ArmsComparison",
     "PivotConfig",
     "PivotError",
+    "PivotGRPOConfig",
+    "PivotGRPOTrainer",
+    "PivotRLOOConfig",
+    "PivotRLOOTrainer",
     "PivotResult",
     "PivotTrainer",
+    "compare_arms",
     "extract_encoder",
     "graft",
     "load_encoder",
@@ -40,6 +48,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "ArmsComparison": "_arms",
+    "PivotGRPOConfig": "config",
+    "PivotGRPOTrainer": "training.rollouts",
+    "PivotRLOOConfig": "config",
+    "PivotRLOOTrainer": "training.rollouts",
+    "compare_arms": "_arms",
     "PivotConfig": "config",
     "PivotError": "errors",
     "PivotResult": "_optimize",

@@ -1,39 +1,43 @@
 """The one verb: a model and preference pairs in, the model with a better vision encoder out."""
 
-import difflib
-import json
 import logging
 import random
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
+from pivot_plugin._folders import claim, last_checkpoint, write_record
+from pivot_plugin._models import load_model
+from pivot_plugin._settings import configuration, unwatched
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.config import PivotConfig, Train
+from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.encoders import save_encoder
-from pivot_plugin.errors import DataError, ModelError, PivotError, SettingsError, TrainingError
+from pivot_plugin.errors import DataError, PivotError, SettingsError, TrainingError
 from pivot_plugin.hooks import notify
-from pivot_plugin.objectives import resolve
-from pivot_plugin.preferences import OnBadRow, PairDataset, PairStream, hold_out, load
+from pivot_plugin.preferences import (
+    OnBadRow,
+    PairDataset,
+    PairStream,
+    QuestionDataset,
+    hold_out,
+    load,
+    load_questions,
+)
+from pivot_plugin.rewards import needs_answer, resolve_rewards
+from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
+from pivot_plugin.training.generalization import GeneralizationRecorder
 from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
+from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 from pivot_plugin.training.tower import check_processor, find_adapter
 from pivot_plugin.training.trainer import PivotTrainer
 
 logger = logging.getLogger(__name__)
-
-# for LoRA: cautious beside the 1e-3 that serves the embedded world of the demonstration best
-LORA_LEARNING_RATE = 2e-4
-# for the weights themselves: arXiv 2510.16333, appendix E.1, stage 2
-LEARNING_RATE = 1e-6
-SFT_LEARNING_RATE = 5e-6
-RUN_FILE = "run.json"
 
 
 @dataclass
@@ -44,9 +48,9 @@ class PivotResult:
         model: the MLLM with the trained tower, LoRA merged.
         processor: the one it was trained with.
         output_dir: the run's folder.
-        metrics: "before" and "after", each with preference_accuracy, margin, logps_chosen, logps_rejected on the
-            held-out pairs; empty where none were held out.
-        history: the trainer's log, a dict per entry.
+        metrics: "before" and "after", on the held-out rows: preference_accuracy, margin, logps_chosen, logps_rejected
+            of pairs, reward and each reward alone of questions; empty where none were held out.
+        history: the trainer's log, a dict per entry; the watch's findings under names that begin with "watch/".
         weight_change: relative change of the tower's weights, per block.
         trained: per part, parameters that trained and parameters there are.
         settings: what the run was given.
@@ -109,83 +113,93 @@ def optimize(
     train: Train = "encoder",
     lora: int | LoraConfig | None = 16,
     eval_fraction: float = 0.02,
+    rewards: Rewards | None = None,
+    ood_prefs: object | None = None,
     on_bad_row: OnBadRow = "raise",
     resume: bool = False,
     **settings: Any,
 ) -> PivotResult:
-    """Make the vision encoder of an MLLM better by preference optimisation.
+    """Make the vision encoder of an MLLM better by preference optimisation, or by RL with verifiable rewards.
 
     Args:
         model: a loaded transformers MLLM, or the path or Hub id of one. A loaded one is trained in place; after a
             failure it is as it was.
         prefs: preference pairs in any form that `pivot_plugin.preferences.load` takes: a list of dicts, a
             `datasets.Dataset`, a file or folder, a Hub id, a stream (then with `max_steps`), or what `load` returned.
+            For "grpo" and "rloo" questions, as `load_questions` takes them, with what the rewards need (`answer`).
         processor: the model's; found by the model's `name_or_path` where not given.
-        eval_prefs: held-out pairs, in the same forms.
+        eval_prefs: held-out pairs or questions, in the same forms.
         output_dir: folder of the run: checkpoints, log, encoder.
-        objective: "dpo", "mpo", "specs", "sft", any other name a plugin offers, a TRL loss type, or a list of those
-            (weighted by `loss_weights=`).
+        objective: "dpo", "mpo", "specs", "sft", "ipo", "dpo_norm", "grpo", "rloo", any other name a plugin offers, a
+            TRL loss type, or a list of those (weighted by `loss_weights=`).
         train: "encoder" (the tower), "encoder+projector", or "all".
         lora: a LoRA rank, a peft config, or None to train the weights themselves.
-        eval_fraction: share of the pairs to hold out where `eval_prefs` is not given (at least 32 and at most 1000, at
-            most a quarter of all); 0 holds none out.
-        on_bad_row: "raise" stops at the first pair that cannot be used, before training; "skip" leaves such pairs out
+        eval_fraction: share of the rows to hold out where `eval_prefs` is not given (at least 32 and at most 1000, at
+            most a quarter of all, no image on both sides); 0 holds none out. Held-out rows are looked at ten times
+            during training: the best checkpoint is kept, and after `patience` looks without a better one the run stops.
+        rewards: for "grpo" and "rloo": names, functions with TRL's signature, reward models or their ids, or a list of
+            these, weighted by `reward_weights=`. Default: format (0.5) and accuracy (1.0).
+        ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
+            training and at every look at them, with the Generalisation Factor of the gains, in the history under names
+            that begin with "generalization/" (see `probes.plot_generalization`).
+        on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out
             and lists them in `skipped.jsonl` in `output_dir`.
         resume: go on from the last complete checkpoint in `output_dir`.
-        **settings: any field of `PivotConfig`, which has all of TRL's DPOConfig: `learning_rate`, `max_steps`,
-            `per_device_train_batch_size` (in pairs), `beta`, `loss_type`, `use_cpu`, ...
+        **settings: any field of `PivotConfig` (`PivotGRPOConfig`, `PivotRLOOConfig`), which has all of TRL's DPOConfig:
+            `learning_rate`, `max_steps`, `per_device_train_batch_size` (in pairs; for "grpo" in roll-outs), `beta`,
+            `loss_type`, `use_cpu`, ...
 
     Returns:
         The trained model, its encoder, and what was measured.
 
     Raises:
         SettingsError: for an option that does not exist or cannot be used, before anything is loaded.
-        DataError, ModelError: for pairs or a model that cannot be used, before training.
+        DataError, ModelError: for rows or a model that cannot be used, before training.
         TrainingError: if training goes wrong; checkpoints stay in `output_dir`.
 
     Source:
-        arXiv 2510.16333, section 3.1, stage 2.
+        arXiv 2510.16333, section 3.1, stage 2; "grpo": arXiv 2510.25801, stage 3.
     """
     folder = Path(output_dir)
-    config = _config(settings, folder, objective, train, lora)
     if not 0 <= eval_fraction < 1:
         raise SettingsError(f"eval_fraction is {eval_fraction}.", "Give a share of at least 0 and below 1.")
+    watched = eval_prefs is not None or eval_fraction > 0
+    if rewards is None and "reward_weights" not in settings and objective in ("grpo", "rloo"):
+        rewards, settings = list(SPECS_WEIGHTS), settings | {"reward_weights": list(SPECS_WEIGHTS.values())}
+    config = configuration(settings, folder, objective, train, lora is not None, watched)
+    functions = _reward_functions(rewards, config, objective)
     described = {
         "objective": objective,
         "train": train,
         "lora": lora if isinstance(lora, int | None) else lora.to_dict(),
         "eval_fraction": eval_fraction,
         "learning_rate": config.learning_rate,
+        **({"rewards": [_name_of(function) for function in functions]} if functions else {}),
         **settings,
     }
     # of several processes one keeps the folder
     keeper = config.process_index == 0
     if keeper:
-        _claim(folder, described, resume)
+        claim(folder, described, resume)
     config.distributed_state.wait_for_everyone()
     model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     plan(adapter, train, lora)
-    pairs = load(prefs, on_bad_row=on_bad_row, skipped=folder / "skipped.jsonl")
-    held_out = (
-        None
-        if eval_prefs is None
-        else load(eval_prefs, on_bad_row=on_bad_row, skipped=folder / "skipped-eval.jsonl", name="eval_prefs")
-    )
-    for data in (pairs, held_out):
-        if isinstance(data, PairDataset):
-            data.verify()
-    if isinstance(pairs, PairStream) and config.max_steps <= 0:
-        raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
-    if held_out is None and isinstance(pairs, PairDataset):
-        pairs, held_out = hold_out(pairs, eval_fraction, config.seed)
-    if isinstance(held_out, PairStream):
-        raise DataError("eval_prefs is a stream.", "Give held-out pairs as a list or a datasets.Dataset.")
+    rows, held_out = _rows(prefs, eval_prefs, config, folder, on_bad_row)
+    if functions:
+        for data in (rows, held_out):
+            if isinstance(data, QuestionDataset):
+                needs_answer(functions, data)
+    if (held_out is None and isinstance(rows, PairDataset)) or (held_out is None and isinstance(rows, QuestionDataset)):
+        rows, held_out = hold_out(rows, eval_fraction, config.seed)
+    if held_out is None:
+        unwatched(config)
+    outside = _outside(ood_prefs, rows, held_out)
     if keeper:
-        (folder / RUN_FILE).write_text(json.dumps({"finished": False, "settings": described}, indent=2, default=str))
+        write_record(folder, {"finished": False, "settings": described})
         notify("pivot_run_started", run=_Run(adapter.family, folder, described))
-    result = _train(model, processor, adapter, config, pairs, held_out, lora, resume, described)
+    result = _train(model, processor, adapter, config, rows, held_out, outside, lora, functions, resume, described)
     if keeper:
         result.save(folder / "encoder")
         record = {
@@ -196,20 +210,108 @@ def optimize(
             "trained": result.trained,
             "history": result.history,
         }
-        (folder / RUN_FILE).write_text(json.dumps(record, indent=2, default=str))
+        write_record(folder, record)
         notify("pivot_run_finished", result=result)
     config.distributed_state.wait_for_everyone()
     return result
+
+
+def _reward_functions(rewards: Rewards | None, config: TowerConfig, objective: str | Sequence[str]) -> list[Any] | None:
+    if isinstance(config, RolloutConfig):
+        if rewards is None:
+            raise SettingsError(f"objective={objective!r} got no rewards.", 'Give rewards=, such as ["accuracy"].')
+        return resolve_rewards(rewards)  # type: ignore[arg-type]
+    if rewards is not None:
+        raise SettingsError(
+            f"rewards are given with objective={objective!r}, which learns from pairs.",
+            'Use objective="grpo", or make pairs by pivot_plugin.preferences.rank.',
+        )
+    return None
+
+
+def _name_of(reward: object) -> str:
+    return str(reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__))
+
+
+def _rows(
+    prefs: object, eval_prefs: object | None, config: TowerConfig, folder: Path, on_bad_row: OnBadRow
+) -> tuple[PairDataset | PairStream | QuestionDataset, PairDataset | QuestionDataset | None]:
+    """The rows to train on and those held out, where they are given; all looked at."""
+    skipped, skipped_eval = folder / "skipped.jsonl", folder / "skipped-eval.jsonl"
+    if isinstance(config, RolloutConfig):
+        questions = load_questions(prefs).verify(on_bad_row, skipped)
+        if eval_prefs is None:
+            return questions, None
+        return questions, load_questions(eval_prefs, "eval_questions").verify(on_bad_row, skipped_eval)
+    pairs = load(prefs, on_bad_row=on_bad_row, skipped=skipped)
+    if isinstance(pairs, PairStream):
+        if config.max_steps <= 0:
+            raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
+    else:
+        pairs.verify()
+    if eval_prefs is None:
+        return pairs, None
+    held_out = load(eval_prefs, on_bad_row=on_bad_row, skipped=skipped_eval, name="eval_prefs")
+    if isinstance(held_out, PairStream):
+        raise DataError("eval_prefs is a stream.", "Give held-out pairs as a list or a datasets.Dataset.")
+    return pairs, held_out.verify()
+
+
+def _outside(ood_prefs: object | None, rows: object, held_out: object | None) -> dict[str, Any]:
+    """Rows of other distributions by name, looked at."""
+    if ood_prefs is None:
+        return {}
+    if held_out is None:
+        raise SettingsError(
+            "ood_prefs are given, and no row is held out to compare with.", "Give eval_prefs= or an eval_fraction."
+        )
+    sets = ood_prefs if isinstance(ood_prefs, dict) else {"ood_prefs": ood_prefs}
+    if isinstance(rows, QuestionDataset):
+        return {name: load_questions(source, name).verify() for name, source in sets.items()}
+    loaded = {name: load(source, name=name) for name, source in sets.items()}
+    for name, data in loaded.items():
+        if isinstance(data, PairStream):
+            raise DataError(f"{name} is a stream.", "Give rows with random access.")
+        data.verify()
+    return loaded
+
+
+def _trainer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    adapter: VisionAdapter,
+    config: TowerConfig,
+    rows: PairDataset | PairStream | QuestionDataset,
+    held_out: PairDataset | QuestionDataset | None,
+    lora: int | LoraConfig | None,
+    rewards: Any,
+) -> PivotTrainer | PivotGRPOTrainer | PivotRLOOTrainer:
+    common: dict[str, Any] = {
+        "model": model,
+        "args": config,
+        "train_dataset": rows,
+        "eval_dataset": held_out,
+        "processing_class": processor,
+        "lora": lora,
+        "adapter": adapter,
+    }
+    if isinstance(config, PivotGRPOConfig):
+        return PivotGRPOTrainer(**common, reward_funcs=rewards)
+    if isinstance(config, PivotRLOOConfig):
+        return PivotRLOOTrainer(**common, reward_funcs=rewards)
+    return PivotTrainer(**common)
 
 
 def _train(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     adapter: VisionAdapter,
-    config: PivotConfig,
-    pairs: PairDataset | PairStream,
-    held_out: PairDataset | None,
+    config: TowerConfig,
+    rows: PairDataset | PairStream | QuestionDataset,
+    held_out: PairDataset | QuestionDataset | None,
+    outside: dict[str, Any],
     lora: int | LoraConfig | None,
+    rewards: list[Any] | None,
     resume: bool,
     described: dict[str, Any],
 ) -> PivotResult:
@@ -220,24 +322,17 @@ def _train(
     try:
         with restored_on_failure(model):
             set_seed(config.seed)
-            trainer = PivotTrainer(
-                model=model,
-                args=config,
-                train_dataset=pairs,
-                eval_dataset=held_out,
-                processing_class=processor,
-                lora=lora,
-                adapter=adapter,
-            )
+            trainer = _trainer(model, processor, adapter, config, rows, held_out, lora, rewards)
+            if held_out is not None and outside:
+                trainer.add_callback(GeneralizationRecorder(trainer, held_out, outside))
             trained = trainer.trained_parameters()
             metrics = {}
             if held_out is not None:
-                # before the first step the policy is the reference
-                metrics["before"] = trainer.reference_scores().metrics()
+                metrics["before"] = trainer.held_out_metrics(before=True)
             checkpoint = last_checkpoint(Path(config.output_dir or ".")) if resume else None
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if held_out is not None:
-                metrics["after"] = trainer.score(held_out).metrics()
+                metrics["after"] = trainer.held_out_metrics(before=False)
             history = trainer.state.log_history
             if isinstance(trainer.model, PeftModel):
                 trainer.model.merge_and_unload()
@@ -271,114 +366,3 @@ def _train(
         settings=described,
         adapter=adapter,
     )
-
-
-def _config(
-    settings: dict[str, Any],
-    folder: Path,
-    objective: str | Sequence[str],
-    train: Train,
-    lora: int | LoraConfig | None,
-) -> PivotConfig:
-    known = {field.name for field in fields(PivotConfig)}
-    if unknown := [name for name in settings if name not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "See PivotConfig, which has all of TRL's DPOConfig."
-        raise SettingsError(f"optimize has no option {unknown[0]!r}.", hint)
-    preset = resolve(objective)
-    if "loss_type" in settings and objective != "dpo":
-        raise SettingsError(
-            f"Both objective={objective!r} and loss_type={settings['loss_type']!r} are given.", "Give one of them."
-        )
-    rate = LORA_LEARNING_RATE if lora is not None else SFT_LEARNING_RATE if objective == "sft" else LEARNING_RATE
-    settings = {"learning_rate": rate, **preset, **settings}
-    try:
-        return PivotConfig(output_dir=str(folder), train=train, **settings)
-    except PivotError:
-        raise
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise SettingsError(f"The settings cannot be used: {error}", "Change the option it names.") from error
-
-
-def _claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
-    """Make sure of a folder that can be written and holds no other run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{time.time_ns()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SettingsError(
-            f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}.", "Choose another output_dir."
-        ) from error
-    earlier = folder / RUN_FILE
-    if not earlier.exists():
-        return
-    if not resume:
-        raise SettingsError(
-            f"output_dir {str(folder)!r} holds an earlier run.",
-            "Choose another output_dir, delete this one, or go on with it by resume=True (--resume).",
-        )
-    was = json.loads(earlier.read_text()).get("settings", {})
-    now = json.loads(json.dumps(described, default=str))
-    if differing := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
-        name = differing[0]
-        raise SettingsError(
-            f"The run in {str(folder)!r} had {name}={was.get(name)!r}, now it is {now.get(name)!r}.",
-            "Resume with the same settings, or choose another output_dir.",
-        )
-
-
-def load_model(
-    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """An MLLM and its processor, loaded where they are not.
-
-    Args:
-        model: loaded, or a folder or Hub id.
-        processor: found by the model's name where None.
-
-    Raises:
-        ModelError: if either cannot be loaded.
-    """
-    name = model
-    if isinstance(model, str | Path):
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"No MLLM could be loaded from {str(name)!r}: {error}",
-                "Give a folder or Hub id of an image-text model.",
-            ) from error
-    elif isinstance(model, PreTrainedModel):
-        name = model.name_or_path
-    if processor is not None:
-        return model, processor
-    if not name or not isinstance(name, str | Path):
-        raise ModelError(
-            f"No processor was given, and this {type(model).__name__} has no name_or_path to find one by.",
-            "Pass processor=AutoProcessor.from_pretrained(...).",
-        )
-    try:
-        return model, AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"No processor could be loaded from {str(name)!r}: {error}", "Pass processor= explicitly."
-        ) from error
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run; one that was being written when the run was killed does not count.
-
-    Args:
-        folder: of the run.
-    """
-    complete = {}
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            # the trainer writes this file last
-            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        complete[int(step)] = checkpoint
-    return complete[max(complete)] if complete else None

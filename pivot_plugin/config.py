@@ -20,12 +20,15 @@ _RENAMED = {
 PARTS = ("encoder", "projector", "language_model")
 
 
-# a dataclass hands on the defaults of its own parents too, and TRL's must win over those of TrainingArguments
-_Settings = TrainingArguments if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Settings = TrainingArguments
+else:
+    # a dataclass hands on the defaults of its parents too, and TRL's must win over those of TrainingArguments
+    _Settings = object
 
 
 @dataclass
-class TowerConfig(_Settings):
+class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
     """What every run of this package is told beside TRL's settings.
 
     Defaults that differ from TRL's: `lr_scheduler_type="cosine"` and `warmup_steps=0.03` (arXiv 2510.16333, appendix

@@ -1,4 +1,4 @@
-"""Objectives by name: settings of TRL's DPOConfig that a word stands for.
+"""Objectives by name: the trainer and the settings of TRL's configuration that a word stands for.
 
 Notation: r(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of the answer y; w is chosen, l rejected; s is
 the logistic function. Any loss type of TRL is an objective under its own name too.
@@ -27,7 +27,8 @@ def sft() -> ObjectivePreset:
     """Supervised fine-tuning on the chosen answers alone: their mean negative log-likelihood per token of the batch.
 
     When: as the fair baseline, on the same pairs in the same order; the rejected answers are measured, not trained on.
-    Source: arXiv 2510.16333, section 3.1. TRL averages over the batch's tokens, so long answers weigh more.
+    Source: arXiv 2510.16333, section 3.1. TRL averages over the batch's tokens, so long answers weigh more, alone and
+    in a mix; `sft_average="sequence"` averages per answer first, as LLaMA-Factory does.
     """
     return {"loss_type": ["sft"]}
 
@@ -52,7 +53,69 @@ def specs() -> ObjectivePreset:
     return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 
 
-BUILT_IN: Mapping[str, Callable[[], ObjectivePreset]] = {"dpo": dpo, "sft": sft, "mpo": mpo, "specs": specs}
+def ipo() -> ObjectivePreset:
+    """Identity preference optimisation: (r(w)/|w| - r(l)/|l| - 1/(2 beta))^2, beta 0.1, per token.
+
+    When: pairs that are nearly always told apart already, where the logistic loss of dpo runs to the limits.
+    Source: Azar et al. 2023; averaged over tokens as TRL does.
+    """
+    return {"loss_type": ["ipo"]}
+
+
+def dpo_norm() -> ObjectivePreset:
+    """Length-normalised DPO: -log s(beta (r(w)/|w| - r(l)/|l|)); TRL's relative of SimPO that keeps the reference.
+
+    When: one side of the pairs is much longer (`pivot prefs check` names the bias). Its margins are per token and so
+    smaller, which a larger beta makes up for: 5, as in Tulu 3.
+    Source: Lambert et al. 2024 (Tulu 3), after Meng et al. 2024 (SimPO).
+    """
+    return {"loss_type": ["sigmoid_norm"], "beta": 5.0}
+
+
+def grpo() -> ObjectivePreset:
+    """Group-relative policy optimisation on the model's own roll-outs, with verifiable rewards.
+
+    Each of G roll-outs of a question has the advantage (reward - mean of the group) / spread of the group; clipped
+    importance ratios, no KL term. Default rewards: format (0.5) and accuracy (1.0).
+    When: questions with answers that can be checked, and no pairs.
+    Source: Shao et al. 2024; rewards of arXiv 2510.25801. TRL's GRPOConfig has all settings.
+    """
+    return {"trainer": "grpo"}
+
+
+def rloo() -> ObjectivePreset:
+    """REINFORCE leave-one-out on the model's own roll-outs: the baseline is the mean of the group's other roll-outs.
+
+    When: as grpo; without its normalisation by the spread, and with a KL term (beta 0.05).
+    Source: Ahmadian et al. 2024. TRL's RLOOConfig has all settings.
+    """
+    return {"trainer": "rloo"}
+
+
+BUILT_IN: Mapping[str, Callable[[], ObjectivePreset]] = {
+    preset.__name__: preset for preset in (dpo, sft, mpo, specs, ipo, dpo_norm, grpo, rloo)
+}
+ONLINE = ("grpo", "rloo")
+# Learning rates where weights train themselves. dpo, sft: arXiv 2510.16333, appendix E.1 (all parameters); specs and
+# grpo: arXiv 2510.25801, stages 2 and 3; the others follow dpo, whose loss they vary.
+WEIGHTS_LEARNING_RATES: Mapping[str, float] = {"sft": 5e-6}
+WEIGHTS_LEARNING_RATE = 1e-6
+# Learning rates of LoRA: a fifth of what is best on the embedded world (benchmarks/README.md, the arms): it is a model
+# of 0.6 M parameters, and large models want smaller steps.
+LORA_LEARNING_RATES: Mapping[str, float] = {}
+LORA_LEARNING_RATE = 2e-4
+
+
+def learning_rate(objective: str | Sequence[str], lora: bool) -> float:
+    """The default learning rate of an objective.
+
+    Args:
+        objective: as for `resolve`.
+        lora: whether LoRA trains, or weights themselves.
+    """
+    named = LORA_LEARNING_RATES if lora else WEIGHTS_LEARNING_RATES
+    every = LORA_LEARNING_RATE if lora else WEIGHTS_LEARNING_RATE
+    return named.get(objective, every) if isinstance(objective, str) else every
 
 
 @hookimpl
@@ -71,6 +134,9 @@ def resolve(objective: str | Sequence[str]) -> ObjectivePreset:
 
     Args:
         objective: a name from a plugin or from `BUILT_IN`, a TRL loss type, or a list of TRL loss types.
+
+    Returns:
+        settings; `trainer` among them is "grpo" or "rloo" where the model trains on its own roll-outs.
 
     Raises:
         SettingsError: for an unknown name, with the nearest ones.

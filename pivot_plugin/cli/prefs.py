@@ -60,7 +60,7 @@ def build(
     pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
     """
     weighted = [_weighted(text) for text in rewards or ["accuracy"]]
-    from pivot_plugin._optimize import load_model
+    from pivot_plugin._models import load_model
     from pivot_plugin.preferences import load_questions, rank, sample, save
     from pivot_plugin.rewards import resolve_rewards
 

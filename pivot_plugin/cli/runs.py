@@ -49,7 +49,7 @@ def optimize(
             eval_fraction=eval_fraction,
             on_bad_row=on_bad_row,  # type: ignore[arg-type]
             resume=resume,
-            **options,
+            **options,  # type: ignore[arg-type]
         )
     folder = result.output_dir / "encoder"
     if as_json:

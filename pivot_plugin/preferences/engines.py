@@ -1,6 +1,6 @@
 """Where completions come from: transformers in this process, or a vLLM server."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -60,8 +60,34 @@ class TransformersEngine:
         self.model = model
         self.processor = processor
 
-    @torch.no_grad()
     def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
+        completions = self.processor.tokenizer.batch_decode(
+            self._generated(questions, sampling, seed).sequences, skip_special_tokens=True
+        )
+        return [completions[start : start + sampling.n] for start in range(0, len(completions), sampling.n)]
+
+    def steps(
+        self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the model predicted while it drew the completions, token by token.
+
+        Args:
+            questions, sampling, seed: as for a call.
+
+        Returns:
+            for each position (questions * n, V) logits, and (questions * n,) whether a completion still went on.
+        """
+        drawn = self._generated(questions, sampling, seed, output_logits=True)
+        ends = self.model.generation_config.eos_token_id
+        ends = [self.processor.tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else ends
+        going = torch.ones(len(drawn.sequences), dtype=torch.bool, device=drawn.sequences.device)
+        for position, logits in enumerate(drawn.logits):
+            yield logits, going
+            going = going & ~torch.isin(drawn.sequences[:, position], torch.tensor(ends, device=going.device))
+
+    @torch.no_grad()
+    def _generated(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int, **asked: bool) -> Any:
+        """What `generate` returns, the prompt cut off."""
         texts = [
             self.processor.apply_chat_template(_with_images(question), add_generation_prompt=True, tokenize=False)
             for question in questions
@@ -97,13 +123,13 @@ class TransformersEngine:
                     attention_mask=inputs["attention_mask"],
                     **about_images,
                     **self._settings(sampling),
+                    return_dict_in_generate=True,
+                    **asked,
                 )
         finally:
             self.model.train(training)
-        completions = self.processor.tokenizer.batch_decode(
-            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return [completions[start : start + sampling.n] for start in range(0, len(completions), sampling.n)]
+        generated.sequences = generated.sequences[:, inputs["input_ids"].shape[1] :]
+        return generated
 
     def _encoded_once(
         self, token_counts: list[int], n: int, about_images: dict[str, torch.Tensor]

@@ -2,18 +2,20 @@
 
 import random
 from collections import defaultdict
+from typing import TypeVar
 
-from .pairs import PairDataset
+from .pairs import PairDataset, QuestionDataset
 
+Rows = TypeVar("Rows", bound=PairDataset | QuestionDataset)
 SMALLEST, LARGEST = 32, 1000
 LARGEST_SHARE = 0.25
 
 
-def hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset | None]:
+def hold_out(pairs: Rows, fraction: float, seed: int) -> tuple[Rows, Rows | None]:
     """Split pairs into those to train on and those held out, image by image.
 
     Args:
-        pairs: all of them.
+        pairs: all of them; questions are split in the same way.
         fraction: share to hold out; at least 32 and at most 1000 pairs are, but never more than a quarter of them.
             0 holds nothing out.
         seed: the same seed gives the same split.
@@ -36,4 +38,4 @@ def hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDatase
             break
         held += by_image[image]
     out = set(held)
-    return pairs.select([i for i in range(len(pairs)) if i not in out]), pairs.select(sorted(out))
+    return pairs.select([i for i in range(len(pairs)) if i not in out]), pairs.select(sorted(out))  # type: ignore[return-value]

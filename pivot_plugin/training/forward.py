@@ -21,6 +21,9 @@ from pivot_plugin.image_features import repeated_features
 from .batch import ForestBatch
 from .forest import Forest, attention_mask, block_mask, per_sequence
 
+# what a caller may ask of the model beside the forest; the rest of TRL's call the forest stands for
+HANDED_ON = ("output_router_logits",)
+
 
 def takes_trees(model: PreTrainedModel) -> str | None:
     """Whether a model's attention can follow a tree.
@@ -42,7 +45,7 @@ def takes_trees(model: PreTrainedModel) -> str | None:
 
 
 def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
-    """Let a model that has TRL's fused head answer calls with `forest=`; what else is asked for is handed on.
+    """Let a model that has TRL's fused head answer calls with `forest=`.
 
     Args:
         model: after `trl.trainer.utils.add_fused_lm_head`; its `forward` is replaced on the instance.
@@ -55,7 +58,8 @@ def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
     def forward(*args: Any, forest: ForestBatch | None = None, **kwargs: Any) -> Any:
         if forest is None:
             return fused_forward(*args, **kwargs)
-        return _forest_forward(model, adapter, fused_forward, forest.to(model.device), kwargs)
+        asked = {name: kwargs[name] for name in HANDED_ON if name in kwargs}
+        return _forest_forward(model, adapter, fused_forward, forest.to(model.device), asked)
 
     model.forward = forward
 

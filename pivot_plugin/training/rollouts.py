@@ -34,7 +34,8 @@ from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import RolloutConfig
 from pivot_plugin.image_features import repeated_features
 from pivot_plugin.preferences import QuestionDataset, load_questions
-from pivot_plugin.rewards import GuardedReward, needs_answer, resolve_rewards
+from pivot_plugin.preferences.engines import Sampling, TransformersEngine
+from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
 from . import forward
 from .batch import ForestBatch, ForestCollator
@@ -162,6 +163,41 @@ class Rollouts(TowerTraining):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
+    def score_of(self, questions: QuestionDataset) -> float:
+        """Mean reward of greedy answers to some questions, weighted; reward models are left out."""
+        engine = TransformersEngine(unwrapped(self.accelerator.unwrap_model(self.model)), self.processing_class)
+        sampling = Sampling(n=1, temperature=0.0, max_new_tokens=self.max_completion_length)
+        functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
+        weights = [float(w) for w, f in zip(self.reward_weights, self.reward_funcs, strict=True) if f in functions]
+        scorer = Scorer(functions, weights, self.args.reward_time_limit)
+        size = self.args.per_device_eval_batch_size
+        scores: list[float] = []
+        for start in range(0, len(questions), size):
+            rows = [questions[position] for position in range(start, min(start + size, len(questions)))]
+            said = [[{"role": "assistant", "content": texts[0]}] for texts in engine(rows, sampling, self.args.seed)]
+            beside = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+            scores += [score or 0.0 for score in scorer([row["prompt"] for row in rows], said, **beside)]
+        return sum(scores) / len(scores)
+
+    @torch.no_grad()
+    def held_out_metrics(self, before: bool) -> dict[str, float]:
+        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone.
+
+        Args:
+            before: whether training has not begun.
+        """
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        # measuring must not change what training draws
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.args.seed)
+            measured = self.evaluate()
+        names = {"eval_reward": "reward"} | {
+            name: name.removeprefix("eval_").removesuffix("/mean")
+            for name in measured
+            if name.startswith("eval_rewards/") and name.endswith("/mean")
+        }
+        return {short: float(measured[name]) for name, short in names.items()}
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -282,23 +318,27 @@ class Rollouts(TowerTraining):
             [shown.names[row] for row in rows],
         )
 
+    _buffered_inputs: list[dict[str, Any]] | None
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
-        if self._mode == "train" and self.args.group_rollouts and buffered is not before and len(buffered) > 1:
-            self._buffered_inputs = _together(buffered, self._shown["train"].questions)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        return inputs
+        if self._mode == "eval" or buffered is None or buffered is before or not self.args.group_rollouts:
+            return inputs
+        self._buffered_inputs = _together(buffered, self._shown["train"].questions)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         shown = self._shown[self._mode]
-        rows = inputs["row"].tolist()
+        rows: list[int] = inputs["row"].tolist()
         with self._of(rows):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self._checked(loss, model, [shown.names[row] for row in rows], any(shown.sets[row] >= 0 for row in rows))
+        # roll-outs that all scored alike give no gradient, whatever they show
+        images = any(shown.sets[row] >= 0 for row in rows) and bool(inputs["advantages"].any())
+        return self._checked(loss, model, [shown.names[row] for row in rows], images)
 
     @contextmanager
     def _of(self, rows: list[int]) -> Iterator[None]:

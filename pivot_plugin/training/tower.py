@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.training_args import TrainingArguments
 
 from pivot_plugin.adapters import VisionAdapter
@@ -21,6 +29,7 @@ from pivot_plugin.hooks import ask
 
 from . import forward
 from .parts import TrainingPlan, count_parameters, original_name, plan, unwrapped
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +82,9 @@ class TowerTraining(Trainer):
 
     def _watch_training(self) -> None:
         self.add_callback(_GradientCheck(self))
+        self.add_callback(Watch(self.beta))
+        if self.args.patience is not None and self.args.eval_strategy != "no" and self.args.metric_for_best_model:
+            self.add_callback(EarlyStoppingCallback(self.args.patience, self.args.min_delta))
 
     def _answer_from_forest(self) -> None:
         """Let policy and reference answer forest calls; TRL has given both their fused head by now."""
@@ -91,7 +103,7 @@ class TowerTraining(Trainer):
             loss: of a batch.
             model: that computed it.
             rows: names of the batch's rows.
-            images: whether it shows any.
+            images: whether it shows any that the loss depends on.
 
         Raises:
             TrainingError: if it is not finite, naming the rows.

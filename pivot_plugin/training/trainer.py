@@ -194,6 +194,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         cache = ReferenceCache(Path(self.args.reference_cache or default_folder()), self._reference)
         keys = [pairs.content_key(position) for position in range(len(pairs))]
         known = cache.read()
+        # shares are cut from what is missing, so that no process may write before all have read
+        self.accelerator.wait_for_everyone()
         missing = list({key: position for position, key in enumerate(keys) if key not in known}.values())
         if missing:
             self._fill(cache, pairs, missing, keys, name, batch_size)
@@ -293,6 +295,19 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             rejected.append(second)
         model.train(training)
         return PairScores(torch.cat(chosen), torch.cat(rejected))
+
+    def score_of(self, pairs: PairDataset) -> float:
+        """Preference accuracy on some pairs."""
+        return self.score(pairs).metrics()["preference_accuracy"]
+
+    def held_out_metrics(self, before: bool) -> dict[str, float]:
+        """What is measured on the held-out pairs.
+
+        Args:
+            before: whether training has not begun; the policy is the reference then.
+        """
+        scores = self.reference_scores() if before else self.score(self._pairs_of(self.eval_dataset))
+        return scores.metrics()
 
     def reference_scores(self) -> PairScores:
         """Log-probabilities of the held-out pairs under the reference: read from the cache, or scored now."""

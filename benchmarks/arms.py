@@ -1,0 +1,165 @@
+"""The arms of the paper on the embedded world: untouched base, SFT, DPO, MPO, SPECS on the same pairs.
+
+    python -m benchmarks.arms                  # learning rates, then three seeds: about an hour on two cores
+    python -m benchmarks.arms --only search    # the table of learning rates alone
+
+Every arm's learning rate is chosen on validation questions (VQA accuracy, one seed that is not reported, half the
+steps), then the arm runs with it on three other seeds and is measured on test questions, test pairs and scenes that
+neither training nor the choice has seen. Same start, pairs, order and steps for all; LoRA of rank 16 on the tower.
+Runs that are finished are not run again (folder `arms-runs`).
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pivot_plugin import compare_arms, optimize
+from pivot_plugin._arms import ArmRun, ArmsComparison
+from pivot_plugin.preferences import PairDataset
+from pivot_plugin.probes.patches import patch_matrix, probe_patches
+from pivot_plugin.quickstart import scenes, world
+from pivot_plugin.training.tower import find_adapter
+
+RESULTS = Path(__file__).parent / "results"
+ARMS = ("sft", "dpo", "mpo", "specs")
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+SEARCH_SEED = 100
+PAIRS, STEPS, BATCH = 5000, 500, 16
+VALIDATION, TEST = 940_000, 930_000
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": BATCH,
+    "gradient_checkpointing": False,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def vqa(model: Any, processor: Any, seed: int, size: int = 1000) -> dict[str, float]:
+    """VQA accuracy on questions of a seed, all and by kind."""
+    return world.vqa_accuracy(model, processor, world.questions(size, seed=seed))
+
+
+def measure(model: Any, processor: Any) -> Mapping[str, float]:
+    """What is reported of a model: test VQA by kind, and a linear patch probe on the tower's features."""
+    adapter = find_adapter(model)
+    fitting, testing = (scenes.render_many(500, seed, dusk=True) for seed in (910_000, 920_000))
+    features = [
+        patch_matrix(adapter, processor.image_processor, [scene.image for scene in drawn])
+        for drawn in (fitting, testing)
+    ]
+    labels = [np.stack([scene.patch_labels().ravel() for scene in drawn]) for drawn in (fitting, testing)]
+    probe = probe_patches(features[0], labels[0], features[1], labels[1])
+    answers = {f"vqa {kind}": value for kind, value in vqa(model, processor, TEST).items()}
+    return answers | {"patch probe mIoU": probe.mean_iou}
+
+
+def search(pairs: PairDataset, folder: Path) -> list[dict[str, Any]]:
+    """Validation VQA accuracy of every arm at every learning rate."""
+    rows = []
+    for arm in ARMS:
+        for rate in RATES:
+            kept = folder / "search" / f"{arm}-{rate:g}.json"
+            if not kept.exists():
+                model, processor = world.model(), world.processor()
+                result = optimize(
+                    model,
+                    pairs,
+                    processor=processor,
+                    objective=arm,
+                    eval_fraction=0,
+                    output_dir=folder / "search" / f"{arm}-{rate:g}",
+                    learning_rate=rate,
+                    max_steps=STEPS // 2,
+                    seed=SEARCH_SEED,
+                    resume=(folder / "search" / f"{arm}-{rate:g}").exists(),
+                    **SETTINGS,
+                )
+                kept.write_text(json.dumps(vqa(result.model, processor, VALIDATION)["all"]))
+            rows.append({"arm": arm, "learning_rate": rate, "validation_vqa": json.loads(kept.read_text())})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {
+        arm: max((row for row in rows if row["arm"] == arm), key=lambda row: row["validation_vqa"])["learning_rate"]
+        for arm in ARMS
+    }
+
+
+def search_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|---" * (len(RATES) + 1) + "|"]
+    best = best_rates(rows)
+    for arm in ARMS:
+        values = {row["learning_rate"]: row["validation_vqa"] for row in rows if row["arm"] == arm}
+        cells = [f"**{values[rate]:.3f}**" if rate == best[arm] else f"{values[rate]:.3f}" for rate in RATES]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paired_differences(comparison: ArmsComparison, name: str, first: str, second: str) -> tuple[float, float]:
+    """Mean and standard error of the difference of two arms, seed by seed."""
+    scores = {(run.arm, run.seed): run.scores[name] for run in comparison.runs}
+    seeds = sorted({run.seed for run in comparison.runs if run.arm == first})
+    differences = [scores[first, seed] - scores[second, seed] for seed in seeds]
+    return statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("arms-runs"))
+    parser.add_argument("--only", choices=["search"])
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    pairs = PairDataset(world.pairs(PAIRS)).verify()
+    asked.folder.mkdir(exist_ok=True)
+    rows = search(pairs, asked.folder)
+    rates = best_rates(rows)
+    print(search_table(rows))
+    if asked.only:
+        return
+    comparison = compare_arms(
+        world.model(),
+        pairs,
+        ARMS,
+        asked.seeds,
+        processor=world.processor(),
+        eval_prefs=world.pairs(400, seed=77),
+        output_dir=asked.folder / "arms",
+        learning_rates=rates,
+        measure=measure,
+        max_steps=STEPS,
+        **SETTINGS,
+    )
+    print(comparison)
+    differences = {}
+    for arm in ARMS[1:]:
+        mean, error = paired_differences(comparison, "vqa all", arm, "sft")
+        differences[f"{arm} - sft"] = {"vqa all": mean, "standard error": error}
+        print(f"{arm} - sft: vqa {mean:+.3f}, standard error {error:.3f} over {asked.seeds} seeds")
+    RESULTS.mkdir(exist_ok=True)
+    record = {
+        "search": rows,
+        "learning_rates": rates,
+        "runs": [_plain(run) for run in comparison.runs],
+        "differences": differences,
+    }
+    (RESULTS / "arms.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _plain(run: ArmRun) -> dict[str, Any]:
+    return {"arm": run.arm, "seed": run.seed, "scores": {name: round(value, 4) for name, value in run.scores.items()}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Models by name: an MLLM and its processor, loaded where they are not."""
+
+from pathlib import Path
+
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from pivot_plugin.errors import ModelError
+
+
+def load_model(
+    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """An MLLM and its processor, loaded where they are not.
+
+    Args:
+        model: loaded, or a folder or Hub id.
+        processor: found by the model's name where None.
+
+    Raises:
+        ModelError: if either cannot be loaded.
+    """
+    name = model
+    if isinstance(model, str | Path):
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"No MLLM could be loaded from {str(name)!r}: {error}",
+                "Give a folder or Hub id of an image-text model.",
+            ) from error
+    elif isinstance(model, PreTrainedModel):
+        name = model.name_or_path
+    if processor is not None:
+        return model, processor
+    if not name or not isinstance(name, str | Path):
+        raise ModelError(
+            f"No processor was given, and this {type(model).__name__} has no name_or_path to find one by.",
+            "Pass processor=AutoProcessor.from_pretrained(...).",
+        )
+    try:
+        return model, AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"No processor could be loaded from {str(name)!r}: {error}", "Pass processor= explicitly."
+        ) from error

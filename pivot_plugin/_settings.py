@@ -1,0 +1,86 @@
+"""From the options of a run to TRL's configuration: objective, defaults, and the watch."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig, TowerConfig, Train
+from pivot_plugin.errors import PivotError, SettingsError
+from pivot_plugin.objectives import learning_rate, resolve
+
+CONFIGS: dict[object, type[TowerConfig]] = {None: PivotConfig, "grpo": PivotGRPOConfig, "rloo": PivotRLOOConfig}
+# share of a run between two looks at the held-out rows
+EVALUATE_EVERY = 0.1
+
+
+def configuration(
+    settings: dict[str, Any], folder: Path, objective: str | Sequence[str], train: Train, lora: bool, held_out: bool
+) -> TowerConfig:
+    """The configuration of a run.
+
+    Args:
+        settings: the user's, by the names of TRL's configuration.
+        folder: of the run.
+        objective: as for `objectives.resolve`.
+        train: which parts train.
+        lora: whether LoRA trains.
+        held_out: whether rows are held out, so that the run is watched.
+
+    Raises:
+        SettingsError: for an option that does not exist or cannot be used.
+    """
+    preset = dict(resolve(objective))
+    kind = CONFIGS[preset.pop("trainer", None)]
+    known = {field.name for field in fields(kind)}
+    if unknown := [name for name in settings if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        whose = f"{kind.__name__}, which has all of TRL's {kind.__bases__[-1].__name__}"
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"See {whose}."
+        raise SettingsError(f"optimize has no option {unknown[0]!r} with objective={objective!r}.", hint)
+    if "loss_type" in settings and "loss_type" in preset and objective != "dpo":
+        raise SettingsError(
+            f"Both objective={objective!r} and loss_type={settings['loss_type']!r} are given.", "Give one of them."
+        )
+    watched = watch_defaults(settings, kind is PivotConfig) if held_out else {}
+    given = {"learning_rate": learning_rate(objective, lora), **preset, **watched, **settings}
+    try:
+        return kind(output_dir=str(folder), train=train, **given)
+    except PivotError:
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise SettingsError(f"The settings cannot be used: {error}", "Change the option it names.") from error
+
+
+def watch_defaults(settings: dict[str, Any], on_pairs: bool) -> dict[str, Any]:
+    """How a run with held-out rows is watched, where its settings do not say: ten looks, and the best checkpoint kept.
+
+    Args:
+        settings: the user's.
+        on_pairs: whether the run trains on pairs; then the best has the lowest held-out loss, else the highest reward.
+    """
+    if "eval_strategy" in settings:
+        return {}
+    every = settings.get("eval_steps", settings.get("save_steps", EVALUATE_EVERY))
+    watch: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
+    best = {"metric_for_best_model": "loss" if on_pairs else "reward", "greater_is_better": not on_pairs}
+    saves = settings.get("save_strategy", "steps")
+    if saves in ("steps", "best") and settings.get("save_steps", every) == every:
+        return (
+            watch
+            | best
+            | {"save_strategy": saves, "save_steps": every, "save_total_limit": 2}
+            | {"load_best_model_at_end": True}
+        )
+    return watch | best
+
+
+def unwatched(config: TowerConfig) -> None:
+    """Switch the watch off, for a run that turns out to hold nothing out."""
+    config.eval_strategy = IntervalStrategy.NO
+    config.load_best_model_at_end = False
+    if config.save_strategy == SaveStrategy.BEST:
+        config.save_strategy = SaveStrategy.STEPS

@@ -1,0 +1,142 @@
+"""The watch: looks at the held-out rows, the best checkpoint, the early stop, the collapse, and what is not finite."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pivot_plugin as pivot
+from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.training.watch import COLLAPSE_NATS
+
+from ..conftest import Tiny, picture, row
+from .test_exactness import settings
+
+
+def pairs(count: int = 40) -> list[dict[str, Any]]:
+    return [row(f"{n}?", f"yes {n}", f"no! {n}", picture(20, 20, n)) for n in range(count)]
+
+
+def watched(fast: dict[str, Any], **more: Any) -> dict[str, Any]:
+    settings = {name: value for name, value in fast.items() if name != "save_strategy"}
+    return settings | {"max_steps": 10, "eval_fraction": 0.25, **more}
+
+
+def declining(fast: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Held-out pairs that say the opposite of those to train on: the better the run, the worse its evaluations."""
+    turned = [one | {"chosen": one["rejected"], "rejected": one["chosen"]} for one in pairs(10)]
+    settings = {"eval_prefs": turned, "learning_rate": 0.1, "lr_scheduler_type": "constant", **more}
+    return watched(fast, per_device_eval_batch_size=5, **settings)
+
+
+def evaluations(result: Any, name: str = "eval_loss") -> list[float]:
+    return [entry[name] for entry in result.history if name in entry]
+
+
+def test_held_out_pairs_are_looked_at_ten_times_and_the_best_is_kept(llava: Tiny, fast: Any) -> None:
+    result = pivot.optimize(llava[0], pairs(), processor=llava[1], **watched(fast, patience=None))
+    losses = evaluations(result)
+    assert len(losses) == 10
+    best = result.history[-1]["watch/best_step"]
+    assert losses[best - 1] == min(losses)
+    for name in ("eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen", "watch/chosen_logps_change"):
+        assert len(evaluations(result, name)) >= 10
+
+
+def test_the_model_that_comes_back_is_the_best_one(llava: Tiny, fast: Any) -> None:
+    """A run that gets worse: its metrics are those of its best checkpoint, not of its end."""
+    options = declining(fast, patience=None)
+    result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
+    best = result.history[-1]["watch/best_step"]
+    chosen = evaluations(result, "eval_logps/chosen")
+    losses = evaluations(result)
+    assert losses[best - 1] < losses[-1]
+    assert result.metrics["after"]["logps_chosen"] == pytest.approx(chosen[best - 1], rel=1e-4)
+    assert result.metrics["after"]["logps_chosen"] != pytest.approx(chosen[-1], rel=1e-4)
+
+
+def test_a_run_that_declines_stops_early_and_says_so(llava: Tiny, fast: Any, caplog: pytest.LogCaptureFixture) -> None:
+    options = declining(fast, patience=2, max_steps=40, eval_steps=1)
+    with caplog.at_level(logging.WARNING):
+        result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
+    stopped = result.history[-1]["watch/stopped_early_at"]
+    assert stopped < 40
+    assert f"Stopped at step {stopped} of 40" in caplog.text
+
+
+def test_a_fall_of_the_chosen_answers_is_said_once(llava: Tiny, fast: Any, caplog: pytest.LogCaptureFixture) -> None:
+    # a loss that pushes both answers down
+    options = watched(fast, objective="apo_down", learning_rate=1.0, max_steps=16, eval_fraction=0)
+    with caplog.at_level(logging.WARNING):
+        result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
+    assert min(evaluations(result, "watch/chosen_logps_change")) < -COLLAPSE_NATS
+    assert caplog.text.count("the mean log-probability of the chosen answers fell") == 1
+    assert len(evaluations(result, "watch/collapse")) == 1
+
+
+def test_the_change_is_that_of_the_log_probabilities(llava: Tiny, fast: Any) -> None:
+    result = pivot.optimize(
+        llava[0], pairs(), processor=llava[1], **watched(fast, patience=None, per_device_eval_batch_size=5)
+    )
+    change = evaluations(result, "watch/chosen_logps_change")
+    now = evaluations(result, "eval_logps/chosen")
+    assert now[-1] - change[-1] == pytest.approx(result.metrics["before"]["logps_chosen"], rel=1e-3)
+
+
+def test_own_settings_of_evaluation_are_respected(llava: Tiny, fast: Any) -> None:
+    off = pivot.optimize(llava[0], pairs(), processor=llava[1], **watched(fast, eval_strategy="no"))
+    assert not evaluations(off)
+    assert off.metrics.keys() == {"before", "after"}
+
+
+def test_a_set_too_small_to_hold_out_is_not_watched(llava: Tiny, fast: Any) -> None:
+    same = picture(20, 20, 1)
+    rows = [row(f"{n}?", "yes", "no", same) for n in range(8)]
+    result = pivot.optimize(llava[0], rows, processor=llava[1], **watched(fast))
+    assert not evaluations(result)
+    assert result.metrics == {}
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(llava: Tiny, tmp_path: Path) -> None:
+    model, processor = llava
+    rows = [one | {"id": f"pair-{number}"} for number, one in enumerate(pairs(4))]
+
+    trainer = pivot.PivotTrainer(
+        model, pivot.PivotConfig(**settings(tmp_path, max_steps=2)), rows, processing_class=processor, lora=4
+    )
+    poisoned = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    poisoned.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match=r"The gradient became nan at step 0 on (pair-\d, ){3}pair-\d"):
+        trainer.train()
+
+
+def test_patience_below_one_is_refused(llava: Tiny, fast: Any) -> None:
+    with pytest.raises(SettingsError, match="patience is 0"):
+        pivot.optimize(llava[0], pairs(4), processor=llava[1], **watched(fast, patience=0))
+
+
+def test_other_distributions_are_scored_beside(llava: Tiny, fast: Any, tmp_path: Any) -> None:
+    other = {"dusk": [row(f"{n}?", "ja", "nein", picture(20, 20, 100 + n)) for n in range(6)], "text": pairs(4)}
+    result = pivot.optimize(llava[0], pairs(), processor=llava[1], ood_prefs=other, **watched(fast, patience=None))
+    entries = [entry for entry in result.history if "generalization/factor" in entry]
+    assert [entry["step"] for entry in entries] == list(range(11))
+    assert entries[0]["generalization/factor"] == 0
+    for entry in entries:
+        mean = (entry["generalization/out/dusk"] + entry["generalization/out/text"]) / 2
+        assert entry["generalization/out"] == pytest.approx(mean)
+    from pivot_plugin.probes import generalization_factor, plot_generalization
+
+    again = generalization_factor(
+        *([entry[name] for entry in entries] for name in ("generalization/in", "generalization/out"))
+    )
+    assert [entry["generalization/factor"] for entry in entries] == pytest.approx(again.tolist())
+    assert plot_generalization(result.history, tmp_path / "plot.png").stat().st_size > 5000
+    with pytest.raises(SettingsError, match="no row is held out to compare with"):
+        pivot.optimize(
+            llava[0],
+            pairs(),
+            processor=llava[1],
+            ood_prefs=other,
+            **watched(fast, eval_fraction=0) | {"output_dir": tmp_path / "b"},
+        )
