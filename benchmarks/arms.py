@@ -3,8 +3,8 @@
     python -m benchmarks.arms                  # learning rates, then three seeds: about an hour on two cores
     python -m benchmarks.arms --only search    # the table of learning rates alone
 
-Every arm's learning rate is chosen on validation questions (VQA accuracy, one seed that is not reported, half the
-steps), then the arm runs with it on three other seeds and is measured on test questions, test pairs and scenes that
+Every arm's learning rate is chosen on validation questions (mean VQA accuracy of two seeds that are not reported, half
+the steps), then the arm runs with it on three other seeds and is measured on test questions, test pairs and scenes that
 neither training nor the choice has seen. Same start, pairs, order and steps for all; LoRA of rank 16 on the tower.
 Runs that are finished are not run again (folder `arms-runs`).
 """
@@ -29,7 +29,7 @@ from pivot_plugin.training.tower import find_adapter
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("sft", "dpo", "mpo", "specs")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-SEARCH_SEED = 100
+SEARCH_SEEDS = (100, 101)
 PAIRS, STEPS, BATCH = 5000, 500, 16
 VALIDATION, TEST = 940_000, 930_000
 SETTINGS: dict[str, Any] = {
@@ -63,30 +63,39 @@ def measure(model: Any, processor: Any) -> Mapping[str, float]:
 
 
 def search(pairs: PairDataset, folder: Path) -> list[dict[str, Any]]:
-    """Validation VQA accuracy of every arm at every learning rate."""
+    """Validation VQA accuracy of every arm at every learning rate, mean over the search's seeds."""
     rows = []
     for arm in ARMS:
         for rate in RATES:
-            kept = folder / "search" / f"{arm}-{rate:g}.json"
-            if not kept.exists():
-                model, processor = world.model(), world.processor()
-                result = optimize(
-                    model,
-                    pairs,
-                    processor=processor,
-                    objective=arm,
-                    eval_fraction=0,
-                    output_dir=folder / "search" / f"{arm}-{rate:g}",
-                    learning_rate=rate,
-                    max_steps=STEPS // 2,
-                    seed=SEARCH_SEED,
-                    resume=(folder / "search" / f"{arm}-{rate:g}").exists(),
-                    **SETTINGS,
-                )
-                kept.write_text(json.dumps(vqa(result.model, processor, VALIDATION)["all"]))
-            rows.append({"arm": arm, "learning_rate": rate, "validation_vqa": json.loads(kept.read_text())})
+            scores = [
+                _searched(pairs, folder / "search" / f"{arm}-{rate:g}-{seed}", arm, rate, seed) for seed in SEARCH_SEEDS
+            ]
+            mean = statistics.fmean(scores)
+            rows.append({"arm": arm, "learning_rate": rate, "validation_vqa": round(mean, 4), "seeds": scores})
             print(rows[-1], flush=True)
     return rows
+
+
+def _searched(pairs: PairDataset, place: Path, arm: str, rate: float, seed: int) -> float:
+    kept = place.with_suffix(place.suffix + ".json")
+    if not kept.exists():
+        model, processor = world.model(), world.processor()
+        result = optimize(
+            model,
+            pairs,
+            processor=processor,
+            objective=arm,
+            eval_fraction=0,
+            output_dir=place,
+            learning_rate=rate,
+            max_steps=STEPS // 2,
+            seed=seed,
+            resume=place.exists(),
+            **SETTINGS,
+        )
+        kept.write_text(json.dumps(vqa(result.model, processor, VALIDATION)["all"]))
+    score: float = json.loads(kept.read_text())
+    return score
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -64,7 +64,7 @@ _HOME = {
     "optimize": "_optimize",
 }
 
-_PACKAGES = ("preferences", "probes", "rewards")
+_PACKAGES = ("preferences", "probes", "recipes", "rewards")
 
 
 def __getattr__(name: str) -> object:

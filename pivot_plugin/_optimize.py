@@ -132,7 +132,7 @@ def optimize(
         output_dir: folder of the run: checkpoints, log, encoder.
         objective: "dpo", "mpo", "specs", "sft", "ipo", "dpo_norm", "grpo", "rloo", any other name a plugin offers, a
             TRL loss type, or a list of those (weighted by `loss_weights=`).
-        train: "encoder" (the tower), "encoder+projector", or "all".
+        train: "encoder" (the tower), "encoder+projector", "all", or "language_model" alone.
         lora: a LoRA rank, a peft config, or None to train the weights themselves.
         eval_fraction: share of the rows to hold out where `eval_prefs` is not given (at least 32 and at most 1000, at
             most a quarter of all, no image on both sides); 0 holds none out. Held-out rows are looked at ten times

@@ -10,8 +10,8 @@ from trl import DPOConfig, GRPOConfig, RLOOConfig
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.rewards.guard import TIME_LIMIT_S
 
-Train = Literal["encoder", "encoder+projector", "all"]
-TRAIN_CHOICES = ("encoder", "encoder+projector", "all")
+Train = Literal["encoder", "encoder+projector", "language_model", "all"]
+TRAIN_CHOICES = ("encoder", "encoder+projector", "language_model", "all")
 SftAverage = Literal["token", "sequence"]
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -36,7 +36,8 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
     `report_to="none"`.
 
     Args:
-        train: which parts train: "encoder" (the vision tower), "encoder+projector", or "all" (the paper's setting).
+        train: which parts train: "encoder" (the vision tower), "encoder+projector", "all" (the paper's setting), or
+            "language_model" alone, with the tower as it is (cold starts that teach format).
         learning_rates: rates of single parts ("encoder", "projector", "language_model"); others use `learning_rate`.
         patience: evaluations in a row without a better one before the run stops early; None never stops early. Counts
             from the first evaluation, of which there are several only with held-out rows and an `eval_strategy`.

@@ -102,7 +102,7 @@ WEIGHTS_LEARNING_RATES: Mapping[str, float] = {"sft": 5e-6}
 WEIGHTS_LEARNING_RATE = 1e-6
 # Learning rates of LoRA: a fifth of what is best on the embedded world (benchmarks/README.md, the arms): it is a model
 # of 0.6 M parameters, and large models want smaller steps.
-LORA_LEARNING_RATES: Mapping[str, float] = {}
+LORA_LEARNING_RATES: Mapping[str, float] = {"sft": 6e-4}
 LORA_LEARNING_RATE = 2e-4
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from trl import DPOConfig
+from trl import DPOConfig, GRPOConfig, RLOOConfig
 
 import pivot_plugin as pivot
 from pivot_plugin import hooks, objectives
@@ -19,7 +19,9 @@ def test_presets_are_the_published_mixes() -> None:
 
 def test_every_preset_is_a_setting_of_trl_and_documented() -> None:
     for name, preset in objectives.BUILT_IN.items():
-        DPOConfig(output_dir="unused", use_cpu=True, bf16=False, **preset())
+        settings = dict(preset())
+        kind = {"grpo": GRPOConfig, "rloo": RLOOConfig}.get(str(settings.pop("trainer", None)), DPOConfig)
+        kind(output_dir="unused", use_cpu=True, bf16=False, **settings)
         assert "Source:" in (preset.__doc__ or ""), name
         assert "When:" in (preset.__doc__ or ""), name
 
@@ -72,3 +74,44 @@ def test_arms_differ_in_the_loss_alone(make: Any, rows: Any, fast: Any) -> None:
     assert losses["specs"] == pytest.approx(losses["dpo"] + losses["sft"], rel=1e-5)
     # at the start every reward is zero: BCO is 2 log 2
     assert losses["mpo"] == pytest.approx(0.8 * losses["dpo"] + 0.2 * 2 * losses["dpo"] + losses["sft"], rel=1e-5)
+
+
+def test_learning_rates_depend_on_the_objective_and_on_what_trains() -> None:
+    # arXiv 2510.16333, appendix E.1
+    assert objectives.learning_rate("dpo", lora=False) == 1e-6
+    assert objectives.learning_rate("sft", lora=False) == 5e-6
+    assert objectives.learning_rate("sft", lora=True) > objectives.learning_rate("dpo", lora=True)
+    assert objectives.learning_rate(["sigmoid", "ipo"], lora=True) == objectives.learning_rate("dpo", lora=True)
+
+
+@pytest.mark.parametrize("objective", ["sft", "specs"])
+def test_the_sft_loss_can_average_per_sequence(objective: str, make: Any, rows: Any, fast: Any) -> None:
+    """Against log-probabilities of each answer: the mean over answers of their means, in place of that over tokens."""
+    losses, parts = {}, {}
+    for average in ("token", "sequence"):
+        model, processor = make("llava")
+        settings = {name: value for name, value in fast.items() if name != "output_dir"}
+        config = pivot.PivotConfig(
+            output_dir=str(fast["output_dir"] / average),
+            sft_average=average,
+            **settings,
+            **objectives.resolve(objective),
+        )
+        trainer = pivot.PivotTrainer(model, config, rows, processing_class=processor, lora=4)
+        batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+        losses[average] = trainer.compute_loss(trainer.model, batch).item()
+        logps = trainer.model(forest=batch["forest"]).log_probs.chunk(2)[0]
+        mask = batch["completion_mask"][:, 1:].chunk(2)[0]
+        parts = {
+            "token": -(logps.sum() / mask.sum()).item(),
+            "sequence": -(logps.sum(dim=1) / mask.sum(dim=1)).mean().item(),
+        }
+    assert abs(parts["token"] - parts["sequence"]) > 1e-3
+    assert losses["sequence"] - losses["token"] == pytest.approx(parts["sequence"] - parts["token"], abs=1e-5)
+    if objective == "sft":
+        assert losses == pytest.approx(parts, rel=1e-4)
+
+
+def test_a_typo_in_the_average_is_said() -> None:
+    with pytest.raises(SettingsError, match="sft_average is 'tokens'"):
+        pivot.PivotConfig(output_dir="unused", use_cpu=True, sft_average="tokens")  # type: ignore[arg-type]

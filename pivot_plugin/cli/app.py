@@ -21,10 +21,15 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.command("optimize")(runs.optimize)
+cli.command("compare-arms")(runs.compare_arms)
 cli.command("demo")(runs.demo)
 cli.command("inspect")(models.inspect)
 cli.command("adapters")(models.adapters)
 cli.add_typer(prefs.group, name="prefs")
+recipes = typer.Typer(help="Several runs one after another.", no_args_is_help=True)
+recipes.command("specs")(runs.specs)
+recipes.callback()(lambda: None)
+cli.add_typer(recipes, name="recipe")
 
 
 def _version(asked: bool) -> None:

@@ -8,6 +8,8 @@ import typer
 
 from pivot_plugin.errors import SettingsError
 
+from .runs import reward_weight
+
 group = typer.Typer(help="Check preference pairs, or make them.", no_args_is_help=True)
 
 
@@ -59,7 +61,7 @@ def build(
 
     pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
     """
-    weighted = [_weighted(text) for text in rewards or ["accuracy"]]
+    weighted = [reward_weight(text) for text in rewards or ["accuracy"]]
     from pivot_plugin._models import load_model
     from pivot_plugin.preferences import load_questions, rank, sample, save
     from pivot_plugin.rewards import resolve_rewards
@@ -127,13 +129,3 @@ def _named(text: str) -> tuple[str, str]:
     if not equals or not ours or not theirs:
         raise SettingsError(f"--column {text!r} is not ours=theirs.", "For example: --column prompt=instruction.")
     return ours, theirs
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    name, equals, weight = text.partition("=")
-    try:
-        return name, float(weight) if equals else 1.0
-    except ValueError as error:
-        raise SettingsError(
-            f"--reward {text!r}: {weight!r} is no number.", "For example: --reward format=0.5."
-        ) from error

@@ -18,6 +18,7 @@ from pivot_plugin.errors import ModelError, SettingsError
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder",),
     "encoder+projector": ("encoder", "projector"),
+    "language_model": ("language_model",),
     "all": PARTS,
 }
 
@@ -62,7 +63,7 @@ def plan(adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None) ->
         return TrainingPlan(parts, None, names)
     if isinstance(lora, bool) or (isinstance(lora, int) and lora < 1):
         raise SettingsError(f"lora is {lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
-    targets = adapter.lora_targets()
+    targets = adapter.lora_targets() if "encoder" in parts else []
     saved: list[str] = []
     if "projector" in parts:
         saved = list(adapter.projector_paths)

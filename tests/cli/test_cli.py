@@ -191,3 +191,44 @@ def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path)
     assert skipped.returncode == 0, skipped.stderr[-2000:]
     (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 3
+
+
+def test_arms_are_compared_and_the_table_is_printed(world: Path, tmp_path: Path) -> None:
+    training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "--eval-fraction", "0.25"]
+    arms = ["--arms", "sft,dpo", "--seeds", "2", "--learning-rate", "dpo=1e-3", "-o", tmp_path / "arms"]
+    run = pivot("compare-arms", world / "model", world / "pairs", *arms, *training, folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("| arm | runs | preference_accuracy")
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| base", "1"], ["| sft", "2"], ["| dpo", "2"]]
+    typo = pivot("compare-arms", world / "model", world / "pairs", "--arms", "sft,dop", folder=tmp_path)
+    assert "Did you mean dpo" in typo.stderr
+
+
+def test_online_objectives_run_from_the_command_line(world: Path, tmp_path: Path) -> None:
+    lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--set", "max_completion_length=4", "--lora", "4"]
+    rewards = ["--reward", "accuracy=1", "--reward", "length_penalty=0.1", "-o", tmp_path / "run"]
+    run = pivot(
+        *("optimize", world / "model", "questions.jsonl", "--objective", "grpo", "--json"),
+        *(*rewards, *training),
+        folder=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert set(json.loads(run.stdout)["metrics"]["after"]) == {"reward", "rewards/accuracy", "rewards/length_penalty"}
+
+
+def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"question": "what?", "answer": "1"}\n' * 4)
+    common = ["--set", "use_cpu=true", "--set", "eval_fraction=0", "--set", "max_completion_length=4", "--lora", "4"]
+    skip = ["--skip", "zero", "--skip", "pairs", "--skip", "cold-start"]
+    run = pivot(
+        *("recipe", "specs", world / "model", "questions.jsonl", "-o", "out"),
+        *(*skip, *common, "--set", "final.max_steps=1"),
+        folder=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("final: out/4-final (trains: all;")
+    typo = pivot("recipe", "specs", world / "model", "questions.jsonl", "--set", "last.max_steps=1", folder=tmp_path)
+    assert "stages names ['last']. The stages are zero, pairs, cold-start, final" in typo.stderr

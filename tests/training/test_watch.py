@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import SettingsError, TrainingError
-from pivot_plugin.training.watch import COLLAPSE_NATS
+from pivot_plugin.training.watch import Watch
 
 from ..conftest import Tiny, picture, row
 from .test_exactness import settings
@@ -65,14 +66,28 @@ def test_a_run_that_declines_stops_early_and_says_so(llava: Tiny, fast: Any, cap
     assert f"Stopped at step {stopped} of 40" in caplog.text
 
 
-def test_a_fall_of_the_chosen_answers_is_said_once(llava: Tiny, fast: Any, caplog: pytest.LogCaptureFixture) -> None:
-    # a loss that pushes both answers down
-    options = watched(fast, objective="apo_down", learning_rate=1.0, max_steps=16, eval_fraction=0)
+def test_a_fall_of_the_chosen_answers_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch, state = Watch(beta=0.1), TrainerState()
     with caplog.at_level(logging.WARNING):
-        result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
-    assert min(evaluations(result, "watch/chosen_logps_change")) < -COLLAPSE_NATS
-    assert caplog.text.count("the mean log-probability of the chosen answers fell") == 1
-    assert len(evaluations(result, "watch/collapse")) == 1
+        for step, (now, change) in enumerate(
+            [(-20.0, 0.0), (-20.9, -0.9), (-21.9, -1.9), (-22.1, -2.1), (-30.0, -10.0)]
+        ):
+            state.global_step = step
+            logs = {"rewards/chosen": 0.1 * change, "logps/chosen": now}
+            state.log_history.append(dict(logs))
+            watch.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), logs)
+    assert [entry["watch/chosen_logps_change"] for entry in state.log_history] == pytest.approx(
+        [0, -0.9, -1.9, -2.1, -10]
+    )
+    # more than a nat, and more than a tenth
+    assert [entry.get("watch/collapse") for entry in state.log_history] == [None, None, None, pytest.approx(-2.1), None]
+    assert caplog.text.count("fell from -20.00 to -22.10") == 1
+
+
+def test_a_loss_that_pushes_both_answers_down_is_followed(llava: Tiny, fast: Any) -> None:
+    options = watched(fast, objective="apo_down", learning_rate=1.0, max_steps=16, eval_fraction=0)
+    result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
+    assert min(evaluations(result, "watch/chosen_logps_change")) < -1
 
 
 def test_the_change_is_that_of_the_log_probabilities(llava: Tiny, fast: Any) -> None:
