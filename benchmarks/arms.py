@@ -1,12 +1,13 @@
-"""The arms of the paper on the embedded world: untouched base, SFT, DPO, MPO, SPECS on the same pairs.
+"""The arms of the paper on the embedded world: untouched base, SFT, DPO, MPO, SPECS on the same pairs, and GRPO.
 
     python -m benchmarks.arms                  # learning rates, then three seeds: about an hour on two cores
     python -m benchmarks.arms --only search    # the table of learning rates alone
 
 Every arm's learning rate is chosen on validation questions (mean VQA accuracy of two seeds that are not reported, half
 the steps), then the arm runs with it on three other seeds and is measured on test questions, test pairs and scenes that
-neither training nor the choice has seen. Same start, pairs, order and steps for all; LoRA of rank 16 on the tower.
-Runs that are finished are not run again (folder `arms-runs`).
+neither training nor the choice has seen. Same start, pairs, order and steps for all; LoRA of rank 16 on the tower. GRPO
+stands beside them: it learns from questions and its own answers, for half the steps. Runs that are finished are not run
+again (folder `arms-runs`).
 """
 
 import argparse
@@ -30,6 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 ARMS = ("sft", "dpo", "mpo", "specs")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEARCH_SEEDS = (100, 101)
+STEADY_ONLINE_RATE = 1e-3
 PAIRS, STEPS, BATCH = 5000, 500, 16
 VALIDATION, TEST = 940_000, 930_000
 SETTINGS: dict[str, Any] = {
@@ -41,6 +43,21 @@ SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
+# eight roll-outs of eight questions a step
+ONLINE: dict[str, Any] = {
+    "rewards": "accuracy",
+    "num_generations": 8,
+    "per_device_train_batch_size": 64,
+    "max_completion_length": 4,
+}
+
+
+def _questions() -> list[dict[str, Any]]:
+    """Questions with answers about scenes at dusk, as many as there are among the pairs."""
+    return [
+        {"images": [scene.image], "question": question.text, "answer": question.answer}
+        for scene, question in world.questions(PAIRS // 2, seed=20_000)
+    ]
 
 
 def vqa(model: Any, processor: Any, seed: int, size: int = 1000) -> dict[str, float]:
@@ -65,7 +82,7 @@ def measure(model: Any, processor: Any) -> Mapping[str, float]:
 def search(pairs: PairDataset, folder: Path) -> list[dict[str, Any]]:
     """Validation VQA accuracy of every arm at every learning rate, mean over the search's seeds."""
     rows = []
-    for arm in ARMS:
+    for arm in (*ARMS, "grpo"):
         for rate in RATES:
             scores = [
                 _searched(pairs, folder / "search" / f"{arm}-{rate:g}-{seed}", arm, rate, seed) for seed in SEARCH_SEEDS
@@ -82,7 +99,7 @@ def _searched(pairs: PairDataset, place: Path, arm: str, rate: float, seed: int)
         model, processor = world.model(), world.processor()
         result = optimize(
             model,
-            pairs,
+            _questions() if arm == "grpo" else pairs,
             processor=processor,
             objective=arm,
             eval_fraction=0,
@@ -91,7 +108,7 @@ def _searched(pairs: PairDataset, place: Path, arm: str, rate: float, seed: int)
             max_steps=STEPS // 2,
             seed=seed,
             resume=place.exists(),
-            **SETTINGS,
+            **SETTINGS | (ONLINE if arm == "grpo" else {}),
         )
         kept.write_text(json.dumps(vqa(result.model, processor, VALIDATION)["all"]))
     score: float = json.loads(kept.read_text())
@@ -101,18 +118,40 @@ def _searched(pairs: PairDataset, place: Path, arm: str, rate: float, seed: int)
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         arm: max((row for row in rows if row["arm"] == arm), key=lambda row: row["validation_vqa"])["learning_rate"]
-        for arm in ARMS
+        for arm in dict.fromkeys(row["arm"] for row in rows)
     }
 
 
 def search_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|---" * (len(RATES) + 1) + "|"]
     best = best_rates(rows)
-    for arm in ARMS:
+    for arm in best:
         values = {row["learning_rate"]: row["validation_vqa"] for row in rows if row["arm"] == arm}
         cells = [f"**{values[rate]:.3f}**" if rate == best[arm] else f"{values[rate]:.3f}" for rate in RATES]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _online(place: Path, rate: float, seed: int) -> ArmRun:
+    """GRPO with one seed, on questions instead of pairs: half the steps, each of which costs more."""
+    kept = place.with_suffix(".json")
+    if not kept.exists():
+        model, processor = world.model(), world.processor()
+        result = optimize(
+            model,
+            _questions(),
+            processor=processor,
+            objective="grpo",
+            eval_fraction=0,
+            output_dir=place,
+            learning_rate=rate,
+            max_steps=STEPS // 2,
+            seed=seed,
+            resume=place.exists(),
+            **SETTINGS | ONLINE,
+        )
+        kept.write_text(json.dumps(dict(measure(result.model, processor))))
+    return ArmRun(f"grpo ({rate:g})", seed, json.loads(kept.read_text()), str(place))
 
 
 def paired_differences(comparison: ArmsComparison, name: str, first: str, second: str) -> tuple[float, float]:
@@ -137,6 +176,12 @@ def main() -> None:
     print(search_table(rows))
     if asked.only:
         return
+    # the second rate is as good in the search, and further from where it collapses
+    online = [
+        _online(asked.folder / "grpo" / f"{rate:g}" / f"seed-{seed}", rate, seed)
+        for rate in (rates["grpo"], STEADY_ONLINE_RATE)
+        for seed in range(asked.seeds)
+    ]
     comparison = compare_arms(
         world.model(),
         pairs,
@@ -145,14 +190,15 @@ def main() -> None:
         processor=world.processor(),
         eval_prefs=world.pairs(400, seed=77),
         output_dir=asked.folder / "arms",
-        learning_rates=rates,
+        learning_rates={arm: rates[arm] for arm in ARMS},
         measure=measure,
         max_steps=STEPS,
         **SETTINGS,
     )
+    comparison.runs += online
     print(comparison)
     differences = {}
-    for arm in ARMS[1:]:
+    for arm in dict.fromkeys([*ARMS[1:], *(run.arm for run in online)]):
         mean, error = paired_differences(comparison, "vqa all", arm, "sft")
         differences[f"{arm} - sft"] = {"vqa all": mean, "standard error": error}
         print(f"{arm} - sft: vqa {mean:+.3f}, standard error {error:.3f} over {asked.seeds} seeds")

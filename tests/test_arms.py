@@ -30,7 +30,7 @@ def test_arms_and_seeds_are_run_on_the_same_pairs_and_kept(llava: Tiny, short: d
 
     def measure(model: Any, processor: Any) -> dict[str, float]:
         measured.append(model)
-        return {"size": float(sum(p.double().sum() for p in model.parameters()))}
+        return {"size": sum(p.detach().double().sum().item() for p in model.parameters())}
 
     comparison = pivot.compare_arms(
         model, pairs(), ("sft", "dpo"), 2, processor=processor, measure=measure, learning_rates={"dpo": 1e-3}, **short

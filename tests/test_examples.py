@@ -111,3 +111,23 @@ def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
 def test_every_example_compiles() -> None:
     for file in EXAMPLES.rglob("*.py"):
         compile(file.read_text(), str(file), "exec")
+
+
+def test_specs_runs_its_stages_and_prints_what_each_gave(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "specs" / "run.py"), "--steps", "20", "--output-dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = done.stdout[done.stdout.index("after stage") :].splitlines()
+    assert [line.split("  ")[0] for line in table[1:]] == [
+        "base",
+        "zero (trains language model)",
+        "cold-start (trains language model)",
+        "final (trains all)",
+    ]
+    for stage in ("1-zero", "2-pairs", "3-cold-start", "4-final"):
+        assert (tmp_path / "out" / stage).is_dir()

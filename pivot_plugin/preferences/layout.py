@@ -173,6 +173,10 @@ def _without_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "Give a prompt, or whole conversations as chosen and rejected.",
                 "missing column",
             )
+        if not answer:
+            raise DataError(
+                f"{where}: the {name} answer is empty.", "Give both answers some text, or drop the row.", "empty answer"
+            )
     if type(row["chosen"]) is not type(row["rejected"]):
         raise DataError(
             f"{where}: chosen is a {type(row['chosen']).__name__} and rejected a {type(row['rejected']).__name__}.",

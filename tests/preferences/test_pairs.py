@@ -125,6 +125,7 @@ GOOD = {"prompt": "?", "chosen": "a", "rejected": "b"}
         ({**GOOD, "images": ["https://example.org/a.png"]}, "is a URL"),
         ({**GOOD, "images": [b"GIF89a"]}, "unreadable or truncated"),
         ("text", "is a str"),
+        ({"chosen": "a", "rejected": ""}, "the rejected answer is empty"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(bad: Any, said: str) -> None:

@@ -28,33 +28,77 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+ONLINE = textwrap.dedent("""
+    import sys
+    sys.path.insert(0, sys.argv[3])
+    import pivot_plugin as pivot
+    from pivot_plugin.testing import build
+    from tests.conftest import picture
+
+    def by_length(prompts, completions, **columns):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    model, processor = build("llava")
+    questions = [{"images": [picture(40, 50, n)], "question": f"number {n}?"} for n in range(8)]
+    pivot.optimize(
+        model, questions, processor=processor, output_dir=sys.argv[1], lora=4, objective="grpo", rewards=by_length,
+        num_generations=4, per_device_train_batch_size=int(sys.argv[2]), max_steps=3, max_completion_length=5,
+        learning_rate=1e-2, use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True, eval_fraction=0,
+        gradient_checkpointing=False, warmup_steps=0,
+    )
+""")
+
+
+def launched(code: str, processes: int, size: int, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """A script in some processes, each with its batch size, its run in `run` below the folder."""
+    folder.mkdir()
+    (folder / "script.py").write_text(code)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *launch, str(folder / "script.py"), str(folder / "run"), str(size), str(ROOT)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PIVOT_CACHE": str(folder / "cache"),
+            "PYTHONPATH": str(ROOT),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        },
+        check=False,
+    )
+
+
+@pytest.mark.timeout(300)
+def test_groups_of_rollouts_may_lie_across_processes(tmp_path: Path) -> None:
+    done = launched(ONLINE, 2, 2, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((tmp_path / "two" / "run" / "run.json").read_text())["history"]
+    steps = [log for log in history if "loss" in log]
+    assert len(steps) == 3
+    # one group of four, two roll-outs in each process: advantages come from all four
+    assert any(log["reward_std"] > 0 and log["grad_norm"] > 0 for log in steps)
+
+
+@pytest.mark.timeout(300)
+def test_processes_that_groups_do_not_fill_are_refused_by_number(tmp_path: Path) -> None:
+    done = launched(ONLINE, 3, 2, tmp_path / "three")
+    assert done.returncode != 0
+    assert "SettingsError" in done.stderr
+    assert "generation_batch_size (6) must be divisible by num_generations (4)" in done.stderr
+
+
 @pytest.mark.timeout(300)
 def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     runs = {}
     for processes, size in ((1, 4), (2, 2)):
-        folder = tmp_path / str(processes)
-        done = subprocess.run(
-            [sys.executable, *launch, str(processes), str(script), str(folder), str(size), str(ROOT)],
-            capture_output=True,
-            text=True,
-            env={
-                **os.environ,
-                "PIVOT_CACHE": str(tmp_path / f"cache-{processes}"),
-                "PYTHONPATH": str(ROOT),
-                "ACCELERATE_USE_CPU": "true",
-                "OMP_NUM_THREADS": "1",
-            },
-            check=False,
-        )
+        done = launched(SCRIPT, processes, size, tmp_path / str(processes))
         assert done.returncode == 0, done.stderr[-3000:]
-        runs[processes] = json.loads((folder / "run.json").read_text())
+        runs[processes] = json.loads((tmp_path / str(processes) / "run" / "run.json").read_text())
     curves = [[log["loss"] for log in run["history"] if "loss" in log] for run in runs.values()]
     assert len(curves[0]) == 6
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert runs[2]["metrics"]["after"] == pytest.approx(runs[1]["metrics"]["after"], rel=1e-3)
-    one, two = (load_file(tmp_path / number / "encoder" / "model.safetensors") for number in ("1", "2"))
+    one, two = (load_file(tmp_path / number / "run" / "encoder" / "model.safetensors") for number in ("1", "2"))
     for name, tensor in one.items():
         assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name
