@@ -89,6 +89,6 @@ def plot_generalization(history: Sequence[dict[str, Any]], path: str | Path) -> 
         axes.plot(steps, [entry[name] for entry in points], style, label=label, markersize=4)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set(xlabel="optimiser step", ylabel="score")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
     return Path(path)

@@ -74,6 +74,7 @@ def run(output_dir: Path, pairs: int = 5000, steps: int = 500) -> None:
         gradient_checkpointing=False,
         logging_steps=100,
         save_strategy="no",
+        eval_strategy="no",
     )
     console.print("[bold]3.[/] the encoder: saved, loaded back, grafted into a second model")
     folder = result.output_dir / "encoder"

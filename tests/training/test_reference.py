@@ -158,7 +158,7 @@ def test_fingerprints_are_stable_and_see_every_change(make: Any) -> None:
 
 
 @pytest.mark.parametrize("lora", [4, None])
-@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "all"])
+@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])
 def test_the_reference_does_not_move_during_training(
     llava: Any, rows: Any, train: Any, lora: Any, tmp_path: Path
 ) -> None:

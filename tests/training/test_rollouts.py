@@ -268,7 +268,7 @@ def test_text_only_questions_may_stand_between_others(tiny: Tiny, tmp_path: Path
     assert trainer.state.global_step == 3
 
 
-@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "all"])
+@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])
 @pytest.mark.parametrize("lora", [4, None])
 def test_the_reference_does_not_move(train: Any, lora: Any, llava: Tiny, tmp_path: Path) -> None:
     """Reference log-probabilities of fixed roll-outs before and after training, against those of an untouched copy."""
