@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_plugin.testing import FAMILIES, build
 
 Tiny = tuple[PreTrainedModel, ProcessorMixin]
+
+# how long an example takes depends on what else the machine does, and on who imports a library first
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

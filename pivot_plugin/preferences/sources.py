@@ -262,6 +262,8 @@ def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:
         raise DataError(
             f"{name} cannot be read as parquet: {error}", "Check that the files are whole and have the same columns."
         ) from error
+    # what the conversion needed would stay with this process, and be copied by the ones it forks
+    pa.default_memory_pool().release_unused()
     return Source(_rows_of(rows), name, _in(access, files[0].parent))
 
 
