@@ -4,7 +4,8 @@ Notation for shapes: I images, P patches of one image, D tower width, L tokens o
 """
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import ModelOutput
 
 from pivot_plugin.errors import EncoderError, ModelError
 
@@ -36,8 +38,10 @@ class ImageFeatures:
 class VisionAdapter:
     """What must be known of an MLLM family. The defaults serve any transformers model with `get_encoder`.
 
+    A stand-alone encoder has an adapter too, of which only what concerns images is of use: its tower path is "".
+
     Args:
-        model: the MLLM, never changed by an adapter except by `graft`.
+        model: the MLLM, never changed by an adapter except by `graft`; or a stand-alone encoder.
         family: name of the family, shown to users; defaults to the class's own.
 
     Raises:
@@ -49,6 +53,8 @@ class VisionAdapter:
     """Names of the modules between tower and language model, wherever they stand."""
     unread_names: ClassVar[tuple[str, ...]] = ("head", "pooler")
     """Names of modules directly in the tower whose outputs the projector never reads."""
+    lmms_eval_name: ClassVar[str | None] = None
+    """What lmms-eval calls the family (`--model`), None where it does not know it."""
 
     def __init__(self, model: PreTrainedModel, family: str | None = None) -> None:
         self.model = model
@@ -64,6 +70,8 @@ class VisionAdapter:
         for path, module in self.model.named_modules():
             if path and module is encoder and isinstance(module, PreTrainedModel):
                 return path
+        if is_encoder(self.model):
+            return ""
         raise ModelError(
             f"{type(self.model).__name__} has no vision tower: get_encoder(modality='image') finds none.",
             "Pass a multimodal model such as LlavaForConditionalGeneration, or install a plugin with an adapter "
@@ -212,18 +220,112 @@ class VisionAdapter:
         Raises:
             ModelError: if the features do not form a grid.
         """
-        hidden = self.hidden_state(tower or self.tower, inputs["pixel_values"])
+        tower = tower or self.tower
+        return self.on_grid(self.hidden_state(self.run_tower(tower, inputs)), inputs, tower)
+
+    def run_tower(self, tower: PreTrainedModel, inputs: ImageInputs) -> ModelOutput:
+        """What a tower answers about one view of each image, its hidden states included.
+
+        Args:
+            tower: the model's own, or a stand-alone encoder of the same class.
+            inputs: processor outputs about images.
+        """
+        return tower(inputs["pixel_values"], output_hidden_states=self.feature_layer is not None)
+
+    def hidden_state(self, output: ModelOutput) -> torch.Tensor:
+        """The hidden state in use among a tower's answers, (images or tiles, tokens, D), class token included."""
+        layer = self.feature_layer
+        return output.last_hidden_state if layer is None else output.hidden_states[layer]
+
+    def on_grid(self, hidden: torch.Tensor, inputs: ImageInputs, tower: PreTrainedModel) -> list[ImageFeatures]:
+        """Put a hidden state of the tower, or its gradient, on the patch grids of the images.
+
+        Args:
+            hidden: as `hidden_state` gives it.
+            inputs: processor outputs about the images it was computed from.
+            tower: it comes from.
+
+        Raises:
+            ModelError: if the features do not form a grid.
+        """
+        if hidden.ndim == 4:
+            # a convolutional net: (images, D, rows, columns)
+            return [ImageFeatures(values.flatten(1).T, tuple(values.shape[1:])) for values in hidden]
         side = int(hidden.shape[1] ** 0.5)
+        if hidden.ndim != 3 or side < 2:
+            raise ModelError(
+                f"{type(tower).__name__} gives features of shape {tuple(hidden.shape)}, which form no patch grid.",
+                "Use an encoder with patch tokens, or an adapter that overrides on_grid.",
+            )
         # class and register tokens come before the patches
         patches = hidden[:, hidden.shape[1] - side * side :]
         return [ImageFeatures(values, (side, side)) for values in patches]
 
-    def hidden_state(self, tower: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        """The tower's hidden state in use, (images or tiles, tokens, D), class token included."""
-        layer = self.feature_layer
-        if layer is None:
-            return tower(pixels).last_hidden_state
-        return tower(pixels, output_hidden_states=True).hidden_states[layer]
+    def project(self, features: ImageFeatures, tower: PreTrainedModel | None = None) -> ImageFeatures:
+        """What the language model gets of one image's patch features, on its own grid.
+
+        Args:
+            features: of an image, as `patch_features` gives them.
+            tower: they come from; defaults to the tower inside the model.
+
+        Raises:
+            ModelError: if there is no projector, or how it maps patches is not known.
+        """
+        if len(self.projector_paths) != 1:
+            raise ModelError(
+                f"{type(self.model).__name__} has {len(self.projector_paths)} projectors; one is expected.",
+                "Measure the encoder alone, or use an adapter that overrides project.",
+            )
+        projected = self.model.get_submodule(self.projector_paths[0])(features.values[None])[0]
+        if len(projected) != len(features.values):
+            raise ModelError(
+                f"The projector of {type(self.model).__name__} makes {len(projected)} tokens of "
+                f"{len(features.values)} patches, and how they lie is not known.",
+                "Measure the encoder alone, or use an adapter that overrides project.",
+            )
+        return ImageFeatures(projected, features.grid)
+
+    def whole_views(self, inputs: ImageInputs, image_tokens: Sequence[int]) -> list[int]:
+        """For each image, which row of the tower's hidden states in the MLLM's own forward pass shows the whole of it.
+
+        Args:
+            inputs: processor outputs about I images.
+            image_tokens: tokens of each of them in the language model's input.
+        """
+        return list(range(len(image_tokens)))
+
+    def shown_box(self, processor: object, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Which part of an image its patch grid covers: left, top, right and bottom as shares of width and height.
+
+        Args:
+            processor: the MLLM's, or an image processor.
+            size: width and height of the image.
+        """
+        processor = getattr(processor, "image_processor", processor)
+        shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
+        if not (getattr(processor, "do_center_crop", False) and shortest):
+            return 0.0, 0.0, 1.0, 1.0
+        crop, edge = processor.crop_size, min(size)  # type: ignore[attr-defined]
+        across, down = (min(1.0, crop[n] / shortest * edge / s) for n, s in zip(("width", "height"), size, strict=True))
+        return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
+
+    def tokens_on_grid(self, tokens: torch.Tensor, inputs: ImageInputs) -> ImageFeatures:
+        """Put the language model's image tokens of one image (or a gradient of theirs) on their grid.
+
+        Args:
+            tokens: (tokens, width).
+            inputs: processor outputs about this image.
+
+        Raises:
+            ModelError: if they form no grid.
+        """
+        side = int(len(tokens) ** 0.5)
+        if side * side != len(tokens):
+            raise ModelError(
+                f"{len(tokens)} image tokens of {type(self.model).__name__} form no square grid.",
+                'Use at="encoder", or an adapter that overrides tokens_on_grid.',
+            )
+        return ImageFeatures(tokens, (side, side))
 
     # The encoder out and in
 
@@ -231,6 +333,8 @@ class VisionAdapter:
         """A stand-alone copy of the tower, in eval mode, every parameter free to train."""
         encoder = copy.deepcopy(self.tower).eval()
         encoder.config._name_or_path = ""
+        # by which a loaded encoder is read at the same layer
+        encoder.config.vision_feature_layer = self.feature_layer
         return encoder.requires_grad_(True)
 
     def graft(self, encoder: PreTrainedModel) -> None:
@@ -266,5 +370,10 @@ class VisionAdapter:
         return copy.deepcopy(processor.image_processor)  # type: ignore[attr-defined]
 
 
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether a model is an encoder by itself: one that is never given token ids."""
+    return "input_ids" not in inspect.signature(model.forward).parameters
+
+
 def _inside(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.")
+    return not path or name == path or name.startswith(f"{path}.")

@@ -23,9 +23,9 @@ import torch
 from pivot_plugin import compare_arms, optimize
 from pivot_plugin._arms import ArmRun, ArmsComparison
 from pivot_plugin.preferences import PairDataset
-from pivot_plugin.probes.patches import patch_matrix, probe_patches
+from pivot_plugin.probes import features as frozen_features
+from pivot_plugin.probes import probe_patches, subject
 from pivot_plugin.quickstart import scenes, world
-from pivot_plugin.training.tower import find_adapter
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("sft", "dpo", "mpo", "specs")
@@ -67,12 +67,11 @@ def vqa(model: Any, processor: Any, seed: int, size: int = 1000) -> dict[str, fl
 
 def measure(model: Any, processor: Any) -> Mapping[str, float]:
     """What is reported of a model: test VQA by kind, and a linear patch probe on the tower's features."""
-    adapter = find_adapter(model)
     fitting, testing = (scenes.render_many(500, seed, dusk=True) for seed in (910_000, 920_000))
-    features = [
-        patch_matrix(adapter, processor.image_processor, [scene.image for scene in drawn])
-        for drawn in (fitting, testing)
-    ]
+    features = []
+    for drawn in (fitting, testing):
+        found = frozen_features(subject(model, processor), [scene.image for scene in drawn], cache=False)
+        features.append(np.stack([found.patches(image).numpy() for image in range(len(found))]))
     labels = [np.stack([scene.patch_labels().ravel() for scene in drawn]) for drawn in (fitting, testing)]
     probe = probe_patches(features[0], labels[0], features[1], labels[1])
     answers = {f"vqa {kind}": value for kind, value in vqa(model, processor, TEST).items()}

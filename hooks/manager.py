@@ -25,6 +25,7 @@ BUILT_IN = {
     "published-layouts": "pivot_plugin.preferences.published",
     "objectives": "pivot_plugin.objectives",
     "rewards": "pivot_plugin.rewards.lookup",
+    "probes": "pivot_plugin.probes.lookup",
     "generic": "pivot_plugin.adapters.generic",
     "llava": "pivot_plugin.adapters.llava",
     "qwen-vl": "pivot_plugin.adapters.qwen_vl",

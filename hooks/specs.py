@@ -86,17 +86,23 @@ def pivot_objectives() -> "Mapping[str, ObjectivePreset]":
 
 @hookspec
 def pivot_probes() -> "Mapping[str, Probe]":
-    """Return probes by name: functions of frozen features and labels.
+    """Return probes by name: functions that examine an encoder.
 
-    Called when probes are looked up by name. A probe is called as `probe(features, labels)` with features
-    (samples, width) as float32 numpy and labels (samples,) as integers and returns a mapping of named scores.
+    Called when probes are looked up by name. A probe is called as `probe(subject, data, **options)`: the subject is a
+    `pivot_plugin.probes.Subject` (an encoder, or an MLLM with one), of which `pivot_plugin.probes.features(subject,
+    images)` gives frozen features, data and options are what the user gave. It returns a `ProbeResult`, or a mapping
+    of names to numbers, the main one first.
 
     Example:
         from pivot_plugin.hooks import hookimpl
+        from pivot_plugin.probes import features
+
+        def spread(subject, images):
+            return {"std": float(features(subject, images, pool="mean").pooled().std())}
 
         @hookimpl
         def pivot_probes():
-            return {"spread": lambda features, labels: {"std": float(features.std())}}
+            return {"spread": spread}
     """
 
 

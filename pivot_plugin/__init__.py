@@ -23,6 +23,7 @@ if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / 
 
 if TYPE_CHECKING:
     from pivot_plugin._arms import ArmsComparison, compare_arms
+    from pivot_plugin._compare import Comparison, compare
     from pivot_plugin._optimize import PivotResult, optimize
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
     from pivot_plugin.encoders import extract_encoder, graft, load_encoder
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArmsComparison",
+    "Comparison",
     "PivotConfig",
     "PivotError",
     "PivotGRPOConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "PivotRLOOTrainer",
     "PivotResult",
     "PivotTrainer",
+    "compare",
     "compare_arms",
     "extract_encoder",
     "graft",
@@ -49,6 +52,8 @@ __all__ = [
 
 _HOME = {
     "ArmsComparison": "_arms",
+    "Comparison": "_compare",
+    "compare": "_compare",
     "PivotGRPOConfig": "config",
     "PivotGRPOTrainer": "training.rollouts",
     "PivotRLOOConfig": "config",

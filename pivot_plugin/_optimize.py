@@ -2,8 +2,8 @@
 
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
+from pivot_plugin._compare import Comparison
 from pivot_plugin._folders import claim, last_checkpoint, write_record
 from pivot_plugin._models import load_model
+from pivot_plugin._provenance import plain_name, tower_facts, versions
 from pivot_plugin._settings import configuration, unwatched
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig, RolloutConfig, TowerConfig, Train
@@ -29,15 +31,24 @@ from pivot_plugin.preferences import (
     load,
     load_questions,
 )
+from pivot_plugin.probes.kept import kept
+from pivot_plugin.probes.lookup import runners
+from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.probes.subjects import Subject
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
+from pivot_plugin.training.cost import Cost, metered
 from pivot_plugin.training.generalization import GeneralizationRecorder
 from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
+from pivot_plugin.training.probing import ProbeRecorder, first_with_images
 from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 from pivot_plugin.training.tower import check_processor, find_adapter
 from pivot_plugin.training.trainer import PivotTrainer
 
 logger = logging.getLogger(__name__)
+
+# the report shows a dozen
+SALIENCY_PAIRS = 12
 
 
 @dataclass
@@ -55,6 +66,7 @@ class PivotResult:
         trained: per part, parameters that trained and parameters there are.
         settings: what the run was given.
         adapter: of the model's family.
+        cost: time, memory and floating-point operations.
     """
 
     model: PreTrainedModel
@@ -66,6 +78,7 @@ class PivotResult:
     trained: dict[str, tuple[int, int]]
     settings: dict[str, Any]
     adapter: VisionAdapter
+    cost: Cost = field(default_factory=Cost)
     _encoder: PreTrainedModel | None = field(default=None, repr=False)
 
     @property
@@ -92,6 +105,25 @@ class PivotResult:
         record = {"metrics": self.metrics, "settings": self.settings, "weight_change": self.weight_change}
         return save_encoder(self.adapter, self.processor, folder, record)
 
+    @property
+    def probes(self) -> dict[str, dict[int, ProbeResult]]:
+        """What probes found during the run, by label and step."""
+        return kept(self.output_dir)
+
+    def report(self, path: str | Path, comparison: Comparison | None = None) -> Path:
+        """Write one self-contained HTML page about the run.
+
+        Args:
+            path: of the file.
+            comparison: of encoders, to be shown in it.
+
+        Raises:
+            SettingsError: if the file cannot be written.
+        """
+        from pivot_plugin.report import write_report
+
+        return write_report(path, [self.output_dir], comparison)
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -100,6 +132,16 @@ class _Run:
     family: str
     output_dir: Path
     settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What is looked at while a run goes on, beside the held-out rows."""
+
+    outside: dict[str, Any]
+    probes: dict[str, object]
+    steps: tuple[int, ...]
+    saliency: int
 
 
 def optimize(
@@ -117,6 +159,9 @@ def optimize(
     ood_prefs: object | None = None,
     on_bad_row: OnBadRow = "raise",
     resume: bool = False,
+    probes: Mapping[str, object] | None = None,
+    probe_steps: Sequence[int] = (),
+    saliency: int = SALIENCY_PAIRS,
     **settings: Any,
 ) -> PivotResult:
     """Make the vision encoder of an MLLM better by preference optimisation, or by RL with verifiable rewards.
@@ -145,6 +190,11 @@ def optimize(
         on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out
             and lists them in `skipped.jsonl` in `output_dir`.
         resume: go on from the last complete checkpoint in `output_dir`.
+        probes: to be run before training and on what it ends with, as for `compare`; into the history under names that
+            begin with "probe/", and into the folder.
+        probe_steps: optimiser steps after which to run them too.
+        saliency: how many of the held-out pairs with images have their gradient maps kept, before and after, for the
+            report; 0 for none.
         **settings: any field of `PivotConfig` (`PivotGRPOConfig`, `PivotRLOOConfig`), which has all of TRL's DPOConfig:
             `learning_rate`, `max_steps`, `per_device_train_batch_size` (in pairs; for "grpo" in roll-outs), `beta`,
             `loss_type`, `use_cpu`, ...
@@ -161,6 +211,12 @@ def optimize(
         arXiv 2510.16333, section 3.1, stage 2; "grpo": arXiv 2510.25801, stage 3.
     """
     folder = Path(output_dir)
+    if saliency < 0 or any(step < 1 for step in probe_steps):
+        raise SettingsError(
+            f"saliency is {saliency}, probe_steps {list(probe_steps)}.", "Give 0 or more pairs, steps of 1 or more."
+        )
+    if probes is not None:
+        runners(probes)
     if not 0 <= eval_fraction < 1:
         raise SettingsError(f"eval_fraction is {eval_fraction}.", "Give a share of at least 0 and below 1.")
     watched = eval_prefs is not None or eval_fraction > 0
@@ -179,6 +235,7 @@ def optimize(
     }
     # of several processes one keeps the folder
     keeper = config.process_index == 0
+    base = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
     if keeper:
         claim(folder, described, resume)
     config.distributed_state.wait_for_everyone()
@@ -199,7 +256,8 @@ def optimize(
     if keeper:
         write_record(folder, {"finished": False, "settings": described})
         notify("pivot_run_started", run=_Run(adapter.family, folder, described))
-    result = _train(model, processor, adapter, config, rows, held_out, outside, lora, functions, resume, described)
+    looks = _Looks(outside, dict(probes or {}), tuple(probe_steps), saliency)
+    result = _train(model, processor, adapter, config, rows, held_out, looks, lora, functions, resume, described)
     if keeper:
         result.save(folder / "encoder")
         record = {
@@ -209,6 +267,19 @@ def optimize(
             "weight_change": result.weight_change,
             "trained": result.trained,
             "history": result.history,
+            "cost": asdict(result.cost),
+            "origin": {
+                "model": plain_name(base),
+                "family": adapter.family,
+                "mllm_class": type(model).__name__,
+                "encoder_class": type(adapter.tower).__name__,
+                "tower": tower_facts(adapter),
+                "data": plain_name(getattr(rows, "name", "")),
+                "rows": len(rows) if not isinstance(rows, PairStream) else None,
+                "held_out": len(held_out) if held_out is not None else 0,
+                "versions": versions(),
+                "batch": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
+            },
         }
         write_record(folder, record)
         notify("pivot_run_finished", result=result)
@@ -309,7 +380,7 @@ def _train(
     config: TowerConfig,
     rows: PairDataset | PairStream | QuestionDataset,
     held_out: PairDataset | QuestionDataset | None,
-    outside: dict[str, Any],
+    looks: _Looks,
     lora: int | LoraConfig | None,
     rewards: list[Any] | None,
     resume: bool,
@@ -320,11 +391,16 @@ def _train(
     before = trainable_weights(adapter, planned)
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        with restored_on_failure(model):
+        with restored_on_failure(model), metered(adapter) as cost:
             set_seed(config.seed)
             trainer = _trainer(model, processor, adapter, config, rows, held_out, lora, rewards)
-            if held_out is not None and outside:
-                trainer.add_callback(GeneralizationRecorder(trainer, held_out, outside))
+            if held_out is not None and looks.outside:
+                trainer.add_callback(GeneralizationRecorder(trainer, held_out, looks.outside))
+            pairs = first_with_images(held_out, looks.saliency) if isinstance(held_out, PairDataset) else None
+            if looks.probes or pairs is not None:
+                who = Subject("model", adapter, adapter.image_processor(processor), processor)
+                place = Path(config.output_dir or ".")
+                trainer.add_callback(ProbeRecorder(trainer, who, looks.probes, looks.steps, pairs, place))
             trained = trainer.trained_parameters()
             metrics = {}
             if held_out is not None:
@@ -365,4 +441,5 @@ def _train(
         trained=trained,
         settings=described,
         adapter=adapter,
+        cost=cost,
     )

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    from pivot_plugin.probes.scores import ProbeResult
 
 Layout = Callable[[Mapping[str, object]], Mapping[str, object]]
 ObjectivePreset = Mapping[str, object]
-Probe = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
+# what is examined (a `probes.Subject`), data and options in, scores out
+Probe = Callable[..., "ProbeResult | Mapping[str, float]"]
 
 
 class RewardFunction(Protocol):

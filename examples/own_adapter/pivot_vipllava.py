@@ -7,6 +7,7 @@ import torch
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.hooks import hookimpl
 from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
+from transformers.utils import ModelOutput
 
 
 class VipLlavaAdapter(VisionAdapter):
@@ -19,9 +20,9 @@ class VipLlavaAdapter(VisionAdapter):
         layers = self.model.config.vision_feature_layers
         return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
 
-    def hidden_state(self, tower: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        states = tower(pixels, output_hidden_states=True).hidden_states
-        return torch.cat([states[layer] for layer in self.model.config.vision_feature_layers], dim=-1)
+    def hidden_state(self, output: ModelOutput) -> torch.Tensor:
+        layers = self.model.config.vision_feature_layers
+        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
 
 
 @hookimpl

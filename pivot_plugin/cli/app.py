@@ -11,7 +11,7 @@ import typer
 from pivot_plugin import __version__
 from pivot_plugin.errors import PivotError
 
-from . import models, prefs, runs
+from . import measure, models, prefs, runs
 
 cli = typer.Typer(
     name="pivot",
@@ -22,6 +22,9 @@ cli = typer.Typer(
 )
 cli.command("optimize")(runs.optimize)
 cli.command("compare-arms")(runs.compare_arms)
+cli.command("compare")(measure.compare)
+cli.command("report")(measure.report)
+cli.command("benchmark")(measure.benchmark)
 cli.command("demo")(runs.demo)
 cli.command("inspect")(models.inspect)
 cli.command("adapters")(models.adapters)

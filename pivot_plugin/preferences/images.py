@@ -17,6 +17,7 @@ from pivot_plugin.errors import DataError
 MAX_PIXELS = 89_478_485
 URL_TIMEOUT_S = 30
 KEY_LENGTH = 32
+EXIF_ORIENTATION = 0x0112
 UNREADABLE, OVERLARGE, MISSING = "unreadable image", "over-large image", "image not found"
 
 
@@ -114,6 +115,27 @@ class ImageAccess:
         if isinstance(encoded, Image.Image):
             return _rgb(encoded)
         return self._decoded(encoded, source, where)
+
+    def size(self, source: object, where: str = "image") -> tuple[int, int]:
+        """Width and height of an image as `open` gives it, from its header alone.
+
+        Args:
+            source, where: as for `encoded`.
+
+        Raises:
+            DataError: as `open`.
+        """
+        encoded = self.encoded(source, where)
+        if isinstance(encoded, Image.Image):
+            return encoded.size
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else image.size
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:
+            raise DataError(
+                f"{where} ({len(encoded)} bytes) is no image: {error}.", "Replace it.", UNREADABLE
+            ) from error
 
     def check(self, encoded: bytes | Image.Image, source: object, where: str) -> None:
         """Make sure that an image can be decoded to its end, at the lowest resolution its format allows.

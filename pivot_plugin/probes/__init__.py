@@ -1,15 +1,66 @@
-"""Probes: what a frozen encoder's features make easy to tell, and what training does to a model beyond its own data."""
+"""Probes: what a frozen encoder's features make easy to tell, where a loss looks, and what else training changes.
 
+    features(model, images)                 frozen patch features with their grid
+    linear_probe, prototype_probe           images with a class each
+    segmentation_probe                      images with a class per pixel
+    saliency, pointing_game                 the gradient of a pair's loss, as a map over its image
+    alignment                               neighbours shared with a text model
+    vqa                                     questions, with rewards as judges
+    run_benchmarks                          the paper's sixteen, by lmms-eval
+
+Each takes what is examined (a model, an encoder, a folder, a Hub id, the result of a run) and data, and returns a
+`ProbeResult`: scores with 95 % intervals.
+"""
+
+from .benchmarks import GROUPS, benchmark_command, run_benchmarks
+from .data import PRESETS, Labelled, Masked, labelled_images, masked_images
 from .exploration import candidate_set_sizes, pass_at_k, rollout_branching_factor
+from .extraction import Features, features
 from .generalization import generalization_factor, plot_generalization
+from .gradients import PairSaliency, pointing_game, saliency
+from .linear import linear_probe, prototype_probe
+from .lookup import Probing
+from .neighbours import Captioned, alignment, mutual_knn
 from .patches import PatchProbe, probe_patches
+from .questions import vqa
+from .scores import Difference, ProbeResult, Score, difference
+from .segmentation import patch_labels, segmentation_probe
+from .subjects import Subject, subject
 
 __all__ = [
+    "GROUPS",
+    "PRESETS",
+    "Captioned",
+    "Difference",
+    "Features",
+    "Labelled",
+    "Masked",
+    "PairSaliency",
     "PatchProbe",
+    "ProbeResult",
+    "Probing",
+    "Score",
+    "Subject",
+    "alignment",
+    "benchmark_command",
     "candidate_set_sizes",
+    "difference",
+    "features",
     "generalization_factor",
+    "labelled_images",
+    "linear_probe",
+    "masked_images",
+    "mutual_knn",
     "pass_at_k",
+    "patch_labels",
     "plot_generalization",
+    "pointing_game",
     "probe_patches",
+    "prototype_probe",
     "rollout_branching_factor",
+    "run_benchmarks",
+    "saliency",
+    "segmentation_probe",
+    "subject",
+    "vqa",
 ]

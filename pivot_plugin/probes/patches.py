@@ -1,13 +1,9 @@
 """A linear probe on frozen patch features: which class covers each patch?"""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from PIL import Image
 
-from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.extras import require
 
 
@@ -24,24 +20,6 @@ class PatchProbe:
     accuracy: float
     mean_iou: float
     interval: tuple[float, float]
-
-
-@torch.no_grad()
-def patch_matrix(
-    adapter: VisionAdapter, image_processor: object, images: Sequence[Image.Image], batch_size: int = 64
-) -> np.ndarray:
-    """Frozen patch features of images of one size.
-
-    Returns:
-        (images, patches, width) float32.
-    """
-    adapter.model.eval()
-    rows = []
-    for start in range(0, len(images), batch_size):
-        inputs = image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")  # type: ignore[operator]
-        inputs = {name: value.to(adapter.model.device) for name, value in inputs.items()}
-        rows += [features.values.float().cpu().numpy() for features in adapter.patch_features(inputs)]
-    return np.stack(rows)
 
 
 def probe_patches(

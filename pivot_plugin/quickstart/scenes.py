@@ -7,7 +7,9 @@ This file knows nothing of models.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -49,6 +51,17 @@ class Scene:
         """Every object as "colour shape", in raster order."""
         return " and ".join(f"{item.colour} {item.shape}" for item in self.objects)
 
+    def mask(self, shown: Sequence[SceneObject] | None = None) -> np.ndarray:
+        """Shape class per pixel, as drawn: 0 for background, else 1 + index in `SHAPES`; (48, 48) integers.
+
+        Args:
+            shown: objects to draw; all where None.
+        """
+        drawn = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
+        for item in self.objects if shown is None else shown:
+            _draw(ImageDraw.Draw(drawn), item, 1 + SHAPES.index(item.shape))
+        return np.asarray(drawn)
+
     def patch_labels(self) -> np.ndarray:
         """Shape class per patch: 0 for background, else 1 + index in `SHAPES`; (8, 8) integers.
 
@@ -69,18 +82,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene with its right answer and the wrong answers of the same kind."""
+    """A question about one scene: its right answer, wrong answers of the same kind, and the objects it is about."""
 
     kind: str
     text: str
     answer: str
     wrong: tuple[str, ...]
+    about: tuple[SceneObject, ...] = ()
 
 
-def _draw(canvas: ImageDraw.ImageDraw, item: SceneObject) -> None:
+def _draw(canvas: ImageDraw.ImageDraw, item: SceneObject, fill: Any) -> None:
     left, top, right, bottom = item.box
     middle_x, middle_y = (left + right) // 2, (top + bottom) // 2
-    fill = COLOURS[item.colour]
     if item.shape == "circle":
         canvas.ellipse(item.box, fill=fill)
     elif item.shape == "square":
@@ -112,7 +125,7 @@ def render(rng: random.Random, dusk: bool = False) -> Scene:
         top = (cell // 3) * 16 + rng.randint(0, 16 - size)
         box = (left, top, left + size - 1, top + size - 1)
         objects.append(SceneObject(rng.choice(SHAPES), rng.choice(list(COLOURS)), box))
-        _draw(canvas, objects[-1])
+        _draw(canvas, objects[-1], COLOURS[objects[-1].colour])
     if dusk:
         image = Image.fromarray((np.asarray(image) * DUSK_LIGHT + DUSK_HAZE).astype(np.uint8))
     return Scene(image, tuple(objects))
@@ -135,11 +148,11 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     if kind == "colour" and (items := _single(scene, "shape")):
         item = rng.choice(items)
         wrong = tuple(colour for colour in COLOURS if colour != item.colour)
-        return Question(kind, f"what color is the {item.shape}", item.colour, wrong)
+        return Question(kind, f"what color is the {item.shape}", item.colour, wrong, (item,))
     if kind == "shape" and (items := _single(scene, "colour")):
         item = rng.choice(items)
         wrong = tuple(shape for shape in SHAPES if shape != item.shape)
-        return Question(kind, f"what shape is the {item.colour} object", item.shape, wrong)
+        return Question(kind, f"what shape is the {item.colour} object", item.shape, wrong, (item,))
     if kind == "count":
         answer = NUMBERS[len(scene.objects)]
         return Question(kind, "how many objects", answer, tuple(n for n in NUMBERS.values() if n != answer))
@@ -156,7 +169,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
             return None
         yes = first.box[0] < second.box[0]
         text = f"is the {first.shape} left of the {second.shape}"
-        return Question(kind, text, "yes" if yes else "no", ("no" if yes else "yes",))
+        return Question(kind, text, "yes" if yes else "no", ("no" if yes else "yes",), (first, second))
     return None
 
 

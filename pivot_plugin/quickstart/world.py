@@ -9,6 +9,7 @@ import random
 from importlib.resources import as_file, files
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -24,8 +25,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from pivot_plugin.probes import Masked, subject, vqa
+
 from . import scenes
 
+# no answer is longer than a word and its end
+VQA_OPTIONS: dict[str, Any] = {"rewards": "exact_match", "max_new_tokens": 3, "batch_size": 64}
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>")
 WORDS = (
     *scenes.COLOURS,
@@ -153,15 +158,7 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
         else:
             question = scenes.ask_any(scene, rng)
             text, chosen, rejected = question.text, question.answer, rng.choice(question.wrong)
-        rows.append(
-            {
-                "id": f"scene-{seed}-{index}",
-                "images": [scene.image],
-                "prompt": user_message(text),
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-            }
-        )
+        rows.append(_pair(f"scene-{seed}-{index}", scene, text, chosen, rejected))
     return rows
 
 
@@ -175,34 +172,54 @@ def questions(count: int, seed: int = 10_000, dusk: bool = True) -> list[tuple[s
     return asked
 
 
-@torch.no_grad()
+def question_rows(asked: list[tuple[scenes.Scene, scenes.Question]]) -> list[dict[str, Any]]:
+    """Questions as `preferences.load_questions` takes them: `images`, `question`, `answer`, `kind`."""
+    return [
+        {"images": [scene.image], "question": question.text, "answer": question.answer, "kind": question.kind}
+        for scene, question in asked
+    ]
+
+
 def vqa_accuracy(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     asked: list[tuple[scenes.Scene, scenes.Question]],
-    batch_size: int = 64,
 ) -> dict[str, float]:
     """Share of questions whose greedy answer is exactly right, by kind and in all (`"all"`)."""
-    model.eval()
-    hits: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTION_KINDS}
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        texts = [
-            processor.apply_chat_template(user_message(question.text), add_generation_prompt=True)
-            for _, question in batch
-        ]
-        inputs = processor(
-            images=[[scene.image] for scene, _ in batch],
-            text=texts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=False,
-        ).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        answers = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for (_, question), answer in zip(batch, answers, strict=True):
-            hits[question.kind].append(answer.strip() == question.answer)
-    counted = {kind: values for kind, values in hits.items() if values}
-    every = [hit for values in counted.values() for hit in values]
-    return {"all": sum(every) / len(every)} | {kind: sum(v) / len(v) for kind, v in counted.items()}
+    found = vqa(subject(model, processor), question_rows(asked), **VQA_OPTIONS)
+    return {kind: score.value for kind, score in found.scores.items()}
+
+
+def segmented(count: int, seed: int) -> Masked:
+    """Scenes at dusk with the shape class of every pixel, 0 for background."""
+    drawn = scenes.render_many(count, seed, dusk=True)
+    return Masked([scene.image for scene in drawn], [scene.mask() for scene in drawn])
+
+
+def located_pairs(count: int, seed: int) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Preference pairs about the colour, the shape or the places of objects, and masks of these objects.
+
+    Args:
+        count: number of pairs, one scene each.
+        seed: the same seed gives the same pairs.
+    """
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    masks: list[np.ndarray] = []
+    for scene, question in questions(2 * count, seed):
+        if question.about and len(rows) < count:
+            rows.append(
+                _pair(f"located-{seed}-{len(rows)}", scene, question.text, question.answer, rng.choice(question.wrong))
+            )
+            masks.append(scene.mask(question.about) > 0)
+    return rows, masks
+
+
+def _pair(name: str, scene: scenes.Scene, text: str, chosen: str, rejected: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "images": [scene.image],
+        "prompt": user_message(text),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }

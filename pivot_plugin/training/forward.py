@@ -6,6 +6,7 @@ picked out, and TRL's own fused head scores exactly those.
 """
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.image_features import repeated_features
@@ -62,6 +63,33 @@ def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
         return _forest_forward(model, adapter, fused_forward, forest.to(model.device), asked)
 
     model.forward = forward
+
+
+@contextmanager
+def answering(model: PreTrainedModel, adapter: VisionAdapter) -> Iterator[None]:
+    """Have a model answer calls with `forest=` meanwhile, in eval mode; one that a trainer holds does so already.
+
+    Args:
+        model: without a peft model around it; LoRA inside it is used as it is.
+        adapter: of its family.
+    """
+    answers = "forest" in inspect.signature(model.forward, follow_wrapped=False).parameters
+    own = model.__dict__.get("forward")
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        if not answers:
+            add_fused_lm_head(model)
+            install(model, adapter)
+        yield
+    finally:
+        if not answers:
+            for name in ("forward", "_original_forward"):
+                model.__dict__.pop(name, None)
+            if own is not None:
+                model.forward = own
+        for name, module in model.named_modules():
+            module.training = training.get(name, False)
 
 
 def _forest_forward(

@@ -34,7 +34,8 @@ from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import RolloutConfig
 from pivot_plugin.image_features import repeated_features
 from pivot_plugin.preferences import QuestionDataset, load_questions
-from pivot_plugin.preferences.engines import Sampling, TransformersEngine
+from pivot_plugin.preferences.engines import TransformersEngine
+from pivot_plugin.preferences.grading import graded
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
 from . import forward
@@ -166,17 +167,12 @@ class Rollouts(TowerTraining):
     def score_of(self, questions: QuestionDataset) -> float:
         """Mean reward of greedy answers to some questions, weighted; reward models are left out."""
         engine = TransformersEngine(unwrapped(self.accelerator.unwrap_model(self.model)), self.processing_class)
-        sampling = Sampling(n=1, temperature=0.0, max_new_tokens=self.max_completion_length)
         functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
         weights = [float(w) for w, f in zip(self.reward_weights, self.reward_funcs, strict=True) if f in functions]
         scorer = Scorer(functions, weights, self.args.reward_time_limit)
         size = self.args.per_device_eval_batch_size
-        scores: list[float] = []
-        for start in range(0, len(questions), size):
-            rows = [questions[position] for position in range(start, min(start + size, len(questions)))]
-            said = [[{"role": "assistant", "content": texts[0]}] for texts in engine(rows, sampling, self.args.seed)]
-            beside = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-            scores += [score or 0.0 for score in scorer([row["prompt"] for row in rows], said, **beside)]
+        longest = self.max_completion_length
+        scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
         return sum(scores) / len(scores)
 
     @torch.no_grad()

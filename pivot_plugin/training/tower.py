@@ -158,11 +158,15 @@ class TowerTraining(Trainer):
         return "\n".join([f"{model}, family {self.adapter.family}:", *lines])
 
 
-def find_adapter(model: PreTrainedModel) -> VisionAdapter:
+def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter:
     """The adapter of a model's family, from the newest plugin that knows it.
 
+    Args:
+        model: the MLLM.
+        encoder: whether a stand-alone encoder will do.
+
     Raises:
-        ModelError: if no plugin knows the model.
+        ModelError: if no plugin knows the model, or it is an encoder where an MLLM is wanted.
         PluginError: if a plugin raises.
     """
     if not isinstance(model, PreTrainedModel):
@@ -179,6 +183,11 @@ def find_adapter(model: PreTrainedModel) -> VisionAdapter:
         raise ModelError(
             f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
             "It should return a VisionAdapter or None.",
+        )
+    if not adapter.tower_path and not encoder:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder by itself and has no language model.",
+            "Pass a multimodal model such as LlavaForConditionalGeneration.",
         )
     return adapter
 

@@ -110,7 +110,8 @@ def test_inspect_of_nothing_is_one_sentence(tmp_path: Path) -> None:
 def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
     names = [info["name"] for info in json.loads(run.stdout)]
-    assert names[-7:] == ["internvl", "qwen-vl", "llava", "generic", "rewards", "objectives", "published-layouts"]
+    families, others = ["internvl", "qwen-vl", "llava", "generic"], ["probes", "rewards", "objectives"]
+    assert names[-8:] == [*families, *others, "published-layouts"]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:

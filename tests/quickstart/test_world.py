@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import pivot_plugin as pivot
 from pivot_plugin.probes import probe_patches
 from pivot_plugin.probes.patches import mean_iou
 from pivot_plugin.quickstart import demo, scenes, world
@@ -91,9 +92,36 @@ def test_the_shipped_model_sees_by_day(trained: world.LlavaForConditionalGenerat
     assert by_day["all"] > 0.6 > at_dusk["all"]
 
 
-def test_examining_changes_nothing(trained: world.LlavaForConditionalGeneration) -> None:
-    first = demo.examine(trained, world.processor(), size=40)
-    assert demo.examine(trained, world.processor(), size=40) == first
+def test_examining_changes_nothing(
+    trained: world.LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SCENES", "SEGMENTED", "LOCATED"):
+        monkeypatch.setattr(demo, name, 12)
+    first, second = (
+        pivot.compare({"the model": trained}, demo.examination(), processor=world.processor()) for _ in range(2)
+    )
+    assert first.as_dict() == second.as_dict()
+    assert {score for _, score in first.rows()} >= {"all", "colour", "recall", "miou", "dpo/energy", "sft/pointing"}
+
+
+def test_masks_show_the_objects_where_they_are() -> None:
+    for scene in scenes.render_many(20, seed=9):
+        mask = scene.mask()
+        covered = np.zeros_like(mask, dtype=bool)
+        for item in scene.objects:
+            left, top, right, bottom = item.box
+            inside = mask[top : bottom + 1, left : right + 1]
+            assert (inside == 1 + scenes.SHAPES.index(item.shape)).mean() > 0.3
+            covered[top : bottom + 1, left : right + 1] = True
+        assert not mask[~covered].any()
+
+
+def test_located_pairs_are_about_what_their_masks_show() -> None:
+    rows, masks = world.located_pairs(30, seed=4)
+    assert len(rows) == len(masks) == 30
+    for row, mask in zip(rows, masks, strict=True):
+        assert 0.02 < mask.mean() < 0.3
+        assert row["chosen"] != row["rejected"]
 
 
 def test_a_separable_set_is_told_apart_and_a_random_one_is_not() -> None:

@@ -163,9 +163,10 @@ def test_five_steps_give_the_loss_curve_of_trl(
     for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "rewards/accuracies", "entropy"):
         curves = [[log[name] for log in t.state.log_history if name in log] for t in (ours, reference)]
         assert len(curves[0]) == 5
-        # at the first step policy and reference are equal, and which of two equal rewards is larger is rounding
-        first = 1 if name == "rewards/accuracies" else 0
-        assert curves[0][first:] == pytest.approx(curves[1][first:], rel=1e-4, abs=2e-4), name
+        # policy and reference are equal at the first step, and on the one pair of a batch that has no image: which of
+        # two equal rewards is larger is rounding
+        first, rounding = (1, 0.25) if name == "rewards/accuracies" else (0, 0)
+        assert curves[0][first:] == pytest.approx(curves[1][first:], rel=1e-4, abs=2e-4 + rounding), name
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_held_out_pairs_are_looked_at_ten_times_and_the_best_is_kept(llava: Tiny
     result = pivot.optimize(llava[0], pairs(), processor=llava[1], **watched(fast, patience=None))
     losses = evaluations(result)
     assert len(losses) == 10
-    best = result.history[-1]["watch/best_step"]
+    best = int(evaluations(result, "watch/best_step")[-1])
     assert losses[best - 1] == min(losses)
     for name in ("eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen", "watch/chosen_logps_change"):
         assert len(evaluations(result, name)) >= 10
@@ -49,7 +49,7 @@ def test_the_model_that_comes_back_is_the_best_one(llava: Tiny, fast: Any) -> No
     """A run that gets worse: its metrics are those of its best checkpoint, not of its end."""
     options = declining(fast, patience=None)
     result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
-    best = result.history[-1]["watch/best_step"]
+    best = int(evaluations(result, "watch/best_step")[-1])
     chosen = evaluations(result, "eval_logps/chosen")
     losses = evaluations(result)
     assert losses[best - 1] < losses[-1]
@@ -61,7 +61,7 @@ def test_a_run_that_declines_stops_early_and_says_so(llava: Tiny, fast: Any, cap
     options = declining(fast, patience=2, max_steps=40, eval_steps=1)
     with caplog.at_level(logging.WARNING):
         result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
-    stopped = result.history[-1]["watch/stopped_early_at"]
+    stopped = evaluations(result, "watch/stopped_early_at")[-1]
     assert stopped < 40
     assert f"Stopped at step {stopped} of 40" in caplog.text
 

@@ -1,0 +1,122 @@
+"""Commands that measure: `pivot compare`, `pivot report`, `pivot benchmark`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pivot_plugin.errors import SettingsError
+
+from .runs import setting
+
+
+def compare(
+    examined: Annotated[
+        list[str],
+        typer.Argument(help="Models, encoders or runs: folders or Hub ids, what the others are held against first."),
+    ],
+    probes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--probe", help="name=data, or label:name=data; repeat it. Names: linear, prototype, segmentation, ..."
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="Of one probe, as label.name=value; repeat it.")
+    ] = None,
+    mllm: Annotated[str | None, typer.Option(help="MLLM to graft encoders into, for probes that need one.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the results.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Run probes on several encoders and mark which differences are beyond noise.
+
+    pivot compare google/siglip2-base-patch16-384 run/encoder --probe linear=imagenet-1k --probe segmentation=ade20k
+    """
+    given: dict[str, dict[str, object]] = {}
+    for text in options or []:
+        label, dot, rest = text.partition(".")
+        if not dot:
+            raise SettingsError(f"--option {text!r} is not label.name=value.", "For example: --option linear.seed=1.")
+        name, value = setting(rest)
+        given.setdefault(label, {})[name] = value
+    wanted = dict(_probe(text) for text in probes or [])
+    if unknown := sorted(set(given) - set(wanted)):
+        raise SettingsError(
+            f"--option names the probe {unknown[0]!r}.", f"The probes are {', '.join(wanted) or 'none'}."
+        )
+    import pivot_plugin as pivot
+
+    comparison = pivot.compare(
+        examined,
+        {label: pivot.probes.Probing(name, data, given.get(label, {})) for label, (name, data) in wanted.items()},
+        mllm=mllm,
+        output=output,
+    )
+    print(json.dumps(comparison.as_dict()) if as_json else comparison)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    comparison: Annotated[
+        Path | None, typer.Option(help="JSON of `pivot compare -o`; by default comparison.json in the first run.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about runs: curves, probes, saliency, cost, provenance.
+
+    pivot report run -o report.html
+    """
+    compared: dict[str, Any] | None = None
+    if comparison is not None:
+        try:
+            compared = json.loads(comparison.read_text())
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"{str(comparison)!r} is no comparison: {error}", "Give what `pivot compare -o` wrote."
+            ) from error
+    from pivot_plugin.report import write_report
+
+    print(f"Report: {write_report(output, runs, compared)}")
+
+
+def benchmark(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
+    groups: Annotated[
+        list[str] | None,
+        typer.Option("--group", help="general, knowledge, ocr-chart or vision-centric; repeat it. All by default."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="For lmms-eval's results.")] = Path(
+        "pivot-benchmarks"
+    ),
+    limit: Annotated[int | None, typer.Option(help="Questions of each benchmark.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 1,
+    python: Annotated[str, typer.Option(help="Interpreter of the environment that has lmms-eval.")] = sys.executable,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")] = False,
+) -> None:
+    """Run the paper's sixteen benchmarks by lmms-eval.
+
+    pivot benchmark ./my-model --group vision-centric --python ~/lmms/bin/python
+    """
+    import shlex
+
+    from pivot_plugin.probes.benchmarks import GROUPS, benchmark_command, run_benchmarks
+
+    chosen = groups or list(GROUPS)
+    if dry_run:
+        print(
+            shlex.join(benchmark_command(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python))
+        )
+        return
+    found = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python)
+    print(json.dumps(found, indent=1))
+
+
+def _probe(text: str) -> tuple[str, tuple[str, str]]:
+    """`name=data` or `label:name=data`."""
+    named, equals, data = text.partition("=")
+    label, _, name = named.rpartition(":")
+    if not equals or not name or not data:
+        raise SettingsError(f"--probe {text!r} is not name=data.", "For example: --probe linear=./flowers.")
+    return label or name, (name, data)

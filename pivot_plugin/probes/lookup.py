@@ -1,0 +1,108 @@
+"""Probes by name: the built-in ones and those of plugins, with the data they are to be run on."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pivot_plugin.errors import PluginError, SettingsError
+from pivot_plugin.hooks import collect, hookimpl
+from pivot_plugin.types import Probe
+
+from .scores import ProbeResult, as_result
+from .subjects import Subject
+
+NEED_MLLM = ("saliency", "pointing", "vqa")
+
+
+@dataclass(frozen=True)
+class Probing:
+    """A probe with its data: what `compare` and `optimize` run under a label.
+
+    Attributes:
+        probe: name of a probe, or a function of a `Subject`, data and options.
+        data: for it.
+        options: for it.
+    """
+
+    probe: str | Probe
+    data: object = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Runner = Callable[[Subject], ProbeResult]
+
+
+@hookimpl
+def pivot_probes() -> Mapping[str, Probe]:
+    # the manager reads this module before the rest of the package can be
+    from .gradients import pointing_game, saliency
+    from .linear import linear_probe, prototype_probe
+    from .neighbours import alignment
+    from .questions import vqa
+    from .segmentation import segmentation_probe
+
+    return {
+        "linear": linear_probe,
+        "prototype": prototype_probe,
+        "segmentation": segmentation_probe,
+        "saliency": saliency,
+        "pointing": pointing_game,
+        "alignment": alignment,
+        "vqa": vqa,
+    }
+
+
+def available() -> dict[str, Probe]:
+    """Every probe that can be named; a plugin's wins over a built-in one.
+
+    Raises:
+        PluginError: if a plugin offers no mapping.
+    """
+    found: dict[str, Probe] = {}
+    for name, offered in collect("pivot_probes"):
+        if not isinstance(offered, Mapping):
+            raise PluginError(
+                f"Plugin {name!r} answered pivot_probes with a {type(offered).__name__}.",
+                "It must return a mapping of names to functions; mend or disable it (PIVOT_DISABLE_PLUGINS).",
+            )
+        found.update(offered)
+    return found
+
+
+def runners(probes: Mapping[str, object]) -> dict[str, Runner]:
+    """Functions that run probes on a subject, by label.
+
+    Args:
+        probes: by label a `Probing`; or data, the label naming the probe; or a function of a `Subject` alone.
+
+    Raises:
+        SettingsError: for a name nobody knows, with the nearest ones, or for none at all.
+    """
+    if not probes:
+        raise SettingsError("No probe is given.", f"Give one or more of {', '.join(sorted(available()))} with data.")
+    known = available()
+    return {label: _runner(label, given, known) for label, given in probes.items()}
+
+
+def needs_mllm(label: str, given: object) -> bool:
+    """Whether a probe, given as for `runners`, looks at a whole MLLM."""
+    name = given.probe if isinstance(given, Probing) else label
+    return isinstance(name, str) and name in NEED_MLLM
+
+
+def _runner(label: str, given: object, known: Mapping[str, Probe]) -> Runner:
+    if callable(given):
+        return lambda who: as_result(label, given(who))
+    probing = given if isinstance(given, Probing) else Probing(label, given)
+    probe = probing.probe
+    if isinstance(probe, str):
+        if probe not in known:
+            near = difflib.get_close_matches(probe, known, n=3, cutoff=0.5)
+            raise SettingsError(
+                f"There is no probe {probe!r}.",
+                f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(sorted(known))}.",
+            )
+        probe = known[probe]
+    run = probe
+    return lambda who: as_result(label, run(who, probing.data, **probing.options))

@@ -1,0 +1,68 @@
+"""Accuracy on questions about images, by kind of question, with reward functions as judges."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pivot_plugin.errors import DataError
+from pivot_plugin.preferences import load_questions
+from pivot_plugin.preferences.engines import TransformersEngine
+from pivot_plugin.preferences.grading import graded
+from pivot_plugin.rewards.guard import Scorer
+from pivot_plugin.rewards.lookup import needs_answer
+
+from .scores import ProbeResult, score_of
+from .subjects import subject
+
+
+def vqa(
+    examined: object,
+    questions: object,
+    *,
+    rewards: str | Sequence[Any] = "accuracy",
+    by: str = "kind",
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+    device: str | torch.device | None = None,
+) -> ProbeResult:
+    """Ask an MLLM questions, take its most probable answers, and judge them.
+
+    Args:
+        examined: an MLLM, as for `features`.
+        questions: as for `preferences.load_questions`, with what the judge needs (`answer`).
+        rewards: the judge: a reward by name, a function with TRL's signature, or several, averaged.
+        by: column whose values are scored apart too, where there is one.
+        batch_size: questions at once.
+        max_new_tokens: longest answer.
+        device: to run on; by default a GPU where there is one.
+
+    Returns:
+        "all" and one score per kind.
+
+    Raises:
+        DataError: for questions that cannot be used.
+        ModelError: for an encoder by itself.
+    """
+    who = subject(examined)
+    model, processor = who.mllm("VQA")
+    asked = load_questions(questions).verify()
+    if not len(asked):
+        raise DataError("There are no questions.", "Give at least one.")
+    judges = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    scorer = Scorer(judges, [1 / len(judges)] * len(judges))
+    needs_answer([reward.function for reward in scorer.rewards], asked)
+    was, place = model.device, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(place)
+    try:
+        found = list(graded(TransformersEngine(model, processor), scorer, asked, max_new_tokens, batch_size))
+    finally:
+        model.to(was)
+    scores = np.array([score for _, _, score in found])
+    kinds = np.array([str(asked.plain(position).get(by)) for position in range(len(asked))])
+    results = {"all": score_of(scores)}
+    if by in asked.plain(0):
+        results |= {str(kind): score_of(scores[kinds == kind]) for kind in dict.fromkeys(kinds)}
+    names = [getattr(judge, "__name__", str(judge)) for judge in judges]
+    return ProbeResult("vqa", results, {"questions": len(asked), "judge": names}, [text for _, text, _ in found])

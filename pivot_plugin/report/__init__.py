@@ -1,0 +1,5 @@
+"""One self-contained HTML page about runs: what was trained on what, how it went, what probes found, what it cost."""
+
+from .page import write_report
+
+__all__ = ["write_report"]

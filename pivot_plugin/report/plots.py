@@ -1,0 +1,83 @@
+"""Curves as SVG that stands in the page: its text is text, and takes the page's colour in light and dark."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from pivot_plugin.extras import require
+
+# replaced by currentColor, so that axes and labels follow the page
+_PAGE_COLOUR = "#010203"
+# told apart in light, in dark, in print and without colour vision, together with the markers
+LINES = (("#3b7dd8", "o", "-"), ("#c8641a", "s", "--"), ("#3a9a5b", "^", "-."), ("#a352b8", "D", ":"))
+MARKERS_UP_TO = 40
+
+Series = Sequence[tuple[float, float]]
+
+
+def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = False) -> str:
+    """A small plot over optimiser steps.
+
+    Args:
+        title: what is plotted, with its unit.
+        lines: by name the points (step, value).
+        number: of the figure, unique on its page.
+        zero: whether to draw a line at 0.
+
+    Returns:
+        an svg element with a description for those who cannot see it.
+    """
+    figure_class = require("matplotlib.figure", "probes", "A report").Figure
+    context = require("matplotlib", "probes", "A report").rc_context
+    look = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"figure-{number}",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": _PAGE_COLOUR,
+        "axes.labelcolor": _PAGE_COLOUR,
+        "axes.edgecolor": _PAGE_COLOUR,
+        "xtick.color": _PAGE_COLOUR,
+        "ytick.color": _PAGE_COLOUR,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with context(look):
+        figure = figure_class(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, points) in enumerate(lines.items()):
+            colour, marker, style = LINES[index % len(LINES)]
+            steps, values = zip(*points, strict=True)
+            marks = marker if len(points) <= MARKERS_UP_TO else None
+            axes.plot(steps, values, style, color=colour, marker=marks, markersize=3.5, linewidth=1.4, label=name)
+        if zero:
+            axes.axhline(0, color=_PAGE_COLOUR, linewidth=0.5)
+        axes.set_xlabel("optimiser step")
+        axes.set_title(title, fontsize=10)
+        axes.locator_params(axis="x", nbins=6, integer=True)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(drawn.getvalue(), f"{title} over optimiser steps: {_described(lines)}", number)
+
+
+def _described(lines: Mapping[str, Series]) -> str:
+    parts = [
+        f"{name} from {points[0][1]:.3g} at step {points[0][0]:g} to {points[-1][1]:.3g} at step {points[-1][0]:g}"
+        for name, points in lines.items()
+    ]
+    return "; ".join(parts) + "."
+
+
+def _inline(svg: str, description: str, number: int) -> str:
+    """An SVG document as an element of a page that has others."""
+    body = svg[svg.index("<svg") :].replace(_PAGE_COLOUR, "currentColor")
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="f{number}-', body)
+    body = re.sub(r'(href="|url\()#', rf"\1#f{number}-", body)
+    # the width of the column, and the height that goes with it
+    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
+    body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1)
+    return body.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
