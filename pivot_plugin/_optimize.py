@@ -31,16 +31,16 @@ from pivot_plugin.preferences import (
     load,
     load_questions,
 )
+from pivot_plugin.probes.generalization_recorder import GeneralizationRecorder
 from pivot_plugin.probes.kept import kept
 from pivot_plugin.probes.lookup import runners
+from pivot_plugin.probes.recorder import ProbeRecorder, first_with_images
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.subjects import Subject
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost, metered
-from pivot_plugin.training.generalization import GeneralizationRecorder
 from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
-from pivot_plugin.training.probing import ProbeRecorder, first_with_images
 from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 from pivot_plugin.training.tower import check_processor, find_adapter
 from pivot_plugin.training.trainer import PivotTrainer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pivot_plugin.testing import build
 
@@ -233,3 +234,41 @@ def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> No
     assert run.stdout.startswith("final: out/4-final (trains: all;")
     typo = pivot("recipe", "specs", world / "model", "questions.jsonl", "--set", "last.max_steps=1", folder=tmp_path)
     assert "stages names ['last']. The stages are zero, pairs, cold-start, final" in typo.stderr
+
+
+def test_compare_prints_the_table_and_report_writes_the_page(world: Path, tmp_path: Path) -> None:
+    options = ["--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "-o", "run"]
+    assert pivot("optimize", world / "model", world / "pairs", *options, folder=tmp_path).returncode == 0
+    for label, colour in (("red", (220, 20, 20)), ("blue", (20, 20, 220))):
+        (tmp_path / "flowers" / label).mkdir(parents=True)
+        for number in range(5):
+            shade = tuple(max(0, value - 8 * number) for value in colour)
+            Image.new("RGB", (60, 60), shade).save(tmp_path / "flowers" / label / f"{number}.png")
+    measured = pivot(
+        *("compare", world / "model", "run", "--probe", "linear=flowers", "--probe", "quick:prototype=flowers"),
+        *("--option", "quick.seed=3", "-o", "run/comparison.json"),
+        folder=tmp_path,
+    )
+    assert measured.returncode == 0, measured.stderr[-2000:]
+    assert "| linear top1 |" in measured.stdout and "| quick top5 |" in measured.stdout
+    written = pivot("report", "run", "-o", "out/report.html", folder=tmp_path)
+    assert written.returncode == 0, written.stderr[-2000:]
+    assert "Encoders compared" in (tmp_path / "out" / "report.html").read_text()
+    for arguments, message in (
+        (("report", "run", "-o", "out"), "'out' is a folder"),
+        (("report", "flowers"), "holds no run"),
+        (("report", "run", "--comparison", "absent.json"), "is no comparison"),
+        (("compare", "run"), "No probe is given"),
+        (("compare", "run", "--probe", "linear"), "is not name=data"),
+        (("compare", "run", "--probe", "liner=flowers"), "Did you mean linear"),
+        (("compare", "run", "--probe", "linear=flowers", "--option", "lin.seed=1"), "--option names the probe 'lin'"),
+    ):
+        run = pivot(*arguments, folder=tmp_path)
+        assert run.returncode == 1 and message in run.stderr, (arguments, run.stderr[-500:])
+
+
+def test_benchmark_prints_the_command_of_lmms_eval(world: Path, tmp_path: Path) -> None:
+    run = pivot("benchmark", world / "model", "--group", "vision-centric", "--dry-run", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "-m lmms_eval --model llava_hf" in run.stdout
+    assert "mmvp,realworldqa,cv_bench_2d,cv_bench_3d" in run.stdout

@@ -7,11 +7,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from pivot_plugin.preferences import PairDataset, QuestionDataset
-from pivot_plugin.probes.generalization import FACTOR, ID, OOD, generalization_factor
+
+from .generalization import FACTOR, ID, OOD, generalization_factor
 
 if TYPE_CHECKING:
-    from .rollouts import Rollouts
-    from .trainer import PivotTrainer
+    from pivot_plugin.training.rollouts import Rollouts
+    from pivot_plugin.training.trainer import PivotTrainer
 
 
 class GeneralizationRecorder(TrainerCallback):

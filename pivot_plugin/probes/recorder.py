@@ -13,10 +13,11 @@ from transformers.training_args import TrainingArguments
 
 from pivot_plugin.errors import PivotError, SettingsError
 from pivot_plugin.preferences import PairDataset
-from pivot_plugin.probes.kept import keep, kept
-from pivot_plugin.probes.lookup import Runner, runners
-from pivot_plugin.probes.scores import ProbeResult
-from pivot_plugin.probes.subjects import Subject
+
+from .kept import keep, kept
+from .lookup import Runner, runners
+from .scores import ProbeResult
+from .subjects import Subject
 
 logger = logging.getLogger(__name__)
 
