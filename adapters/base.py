@@ -18,6 +18,9 @@ from transformers.utils import ModelOutput
 
 from pivot_plugin.errors import EncoderError, ModelError
 
+FEATURE_LAYER = "vision_feature_layer"
+MISMATCHES_SHOWN = 12
+
 Part = Literal["encoder", "projector", "language_model"]
 ImageInputs = Mapping[str, torch.Tensor]
 
@@ -334,36 +337,78 @@ class VisionAdapter:
         encoder = copy.deepcopy(self.tower).eval()
         encoder.config._name_or_path = ""
         # by which a loaded encoder is read at the same layer
-        encoder.config.vision_feature_layer = self.feature_layer
+        setattr(encoder.config, FEATURE_LAYER, self.feature_layer)
         return encoder.requires_grad_(True)
+
+    def mismatches(self, encoder: PreTrainedModel) -> list[str]:
+        """Why an encoder cannot take the place of this model's tower as it is: every difference, in words."""
+        found = []
+        if type(encoder) is not type(self.tower):
+            found.append(
+                f"The encoder is a {type(encoder).__name__}, this {type(self.model).__name__} has a "
+                f"{type(self.tower).__name__} at {self.tower_path}"
+            )
+        for name in ("hidden_size", "image_size", "patch_size", "num_hidden_layers", "depth"):
+            theirs, ours = (getattr(model.config, name, None) for model in (encoder, self.tower))
+            if theirs is not None and ours is not None and theirs != ours:
+                found.append(f"{name} is {theirs} in the encoder and {ours} in the model's tower")
+        read = getattr(encoder.config, FEATURE_LAYER, self.feature_layer)
+        if read != self.feature_layer:
+            found.append(f"the encoder was trained to be read at layer {read}, the model reads {self.feature_layer}")
+        if type(encoder) is not type(self.tower):
+            return found
+        new, old = encoder.state_dict(), self.tower.state_dict()
+        for name in sorted(new.keys() | old.keys()):
+            if name not in new or name not in old:
+                owner = "model's tower" if name in old else "encoder"
+                found.append(f"Only the {owner} has the tensor {name!r}")
+            elif new[name].shape != old[name].shape:
+                found.append(
+                    f"Tensor {name!r} has shape {tuple(new[name].shape)} in the encoder and "
+                    f"{tuple(old[name].shape)} in the model's tower"
+                )
+        return found
 
     def graft(self, encoder: PreTrainedModel) -> None:
         """Copy an encoder's weights into this model's tower, keeping the tower's device and precision.
 
         Raises:
-            EncoderError: naming the first mismatch of class, tensors or sizes; the model is unchanged then.
+            EncoderError: with every mismatch of class, layer, tensors or sizes; the model is unchanged then.
         """
-        if type(encoder) is not type(self.tower):
+        if found := self.mismatches(encoder):
+            more = f"; and {len(found) - MISMATCHES_SHOWN} more" if len(found) > MISMATCHES_SHOWN else ""
             raise EncoderError(
-                f"The encoder is a {type(encoder).__name__}, this {type(self.model).__name__} has a "
-                f"{type(self.tower).__name__} at {self.tower_path}.",
-                "Graft an encoder of the same class.",
+                f"The encoder does not fit: {'; '.join(found[:MISMATCHES_SHOWN])}{more}.",
+                "Graft one extracted from a model of the same architecture, or give it a new projector: "
+                'projector="new".',
             )
-        new, old = encoder.state_dict(), self.tower.state_dict()
-        for name in sorted(new.keys() | old.keys()):
-            if name not in new or name not in old:
-                owner = "model's tower" if name in old else "encoder"
-                raise EncoderError(
-                    f"Only the {owner} has the tensor {name!r}: their depths or heads differ.",
-                    "Graft an encoder that was extracted from a model of the same architecture.",
-                )
-            if new[name].shape != old[name].shape:
-                raise EncoderError(
-                    f"Tensor {name!r} has shape {tuple(new[name].shape)} in the encoder and "
-                    f"{tuple(old[name].shape)} in the model's tower.",
-                    "Graft an encoder of the same size, patch size and image size.",
-                )
-        self.tower.load_state_dict(new)
+        self.tower.load_state_dict(encoder.state_dict())
+
+    @property
+    def projector_first_layer(self) -> str | None:
+        """Path of the projector's first linear layer where another model's projector can begin with it, else None."""
+        return None
+
+    def replace_tower(self, encoder: PreTrainedModel, image_processor: object, processor: object, layer: int) -> None:
+        """Put an encoder of any class in the place of the tower, with a new projector of the model's own kind.
+
+        Configuration and modules are rebuilt so that the saved model loads as a plain transformers one; the projector's
+        weights are the caller's to initialise.
+
+        Args:
+            encoder: stand-alone; becomes part of the model.
+            image_processor: its own.
+            processor: the model's, changed to count this encoder's patches.
+            layer: hidden state that the projector is to read.
+
+        Raises:
+            EncoderError: if the family cannot, or this encoder does not suit it; nothing is changed then.
+        """
+        raise EncoderError(
+            f"A {type(self.model).__name__} (family {self.family}) takes no tower of another class or size: its "
+            "language model was built around its own.",
+            "Graft an encoder of the same architecture, or use a LLaVA-like model.",
+        )
 
     def image_processor(self, processor: object) -> BaseImageProcessor:
         """The image processor to publish with the stand-alone encoder: a copy of the model's own."""

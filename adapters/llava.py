@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from pivot_plugin.hooks import hookimpl
 from transformers import (
     CLIPImageProcessor,
@@ -17,6 +18,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import ModelOutput
 
+from pivot_plugin.errors import EncoderError
+
 from .base import ImageFeatures, ImageInputs, VisionAdapter
 
 
@@ -26,8 +29,39 @@ class LlavaAdapter(VisionAdapter):
     family = "llava"
     lmms_eval_name = "llava_hf"
 
+    @property
+    def projector_first_layer(self) -> str | None:
+        return f"{self.projector_paths[0]}.linear_1"
 
-class TiledLlavaAdapter(VisionAdapter):
+    def replace_tower(self, encoder: PreTrainedModel, image_processor: object, processor: object, layer: int) -> None:
+        patches, others = _tokens(encoder, image_processor, layer)
+        self._check_replacement(encoder, processor)
+        config, backbone = self.model.config, self.model.base_model
+        strategy = "default" if others else "full"
+        place, precision = self.model.device, self.model.dtype
+        config.vision_config = encoder.config
+        config.vision_feature_layer = layer
+        config.vision_feature_select_strategy = strategy
+        config.image_seq_length = patches + others - bool(others)
+        backbone.vision_tower = encoder.to(device=place, dtype=precision)
+        kind = type(backbone.multi_modal_projector)
+        backbone.multi_modal_projector = kind(config).to(device=place, dtype=precision)
+        self._teach(processor, image_processor, patches, others, strategy)
+        self.__dict__.pop("projector_paths", None)
+
+    def _check_replacement(self, encoder: PreTrainedModel, processor: object) -> None:
+        """Refuse an encoder that the family cannot take."""
+
+    def _teach(self, processor: object, image_processor: object, patches: int, others: int, strategy: str) -> None:
+        """Have the model's processor prepare images for another encoder, and count its tokens."""
+        config = self.model.config.vision_config
+        processor.image_processor = image_processor  # type: ignore[attr-defined]
+        processor.patch_size = config.patch_size  # type: ignore[attr-defined]
+        processor.num_additional_image_tokens = others  # type: ignore[attr-defined]
+        processor.vision_feature_select_strategy = strategy  # type: ignore[attr-defined]
+
+
+class TiledLlavaAdapter(LlavaAdapter):
     """LLaVA-NeXT and LLaVA-OneVision: an image is its small version followed by tiles of the large one."""
 
     family = "llava-next"
@@ -49,6 +83,22 @@ class TiledLlavaAdapter(VisionAdapter):
     def tokens_on_grid(self, tokens: torch.Tensor, inputs: ImageInputs) -> ImageFeatures:
         side = self.tower.config.image_size // self.tower.config.patch_size
         return ImageFeatures(tokens[: side * side], (side, side))
+
+    def _check_replacement(self, encoder: PreTrainedModel, processor: object) -> None:
+        ours, theirs = self.tower.config.image_size, encoder.config.image_size
+        if ours != theirs:
+            raise EncoderError(
+                f"The encoder takes images of {theirs} px, the tiles of this {type(self.model).__name__} have {ours}.",
+                "Use an encoder of the same image size, or a LlavaForConditionalGeneration, which cuts no tiles.",
+            )
+
+    def _teach(self, processor: object, image_processor: object, patches: int, others: int, strategy: str) -> None:
+        # it goes on cutting tiles, and colours them as the encoder knows them
+        tiling = processor.image_processor  # type: ignore[attr-defined]
+        for name in ("image_mean", "image_std", "resample", "rescale_factor"):
+            if hasattr(image_processor, name):
+                setattr(tiling, name, getattr(image_processor, name))
+        super()._teach(processor, tiling, patches, others, strategy)
 
     def image_processor(self, processor: object) -> BaseImageProcessor:
         # the tiling processor gives 5-D pixels, which the stand-alone tower refuses
@@ -72,9 +122,38 @@ class LlavaOnevisionAdapter(TiledLlavaAdapter):
             return list(range(len(image_tokens)))
         return super().whole_views(inputs, image_tokens)
 
+    def _teach(self, processor: object, image_processor: object, patches: int, others: int, strategy: str) -> None:
+        super()._teach(processor, image_processor, patches, others, strategy)
+        processor.num_image_tokens = patches  # type: ignore[attr-defined]
+
     def select_images(self, inputs: ImageInputs, start: int, stop: int) -> dict[str, torch.Tensor]:
         per_image = {name: value for name, value in inputs.items() if name != "batch_num_images"}
         return super().select_images(per_image, start, stop)
+
+
+@torch.no_grad()
+def _tokens(encoder: PreTrainedModel, image_processor: object, layer: int) -> tuple[int, int]:
+    """Patches that an encoder makes of an image, and tokens beside them (class, registers).
+
+    Raises:
+        EncoderError: if it does not work like a vision transformer that LLaVA can read.
+    """
+    try:
+        inputs = image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")  # type: ignore[operator]
+        pixels = inputs["pixel_values"].to(device=encoder.device, dtype=encoder.dtype)
+        tokens = encoder.eval()(pixels, output_hidden_states=True).hidden_states[layer].shape[1]
+        patches = (pixels.shape[-2] // encoder.config.patch_size) * (pixels.shape[-1] // encoder.config.patch_size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise EncoderError(
+            f"{type(encoder).__name__} cannot be read as LLaVA reads a tower, hidden state {layer} of square images in "
+            f"one piece: {type(error).__name__}: {error}.",
+            "Use a vision transformer of the CLIP, SigLIP, DINO or ViT kind with its own image processor.",
+        ) from error
+    if not 0 <= tokens - patches <= 16:
+        raise EncoderError(
+            f"{type(encoder).__name__} makes {tokens} tokens of {patches} patches.", "Use an encoder with patch tokens."
+        )
+    return patches, tokens - patches
 
 
 @hookimpl

@@ -4,7 +4,7 @@ A plugin is an installed distribution with an entry point in the group `pivot_pl
 `hookimpl` and named after the specifications in `pivot_plugin.hooks.specs`.
 """
 
-from .manager import PluginInfo, ask, collect, installed, manager, notify
+from .manager import PluginInfo, ask, collect, gather, installed, manager, notify
 from .markers import ENTRY_POINT_GROUP, hookimpl, hookspec
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PluginInfo",
     "ask",
     "collect",
+    "gather",
     "hookimpl",
     "hookspec",
     "installed",

@@ -182,6 +182,18 @@ def collect(hook: str, **arguments: object) -> list[tuple[str, Any]]:
     return answers[::-1]
 
 
+def gather(hook: str, **arguments: object) -> list[tuple[str, Any]]:
+    """As `collect`; a plugin that raises is named in a warning and left out."""
+    answers: list[tuple[str, Any]] = []
+    for name, caller in _one_at_a_time(hook):
+        try:
+            answers.extend((name, answer) for answer in caller(**arguments) if answer is not None)
+        # foreign code after the paid-for work: nothing it raises may lose the result
+        except Exception as error:
+            logger.warning("%s", _blame(name, hook, error))
+    return answers[::-1]
+
+
 def notify(hook: str, **arguments: object) -> None:
     """Call a notified hook on every plugin; one that raises is named in a warning and does not stop the rest."""
     for name, caller in _one_at_a_time(hook):

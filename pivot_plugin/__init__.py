@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pivot_plugin._compare import Comparison, compare
     from pivot_plugin._optimize import PivotResult, optimize
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
-    from pivot_plugin.encoders import extract_encoder, graft, load_encoder
+    from pivot_plugin.encoders import extract_encoder, graft, list_encoders, load_encoder, publish, verify
     from pivot_plugin.errors import PivotError
     from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer
     from pivot_plugin.training.trainer import PivotTrainer
@@ -46,8 +46,11 @@ __all__ = [
     "compare_arms",
     "extract_encoder",
     "graft",
+    "list_encoders",
     "load_encoder",
     "optimize",
+    "publish",
+    "verify",
 ]
 
 _HOME = {
@@ -65,7 +68,10 @@ _HOME = {
     "PivotTrainer": "training.trainer",
     "extract_encoder": "encoders",
     "graft": "encoders",
+    "list_encoders": "encoders",
     "load_encoder": "encoders",
+    "publish": "encoders",
+    "verify": "encoders",
     "optimize": "_optimize",
 }
 

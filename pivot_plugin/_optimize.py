@@ -5,11 +5,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from pivot_plugin._compare import Comparison
@@ -19,9 +19,11 @@ from pivot_plugin._provenance import plain_name, tower_facts, versions
 from pivot_plugin._settings import configuration, unwatched
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig, RolloutConfig, TowerConfig, Train
-from pivot_plugin.encoders import save_encoder
-from pivot_plugin.errors import DataError, PivotError, SettingsError, TrainingError
-from pivot_plugin.hooks import notify
+from pivot_plugin.encoders import Publication, publish, save_encoder, save_lora
+from pivot_plugin.encoders.card import licence_of
+from pivot_plugin.encoders.store import SHARD
+from pivot_plugin.errors import DataError, EncoderError, PivotError, SettingsError, TrainingError
+from pivot_plugin.hooks import gather, notify
 from pivot_plugin.preferences import (
     OnBadRow,
     PairDataset,
@@ -37,6 +39,7 @@ from pivot_plugin.probes.lookup import runners
 from pivot_plugin.probes.recorder import ProbeRecorder, first_with_images
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.subjects import Subject
+from pivot_plugin.report import saliency_sheet, write_report
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost, metered
@@ -49,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 # the report shows a dozen
 SALIENCY_PAIRS = 12
+Weights = Literal["encoder", "lora"]
 
 
 @dataclass
@@ -67,6 +71,7 @@ class PivotResult:
         settings: what the run was given.
         adapter: of the model's family.
         cost: time, memory and floating-point operations.
+        origin: model, data and versions, as they may be published.
     """
 
     model: PreTrainedModel
@@ -79,7 +84,9 @@ class PivotResult:
     settings: dict[str, Any]
     adapter: VisionAdapter
     cost: Cost = field(default_factory=Cost)
+    origin: dict[str, Any] = field(default_factory=dict)
     _encoder: PreTrainedModel | None = field(default=None, repr=False)
+    _lora: tuple[LoraConfig, dict[str, torch.Tensor]] | None = field(default=None, repr=False)
 
     @property
     def family(self) -> str:
@@ -93,17 +100,97 @@ class PivotResult:
             self._encoder = self.adapter.extract()
         return self._encoder
 
-    def save(self, folder: str | Path) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        weights: Weights = "encoder",
+        *,
+        licence: str | None = None,
+        picture: bool = True,
+        max_shard_size: str = SHARD,
+    ) -> Path:
         """Write the encoder with its projector, provenance and card.
 
         Args:
             folder: to write; replaced as a whole if it holds an encoder already.
+            weights: "encoder", a stand-alone transformers model; or "lora", a PEFT folder for the base encoder.
+            licence: for the card; that of the base model where None, "other" where that is not known.
+            picture: put saliency maps of four held-out pairs, and so their images, into the card.
+            max_shard_size: of weight files, as transformers takes it.
 
         Raises:
-            EncoderError: if the folder holds something else, or cannot be written.
+            EncoderError: if the folder holds something else, cannot be written, or there is no LoRA to save.
+            SettingsError: for unknown weights.
         """
-        record = {"metrics": self.metrics, "settings": self.settings, "weight_change": self.weight_change}
-        return save_encoder(self.adapter, self.processor, folder, record)
+        if weights not in get_args(Weights):
+            raise SettingsError(f"weights is {weights!r}.", f"Choose {' or '.join(map(repr, get_args(Weights)))}.")
+        record = {
+            "base": self.origin.get("base"),
+            "data": self.origin.get("data"),
+            "cost": self.origin.get("cost"),
+            "versions": self.origin.get("versions") or versions(),
+            "settings": self.settings,
+            "metrics": self.metrics,
+            "probes": _before_and_after(self.probes),
+            "weight_change": self.weight_change,
+            "license": licence or licence_of(str((self.origin.get("base") or {}).get("mllm") or "")) or "other",
+        }
+        sections = [str(text) for _, text in gather("pivot_card_sections", result=self)]
+        shown = saliency_sheet(self.probes) if picture else None
+        if weights == "encoder":
+            return save_encoder(
+                *(self.adapter, self.processor, folder, record),
+                sections=sections,
+                picture=shown,
+                max_shard_size=max_shard_size,
+            )
+        if self._lora is None:
+            raise EncoderError("This run trained the weights themselves.", 'Save the encoder: weights="encoder".')
+        return save_lora(self.adapter, *self._lora, folder, record, sections=sections, picture=shown)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        weights: Weights = "encoder",
+        licence: str | None = None,
+        picture: bool = True,
+        max_shard_size: str = SHARD,
+        private: bool | None = None,
+        revision: str = "main",
+        tag: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        exist_ok: bool = False,
+        dry_run: bool = False,
+    ) -> Publication:
+        """Save the encoder in the run's folder and publish it in one commit.
+
+        Args:
+            repo_id: "owner/name".
+            weights, licence, picture, max_shard_size: as for `save`.
+            private, revision, tag, token, commit_message, create_pr, exist_ok, dry_run: as for `pivot.publish`.
+
+        Raises:
+            EncoderError: as `save`.
+            PublishError: as `pivot.publish`.
+        """
+        folder = self.save(
+            self.output_dir / weights, weights, licence=licence, picture=picture, max_shard_size=max_shard_size
+        )
+        return publish(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            tag=tag,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            exist_ok=exist_ok,
+            dry_run=dry_run,
+        )
 
     @property
     def probes(self) -> dict[str, dict[int, ProbeResult]]:
@@ -120,8 +207,6 @@ class PivotResult:
         Raises:
             SettingsError: if the file cannot be written.
         """
-        from pivot_plugin.report import write_report
-
         return write_report(path, [self.output_dir], comparison)
 
 
@@ -258,6 +343,7 @@ def optimize(
         notify("pivot_run_started", run=_Run(adapter.family, folder, described))
     looks = _Looks(outside, dict(probes or {}), tuple(probe_steps), saliency)
     result = _train(model, processor, adapter, config, rows, held_out, looks, lora, functions, resume, described)
+    result.origin = _origin(base, model, adapter, config, rows, held_out, result.cost)
     if keeper:
         result.save(folder / "encoder")
         record = {
@@ -268,18 +354,7 @@ def optimize(
             "trained": result.trained,
             "history": result.history,
             "cost": asdict(result.cost),
-            "origin": {
-                "model": plain_name(base),
-                "family": adapter.family,
-                "mllm_class": type(model).__name__,
-                "encoder_class": type(adapter.tower).__name__,
-                "tower": tower_facts(adapter),
-                "data": plain_name(getattr(rows, "name", "")),
-                "rows": len(rows) if not isinstance(rows, PairStream) else None,
-                "held_out": len(held_out) if held_out is not None else 0,
-                "versions": versions(),
-                "batch": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
-            },
+            "origin": result.origin,
         }
         write_record(folder, record)
         notify("pivot_run_finished", result=result)
@@ -410,7 +485,9 @@ def _train(
             if held_out is not None:
                 metrics["after"] = trainer.held_out_metrics(before=False)
             history = trainer.state.log_history
+            kept_lora = None
             if isinstance(trainer.model, PeftModel):
+                kept_lora = _lora_of(trainer.model)
                 trainer.model.merge_and_unload()
             del trainer
     except BaseException as error:
@@ -442,4 +519,62 @@ def _train(
         settings=described,
         adapter=adapter,
         cost=cost,
+        _lora=kept_lora,
     )
+
+
+def _lora_of(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights, on the host, of a model's LoRA."""
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in get_peft_model_state_dict(model).items()}
+    config = model.peft_config[model.active_adapter]
+    assert isinstance(config, LoraConfig)
+    return config, weights
+
+
+def _origin(
+    base: object,
+    model: PreTrainedModel,
+    adapter: VisionAdapter,
+    config: TowerConfig,
+    rows: PairDataset | PairStream | QuestionDataset,
+    held_out: PairDataset | QuestionDataset | None,
+    cost: Cost,
+) -> dict[str, Any]:
+    """Where a run comes from, in words that may be published."""
+    known = None if isinstance(rows, PairStream) else rows
+    return {
+        "base": {
+            "mllm": plain_name(base),
+            "mllm_revision": getattr(model.config, "_commit_hash", None),
+            "encoder": plain_name(getattr(adapter.tower.config, "_name_or_path", "")) or None,
+        },
+        "family": adapter.family,
+        "mllm_class": type(model).__name__,
+        "encoder_class": type(adapter.tower).__name__,
+        "tower": tower_facts(adapter),
+        "data": {
+            "name": plain_name(getattr(rows, "name", "")),
+            "rows": None if known is None else len(known),
+            "fingerprint": None if known is None else known.fingerprint(),
+            "held_out": len(held_out) if held_out is not None else 0,
+        },
+        "versions": versions(),
+        "seed": config.seed,
+        "batch": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
+        "cost": asdict(cost),
+    }
+
+
+def _before_and_after(probes: Mapping[str, Mapping[int, ProbeResult]]) -> dict[str, Any]:
+    """Scores of probes before the first step and after the last, by label and name."""
+    found: dict[str, Any] = {}
+    for label, steps in probes.items():
+        first, last = steps.get(0), steps[max(steps)]
+        found[label] = {
+            name: {
+                "before": first.scores[name].as_dict() if first and name in first.scores else None,
+                "after": score.as_dict() if last is not first else None,
+            }
+            for name, score in last.scores.items()
+        }
+    return found

@@ -7,6 +7,7 @@ PivotError
 +-- PluginError      an installed plugin failed: mend, update or disable it
 +-- TrainingError    training itself went wrong: the run's folder holds what was paid for
 +-- EncoderError     an encoder folder or a graft that does not fit
++-- PublishError     the Hub refused or failed; its text says whether anything is changed there
 """
 
 
@@ -60,3 +61,7 @@ class TrainingError(PivotError):
 
 class EncoderError(PivotError):
     """An encoder folder cannot be loaded, or an encoder does not fit a model."""
+
+
+class PublishError(PivotError):
+    """Publishing on the Hub did not work; the finding says what stands there now."""

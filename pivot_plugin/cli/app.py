@@ -11,7 +11,7 @@ import typer
 from pivot_plugin import __version__
 from pivot_plugin.errors import PivotError
 
-from . import measure, models, prefs, runs
+from . import encoders, measure, models, prefs, runs
 
 cli = typer.Typer(
     name="pivot",
@@ -25,6 +25,10 @@ cli.command("compare-arms")(runs.compare_arms)
 cli.command("compare")(measure.compare)
 cli.command("report")(measure.report)
 cli.command("benchmark")(measure.benchmark)
+cli.command("push")(encoders.push)
+cli.command("verify")(encoders.verify)
+cli.command("graft")(encoders.graft)
+cli.command("list")(encoders.list_published)
 cli.command("demo")(runs.demo)
 cli.command("inspect")(models.inspect)
 cli.command("adapters")(models.adapters)

@@ -1,8 +1,23 @@
 """A vision tower out of one MLLM and into another."""
 
-from transformers import PreTrainedModel
+import copy
+from pathlib import Path
+from typing import Literal, get_args
 
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.training.tower import find_adapter
+
+from .record import origin_of
+
+Projector = Literal["keep", "new", "first-layer"]
+# LLaVA's, and the paper's (arXiv 2510.16333, appendix E.1)
+FEATURE_LAYER = -2
 
 
 def extract_encoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -19,19 +34,137 @@ def extract_encoder(model: PreTrainedModel) -> PreTrainedModel:
     return find_adapter(model).extract()
 
 
-def graft(model: PreTrainedModel, encoder: PreTrainedModel) -> PreTrainedModel:
-    """Put an encoder's weights into the vision tower of an MLLM.
+def graft(
+    model: PreTrainedModel,
+    encoder: PreTrainedModel,
+    projector: Projector = "keep",
+    *,
+    processor: object | None = None,
+    image_processor: object | None = None,
+    feature_layer: int | None = None,
+    projector_weights: str | Path | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Put an encoder into an MLLM. `model.save_pretrained` afterwards writes an ordinary MLLM folder.
 
     Args:
-        model: the MLLM; its tower is changed in place, its device and precision stay.
-        encoder: stand-alone, of the same class and sizes, as `extract_encoder` or `load_encoder` return it.
+        model: the MLLM, changed in place; its device and precision stay.
+        encoder: stand-alone, as `extract_encoder` or `load_encoder` return it; not changed.
+        projector: "keep": the encoder has the class and sizes of the tower, its weights take the tower's place. "new":
+            any encoder a LLaVA-like model can read, with a new projector, to be trained. "first-layer": the same, but
+            the projector begins with the first layer of the one the encoder was trained with, which is frozen (the
+            paper's best variant, arXiv 2510.16333, table H, "1+1").
+        processor: the model's, changed in place to prepare images for the encoder; needed unless "keep".
+        image_processor: the encoder's; found by where it was loaded from where None.
+        feature_layer: hidden state that a new projector reads; what the encoder was trained at where None, else -2.
+        projector_weights: `projector.safetensors` of the encoder; beside it where it was loaded from where None.
+        seed: of a new projector's weights.
 
     Returns:
-        The model.
+        The model. Its configuration names the encoder and the commit it was read at under `pivot_encoder`.
 
     Raises:
-        EncoderError: naming the first mismatch; the model is unchanged then.
+        EncoderError: with every mismatch; the model is unchanged then.
         ModelError: if the model has no vision tower, or no adapter knows it.
+        SettingsError: for an unknown projector, or one without a processor.
     """
-    find_adapter(model).graft(encoder)
+    if projector not in get_args(Projector):
+        raise SettingsError(
+            f"projector is {projector!r}.", f"Choose one of {', '.join(map(repr, get_args(Projector)))}."
+        )
+    adapter = find_adapter(model)
+    if projector == "keep":
+        adapter.graft(encoder)
+    else:
+        if processor is None:
+            raise SettingsError(
+                f"projector={projector!r} changes how images are prepared, and no processor is given.",
+                "Pass processor=, the model's own, and save it with the model.",
+            )
+        first = _first_layer(adapter, encoder, projector_weights) if projector == "first-layer" else None
+        own = image_processor or _image_processor(encoder)
+        adapter.replace_tower(copy.deepcopy(encoder), own, processor, _layer(encoder, feature_layer))
+        _initialise(adapter, first, seed)
+    origin = origin_of(encoder)
+    if origin is not None:
+        model.config.pivot_encoder = {"name": origin.name, "revision": origin.revision}
     return model
+
+
+def _layer(encoder: PreTrainedModel, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    recorded = getattr(encoder.config, "vision_feature_layer", FEATURE_LAYER)
+    # of a tower that was read at its own output, LLaVA reads the last hidden state
+    return -1 if recorded is None else int(recorded)
+
+
+def _image_processor(encoder: PreTrainedModel) -> object:
+    origin = origin_of(encoder)
+    place = str(origin.folder) if origin else encoder.name_or_path
+    try:
+        return AutoImageProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"No image processor is known for this {type(encoder).__name__}.",
+            "Pass image_processor=, or load the encoder by pivot.load_encoder.",
+        ) from error
+
+
+def _first_layer(
+    adapter: VisionAdapter, encoder: PreTrainedModel, given: str | Path | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the first layer of the projector that the encoder was trained with.
+
+    Raises:
+        EncoderError: with everything that keeps it from being used in this model.
+    """
+    origin = origin_of(encoder)
+    file = Path(given) if given else origin.folder / "projector.safetensors" if origin else None
+    if file is None or not file.is_file():
+        raise EncoderError(
+            "There is no projector to take the first layer of.",
+            "Load the encoder by pivot.load_encoder, or pass projector_weights=.",
+        )
+    tensors = load_file(file)
+    recorded = origin.record.get("projector_first_layer") if origin else None
+    path = str(recorded or next((n.removesuffix(".weight") for n in tensors if n.endswith("linear_1.weight")), ""))
+    weight, bias = tensors.get(f"{path}.weight"), tensors.get(f"{path}.bias")
+    found = []
+    if adapter.projector_first_layer is None:
+        found.append(f"the projector of family {adapter.family} cannot begin with the layer of another")
+    if weight is None:
+        found.append(f"{file.name} has no first layer that another projector could begin with")
+    else:
+        width = adapter.model.config.get_text_config().hidden_size
+        if weight.shape[0] != width:
+            found.append(f"the first layer gives {weight.shape[0]} numbers, the language model takes {width}")
+        if weight.shape[1] != encoder.config.hidden_size:
+            found.append(
+                f"the first layer takes {weight.shape[1]} numbers, the encoder gives {encoder.config.hidden_size}"
+            )
+    if found or weight is None:
+        raise EncoderError(f"The first layer cannot be reused: {'; '.join(found)}.", 'Use projector="new".')
+    return weight, bias
+
+
+@torch.no_grad()
+def _initialise(adapter: VisionAdapter, first: tuple[torch.Tensor, torch.Tensor | None] | None, seed: int) -> None:
+    """Draw a new projector's weights, the same for the same seed; put a reused first layer in and freeze it."""
+    model = adapter.model
+    spread = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    drawn = torch.Generator().manual_seed(seed)
+    for path in adapter.projector_paths:
+        for module in model.get_submodule(path).modules():
+            if isinstance(module, nn.Linear):
+                values = torch.empty(module.weight.shape).normal_(0.0, spread, generator=drawn)
+                module.weight.copy_(values)
+                if module.bias is not None:
+                    module.bias.zero_()
+    if first is None or adapter.projector_first_layer is None:
+        return
+    layer = model.get_submodule(adapter.projector_first_layer)
+    layer.weight.copy_(first[0])
+    if layer.bias is not None:
+        layer.bias.copy_(torch.zeros_like(layer.bias) if first[1] is None else first[1])
+    layer.requires_grad_(False)

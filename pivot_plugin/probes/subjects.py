@@ -12,7 +12,7 @@ from pivot_plugin._folders import RUN_FILE
 from pivot_plugin._models import load_model
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import load_encoder
-from pivot_plugin.encoders.store import PROVENANCE
+from pivot_plugin.encoders.record import PROVENANCE
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.training.tower import check_processor, find_adapter
 

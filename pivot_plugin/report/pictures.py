@@ -2,13 +2,18 @@
 
 import base64
 import io
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.extras import require
+from pivot_plugin.probes.gradients import PairSaliency
+from pivot_plugin.probes.scores import ProbeResult
 
 SIDE = 168
+SHEET_PAIRS, GAP = 4, 6
 OPACITY = 0.6
 
 
@@ -49,3 +54,34 @@ def as_address(image: Image.Image) -> str:
     encoded = io.BytesIO()
     image.save(encoded, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+def saliency_sheet(probes: Mapping[str, Mapping[int, ProbeResult]], count: int = SHEET_PAIRS) -> Image.Image | None:
+    """Some pairs as one picture for a model card: a row each, the image, then the maps of each loss before and after.
+
+    Args:
+        probes: results by label and step.
+        count: pairs at most.
+
+    Returns:
+        None where no maps were kept, or matplotlib is not installed.
+    """
+    looks = [steps for steps in probes.values() if isinstance(steps[max(steps)].artefacts, list)]
+    looks = [steps for steps in looks if all(isinstance(a, PairSaliency) for a in steps[max(steps)].artefacts)]
+    if not looks or len(looks[0]) < 2:
+        return None
+    first, last = (looks[0][step].artefacts for step in (min(looks[0]), max(looks[0])))
+    try:
+        rows = [
+            [fitted(before.image)]
+            + [overlay(pair.image, pair.maps[loss], pair.box) for loss in before.maps for pair in (before, after)]
+            for before, after in list(zip(first, last, strict=True))[:count]
+        ]
+    except SettingsError:
+        return None
+    wide, high = max(map(len, rows)), len(rows)
+    sheet = Image.new("RGB", (wide * (SIDE + GAP) - GAP, high * (SIDE + GAP) - GAP), "white")
+    for down, row in enumerate(rows):
+        for across, shown in enumerate(row):
+            sheet.paste(shown, (across * (SIDE + GAP), down * (SIDE + GAP)))
+    return sheet

@@ -66,7 +66,7 @@ def as_number(text: str) -> float | None:
     """The number a text is, a fraction and a percentage included; None if it is none or several."""
     if fraction := FRACTION.fullmatch(text):
         return int(fraction[1]) / int(fraction[2]) if int(fraction[2]) else None
-    found = [match[0] for match in NUMBER.finditer(text.strip().strip("$")) if re.search(r"\d", match[0])]
+    found = [match[0] for match in NUMBER.finditer(text.strip().strip("$")) if re.match(r"[-+]?[\d.]", match[0])]
     if len(found) != 1:
         return None
     number = float(found[0].replace(",", "").rstrip("%"))

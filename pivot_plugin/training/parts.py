@@ -176,6 +176,7 @@ def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
     use_cache = getattr(text_config, "use_cache", None)
     tags, device = model.model_tags, model.device
     modules = dict(model.named_modules())
+    wrapped = hasattr(model, "peft_config")
     failed = True
     try:
         yield
@@ -191,6 +192,9 @@ def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
         model.disable_input_require_grads()
         if failed:
             _put_back(modules)
+            if not wrapped:
+                # peft's mark on a model that it has wrapped
+                model.__dict__.pop("peft_config", None)
             model.to(device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(name, True))

@@ -9,7 +9,7 @@ import pytest
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.preferences import PairDataset, load, save, storage
 
-from .. import hub
+from .. import hub_server
 from ..conftest import picture, row
 
 
@@ -95,13 +95,14 @@ def test_saving_again_replaces_and_a_failure_leaves_what_was_there(rows: Any, tm
 def test_pairs_go_to_the_hub_in_one_commit(rows: Any, tmp_path: Path) -> None:
     save(PairDataset(rows), tmp_path / "saved")
     code = f"from pivot_plugin.preferences import push; print(push({str(tmp_path / 'saved')!r}, 'tester/pairs'))"
-    with hub.serving() as server:
+    with hub_server.serving() as server:
         for _ in range(2):
             run = server.run(code)
             assert run.returncode == 0, run.stderr
             assert "datasets/tester/pairs/commit" in run.stdout
-        assert len(server.commits) == 2
-        files = server.files["datasets/tester/pairs"]
+        # the commit that made the repository, and one each
+        assert len(server.repos["datasets/tester/pairs"].commits) == 3
+        files = server.files("datasets/tester/pairs")
     assert {name for name in files if not name.startswith(".")} == {"README.md", "data/train-00000.parquet"}
     assert files["data/train-00000.parquet"] == (tmp_path / "saved" / "data" / "train-00000.parquet").read_bytes()
 
@@ -109,11 +110,11 @@ def test_pairs_go_to_the_hub_in_one_commit(rows: Any, tmp_path: Path) -> None:
 def test_a_hub_that_refuses_is_said(rows: Any, tmp_path: Path) -> None:
     save(PairDataset(rows), tmp_path / "saved")
     code = f"from pivot_plugin.preferences import push; push({str(tmp_path / 'saved')!r}, 'tester/pairs')"
-    with hub.serving() as server:
-        server.refuse = (403, "no write access")
+    with hub_server.serving() as server:
+        server.faults.append(hub_server.Fault("commit", "status", 403))
         run = server.run(code)
         assert "The pairs could not be put on the Hub as 'tester/pairs'" in run.stderr
         assert server.run(code, HF_TOKEN="hf_wrong").returncode == 1
-        assert not server.commits
+        assert len(server.repos["datasets/tester/pairs"].commits) == 1
     with pytest.raises(DataError, match="holds no saved pairs"):
         storage.push(tmp_path, "tester/pairs")

@@ -1,0 +1,142 @@
+"""Commands about encoders: `pivot push`, `pivot verify`, `pivot graft`, `pivot list`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pivot_plugin.errors import SettingsError
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved encoder, or of the run that made it.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch; made where it does not exist.")] = "main",
+    tag: Annotated[str | None, typer.Option(help="To set on the commit.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Also into a repository with other contents.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Publish a saved encoder on the Hub in one commit. Safe to repeat after a failure.
+
+    pivot push run/encoder me/siglip2-so400m-pivot
+    """
+    from dataclasses import asdict
+
+    import pivot_plugin as pivot
+
+    place = folder / "encoder" if (folder / "run.json").is_file() else folder
+    published = pivot.publish(
+        place,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        tag=tag,
+        commit_message=message,
+        create_pr=create_pr,
+        exist_ok=exist_ok,
+        dry_run=dry_run,
+    )
+    if as_json:
+        print(json.dumps(asdict(published)))
+        return
+    if dry_run:
+        print(f"One commit to {repo_id} ({revision}):")
+        for name, size in published.files.items():
+            print(f"  {size:>14,}  {name}")
+        return
+    print(f"Published: {published.url}")
+
+
+def verify(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of a published encoder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print checks and provenance as JSON.")] = False,
+) -> None:
+    """Check hashes and features of an encoder and print where it comes from; exit status 1 where a check fails.
+
+    pivot verify me/siglip2-so400m-pivot
+    """
+    from dataclasses import asdict
+
+    import pivot_plugin as pivot
+
+    found = pivot.verify(encoder, revision)
+    commit = found.origin.revision if found.origin else None
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "passed": found.passed,
+                    "commit": commit,
+                    "checks": [asdict(check) for check in found.checks],
+                    "provenance": found.provenance(),
+                }
+            )
+        )
+    else:
+        words = {True: "ok", False: "FAILED", None: "not known"}
+        for check in found.checks:
+            print(f"{check.name}: {words[check.passed]}: {check.detail}")
+        if commit:
+            print(f"commit: {commit}")
+        for name, value in found.provenance().items():
+            print(f"{name}: {json.dumps(value)}")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def graft(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of an encoder.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the new MLLM.")],
+    projector: Annotated[str, typer.Option(help="keep, new or first-layer.")] = "keep",
+    revision: Annotated[str | None, typer.Option(help="Of the encoder.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a new projector.")] = 0,
+) -> None:
+    """Put an encoder into an MLLM and save it as an ordinary transformers model with its processor.
+
+    pivot graft llava-hf/llava-1.5-7b-hf me/clip-pivot -o better-llava
+    """
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise SettingsError(f"Folder {str(output_dir)!r} is not empty.", "Choose another folder, or empty it.")
+    import pivot_plugin as pivot
+    from pivot_plugin._models import load_model
+
+    loaded, processor = load_model(model, None)
+    pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)  # type: ignore[arg-type]
+    loaded.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    print(f"MLLM: {output_dir}")
+
+
+def list_published(
+    author: Annotated[str | None, typer.Option(help="User or organisation.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List PIVOT encoders on the Hub, with base, family and scores.
+
+    pivot list --author me
+    """
+    from dataclasses import asdict
+
+    import pivot_plugin as pivot
+
+    found = pivot.list_encoders(author)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{len(found)} published encoder(s)")
+    for column in ("repository", "base", "family", "scores"):
+        table.add_column(column)
+    for one in found:
+        scores = "\n".join(f"{name} {value:.4g}" for name, value in list(one.scores.items())[:6])
+        table.add_row(one.repo_id, one.base, one.family, scores)
+    Console().print(table)

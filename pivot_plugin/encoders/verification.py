@@ -1,0 +1,113 @@
+"""Is a published encoder what its record says: hashes, safe files, and the features it computes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor
+
+from pivot_plugin.errors import EncoderError
+
+from .loading import encoder_of, fetch
+from .record import PROVENANCE, Origin, check_hashes
+from .signature import differs, signature
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it is in order; None where there was nothing to compare with.
+        detail: in words.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass
+class Verification:
+    """What was found.
+
+    Attributes:
+        origin: folder or repository, commit and provenance; None where it could not be had.
+        checks: in order.
+    """
+
+    origin: Origin | None = None
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that could be made passed, and at least hashes and features could be compared."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the encoder comes from, in short."""
+        record = self.origin.record if self.origin else {}
+        names = (
+            "encoder_class",
+            "mllm_class",
+            "family",
+            "feature_layer",
+            "blocks",
+            "base",
+            "data",
+            "versions",
+            "settings",
+        )
+        return {name: record[name] for name in names if name in record}
+
+
+def verify(
+    path: str | Path,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Verification:
+    """Download an encoder, compare hashes, load it without any code of its author, and compare its features.
+
+    Features are those of two generated pictures, compared with what was stored when the encoder was saved, within what
+    other devices and versions round.
+
+    Args:
+        path: folder or Hub id.
+        revision, token, cache_dir, local_files_only: as for `load_encoder`.
+
+    Returns:
+        every check; nothing is raised for an encoder that fails one.
+    """
+    found = Verification()
+    try:
+        origin = fetch(path, revision, False, token, cache_dir, local_files_only)
+    except EncoderError as error:
+        found.checks.append(Check("files", False, str(error)))
+        return found
+    found.origin = origin
+    if not origin.record:
+        found.checks.append(Check("files", None, f"there is no {PROVENANCE}: no hashes, no provenance"))
+    else:
+        names = check_hashes(origin.folder, origin.record)
+        found.checks.append(Check("files", True, f"{', '.join(names)}: sha256 as recorded; no code, no pickles"))
+    try:
+        encoder = encoder_of(origin)
+        image_processor = AutoImageProcessor.from_pretrained(origin.folder)
+    except (EncoderError, OSError, ValueError) as error:
+        found.checks.append(Check("load", False, str(error)))
+        return found
+    found.checks.append(Check("load", True, f"{type(encoder).__name__}, {encoder.num_parameters():,} parameters"))
+    stored = origin.record.get("signature")
+    if not isinstance(stored, dict):
+        found.checks.append(Check("features", None, "none were recorded to compare with"))
+        return found
+    try:
+        difference = differs(stored, signature(encoder, image_processor))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        difference = f"they cannot be computed: {type(error).__name__}: {error}"
+    found.checks.append(Check("features", difference is None, difference or "of generated pictures, as recorded"))
+    return found

@@ -1,0 +1,283 @@
+"""Publishing, against the released client and a Hub that fails in every way: one commit, and the truth about it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from .. import hub_server
+from ..hub_server import READ_ONLY, TOKEN, Fault, Hub
+
+KEY = "models/tester/eyes"
+AT_ONCE = {"Retry-After": "0"}
+
+
+def publish(client: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    repo_id = options.pop("repo_id", "tester/eyes")
+    return client(
+        f"from dataclasses import asdict\nanswer = asdict(pivot.publish({str(folder)!r}, {repo_id!r}, **{options!r}))"
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def published(hub: Hub, folder: Path, revision: str = "main") -> bool:
+    return {n: c for n, c in hub.files(KEY, revision).items() if n != ".gitattributes"} == contents(folder)
+
+
+def test_everything_goes_up_in_one_commit(hub: Hub, client: Any, saved: Path) -> None:
+    found = publish(client, saved)
+    assert published(hub, saved)
+    assert len(hub.repos[KEY].commits) == 2
+    assert found["answer"]["commit"] == hub.repos[KEY].branches["main"]
+    assert found["answer"]["url"] == f"{hub.url}/tester/eyes/commit/{found['answer']['commit']}"
+    assert hub.count("put") == 2
+
+
+def test_what_is_published_already_is_not_committed_again(hub: Hub, client: Any, saved: Path) -> None:
+    first = publish(client, saved)["answer"]
+    second = publish(client, saved)["answer"]
+    assert first["commit"] == second["commit"]
+    assert len(hub.repos[KEY].commits) == 2
+
+
+def test_a_new_version_replaces_the_old_and_its_left_over_shards(hub: Hub, client: Any, saved: Path) -> None:
+    publish(client, saved)
+    repo = hub.repos[KEY]
+    repo.add("main", {**hub.files(KEY), "model-00002-of-00002.safetensors": b"old", "notes.md": b"mine"}, "by hand")
+    (saved / "README.md").write_text((saved / "README.md").read_text() + "\nmore\n")
+    publish(client, saved)
+    # what others have put there by hand stays
+    assert set(hub.files(KEY)) == {*contents(saved), ".gitattributes", "notes.md"}
+
+
+def test_branches_tags_pull_requests_and_privacy(hub: Hub, client: Any, saved: Path) -> None:
+    found = publish(client, saved, revision="v2", tag="v2.0", private=True, commit_message="Second pair of eyes")
+    repo = hub.repos[KEY]
+    assert repo.private
+    assert published(hub, saved, "v2") and set(hub.files(KEY)) == {".gitattributes"}
+    assert repo.tags == {"v2.0": found["answer"]["commit"]}
+    assert repo.messages[-1] == "Second pair of eyes"
+    proposed = publish(client, saved, create_pr=True)
+    assert proposed["answer"]["url"].endswith("/discussions/1")
+    assert set(hub.files(KEY)) == {".gitattributes"}
+    again = publish(client, saved, revision="v2", tag="v2.0")
+    assert again["error"] == "PublishError"
+    assert "published at" in again["finding"] and "its tag is not set" in again["finding"]
+
+
+def test_a_dry_run_sends_nothing(hub: Hub, client: Any, saved: Path) -> None:
+    found = publish(client, saved, dry_run=True)["answer"]
+    assert found["files"] == {name: len(content) for name, content in contents(saved).items()}
+    assert not hub.asked
+
+
+# What goes wrong, and what stands there afterwards: "complete" after a retry, or "unchanged" with an error
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome", "words"),
+    [
+        (Fault("create", "status", 401), "absent", "401"),
+        (Fault("create", "status", 403), "absent", "may not write"),
+        (Fault("create", "status", 500, AT_ONCE), "complete", ""),
+        (Fault("preupload", "status", 429, AT_ONCE), "complete", ""),
+        (Fault("preupload", "status", 403), "unchanged", "upload the weights"),
+        (Fault("batch", "status", 503, AT_ONCE), "complete", ""),
+        (Fault("put", "drop"), "complete", ""),
+        (Fault("put", "status", 500, AT_ONCE), "complete", ""),
+        (Fault("commit", "status", 401), "unchanged", "hf auth login"),
+        (Fault("commit", "status", 403), "unchanged", "may not write"),
+        (Fault("commit", "status", 404), "unchanged", "is unchanged"),
+        (Fault("commit", "status", 409), "unchanged", "Somebody else writes"),
+        (Fault("commit", "status", 412), "unchanged", "Somebody else writes"),
+        (Fault("commit", "status", 429, AT_ONCE), "complete", ""),
+        (Fault("commit", "status", 500, AT_ONCE, times=2), "complete", ""),
+        (Fault("commit", "status", 503, AT_ONCE, times=9), "unchanged", "is unchanged, the encoder is not published"),
+        (Fault("commit", "drop"), "complete", ""),
+        (Fault("commit", "lose"), "complete", ""),
+        (Fault("commit", "slow"), "complete", ""),
+    ],
+    ids=lambda value: f"{value.kind}-{value.action}-{value.status}x{value.times}" if isinstance(value, Fault) else None,
+)
+def test_a_fault_ends_in_success_or_in_a_clear_error(
+    hub: Hub, client: Any, saved: Path, fault: Fault, outcome: str, words: str
+) -> None:
+    hub.faults.append(fault)
+    found = publish(client, saved)
+    if outcome == "complete":
+        assert "answer" in found, found
+        assert published(hub, saved)
+        # however often it was tried, it is one commit
+        assert len(hub.repos[KEY].commits) == 2
+        assert found["answer"]["commit"] == hub.repos[KEY].branches["main"]
+    else:
+        assert found["error"] == "PublishError", found
+        assert found["remedy"]
+        assert words in f"{found['finding']} {found['remedy']}", found
+        if outcome == "unchanged":
+            assert set(hub.files(KEY)) == {".gitattributes"}
+        else:
+            assert KEY not in hub.repos
+    assert TOKEN not in json.dumps(found)
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(hub: Hub, client: Any, saved: Path) -> None:
+    hub.faults.append(Fault("commit", "hang", seconds=4))
+    found = publish(client, saved, time_limit=1.0)
+    assert found["error"] == "PublishError"
+    assert "got no answer in time" in found["finding"] and "is unchanged" in found["finding"]
+    assert "recognised" in found["remedy"]
+
+
+def test_a_lost_answer_is_found_out_and_said(hub: Hub, client: Any, saved: Path) -> None:
+    hub.faults.append(Fault("commit", "lose"))
+    found = publish(client, saved)
+    assert "The answer to the commit was lost, but tester/eyes holds all files" in found["log"]
+    assert hub.count("commit") == 1
+
+
+def test_weights_that_have_arrived_are_not_sent_again(hub: Hub, client: Any, saved: Path) -> None:
+    hub.faults.append(Fault("commit", "status", 403))
+    assert publish(client, saved)["error"] == "PublishError"
+    assert hub.count("put") == 2
+    assert "answer" in publish(client, saved)
+    assert hub.count("put") == 2
+
+
+def test_a_change_by_somebody_else_meanwhile_is_noticed(hub: Hub, client: Any, saved: Path) -> None:
+    """The branch moves between the look at it and the commit."""
+    publish(client, saved)
+    (saved / "README.md").write_text((saved / "README.md").read_text() + "\nmore\n")
+    hub.faults.append(Fault("commit", "status", 412))
+    fault = hub.faults[0]
+
+    class Moves(dict[str, str]):
+        pass
+
+    def move() -> dict[str, str]:
+        hub.repos[KEY].add("main", {**hub.files(KEY), "other.txt": b"x"}, "somebody else")
+        return {}
+
+    # the answer's headers are read when the fault strikes
+    class Struck(Fault):
+        @property
+        def headers(self) -> dict[str, str]:  # type: ignore[override]
+            return move()
+
+        @headers.setter
+        def headers(self, value: dict[str, str]) -> None:
+            pass
+
+    hub.faults[0] = Struck(fault.kind, fault.action, fault.status)
+    found = publish(client, saved)
+    assert found["error"] == "PublishError"
+    assert "changed while the encoder was published" in found["finding"]
+    assert "not published" in found["finding"]
+    assert hub.files(KEY)["other.txt"] == b"x"
+
+
+def test_no_token_a_wrong_one_and_one_that_may_only_read(hub: Hub, client: Any, saved: Path) -> None:
+    for token, words in (("hf_wrong_secret", "hf auth login"), (READ_ONLY, "may not write"), (False, "token")):
+        found = publish(client, saved, token=token)
+        assert found["error"] == "PublishError", found
+        assert words in f"{found['finding']} {found['remedy']}"
+        assert str(token) == "False" or str(token) not in json.dumps(found)
+    assert KEY not in hub.repos
+
+
+def test_a_repository_with_other_contents_is_left_alone(hub: Hub, client: Any, saved: Path) -> None:
+    hub.repos[KEY] = hub_server.Repo()
+    hub.repos[KEY].add("main", {".gitattributes": b"", "thesis.pdf": b"years of work"}, "mine")
+    found = publish(client, saved)
+    assert found["error"] == "PublishError"
+    assert "holds something else already: thesis.pdf" in found["finding"] and "--exist-ok" in found["remedy"]
+    assert set(hub.files(KEY)) == {".gitattributes", "thesis.pdf"}
+    assert "answer" in publish(client, saved, exist_ok=True)
+    assert set(hub.files(KEY)) == {".gitattributes", "thesis.pdf", *contents(saved)}
+
+
+def test_names_that_cannot_be_are_refused_before_anything_is_asked(hub: Hub, client: Any, saved: Path) -> None:
+    for name in ("two/slashes/here", "tester/-eyes-", "tester/a--b", "tester/eyes.git", ""):
+        found = publish(client, saved, repo_id=name)
+        assert found["error"] == "PublishError", name
+        assert "cannot be a repository" in found["finding"] and "owner/name" in found["remedy"]
+    assert not hub.asked
+    assert "may not write" in publish(client, saved, repo_id="somebody/eyes")["remedy"]
+
+
+def test_folders_that_are_not_whole_are_refused_before_anything_is_asked(hub: Hub, client: Any, saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    changed = shutil.copytree(saved, saved.parent / "changed")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, changed / "model.safetensors", {"format": "pt"})
+    pickled = shutil.copytree(saved, saved.parent / "pickled")
+    (pickled / "pytorch_model.bin").touch()
+    cardless = shutil.copytree(saved, saved.parent / "cardless")
+    (cardless / "README.md").unlink()
+    foreign = saved.parent / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    for folder, words in (
+        (changed, "model.safetensors"),
+        (pickled, "also holds pytorch_model.bin"),
+        (cardless, "README.md is missing"),
+        (foreign, "pivot.json is missing"),
+        (saved.parent / "absent", "is no folder"),
+    ):
+        found = publish(client, folder)
+        assert found["error"] == "EncoderError", folder
+        assert words in found["finding"] and found["remedy"]
+    assert "has changed since it was saved" in publish(client, changed)["finding"]
+    assert not hub.asked
+
+
+def test_the_marker_token_is_nowhere(hub: Hub, client: Any, saved: Path) -> None:
+    """Not in what is published, and not in any message or log of any failure."""
+    for fault in (
+        Fault("create", "status", 401),
+        Fault("info", "status", 500, AT_ONCE, times=20),
+        Fault("put", "status", 403),
+        Fault("commit", "status", 400),
+        Fault("commit", "drop", times=9),
+    ):
+        hub.faults[:] = [fault]
+        assert TOKEN not in json.dumps(publish(client, saved)), fault
+    hub.faults.clear()
+    publish(client, saved)
+    assert all(TOKEN.encode() not in content for content in hub.files(KEY).values())
+
+
+def test_the_card_is_valid_and_complete(saved: Path) -> None:
+    card = ModelCard.load(saved / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "llava-hf/tiny"
+    assert data["base_model_relation"] == "finetune"
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-feature-extraction"
+    assert data["license"] == "apache-2.0"
+    assert {"pivot", "trl", "pivot-family-llava"} <= set(data["tags"])
+    results = data["model-index"][0]["results"]
+    assert results[0]["metrics"][0]["type"] == "preference_accuracy"
+    assert results[0]["metrics"][0]["value"] == 0.75
+    for words in ("AutoModel.from_pretrained", "pivot.load_encoder", "hidden_states[-2]", "2510.16333", "## Limits"):
+        assert words in card.text
+
+
+def test_published_encoders_are_listed_by_tag(hub: Hub, client: Any, saved: Path) -> None:
+    publish(client, saved)
+    hub.repos["models/other/model"] = hub_server.Repo()
+    hub.repos["models/other/model"].add("main", {"README.md": b"---\ntags: [clip]\n---\n"}, "x")
+    found = client("from dataclasses import asdict\nanswer = [asdict(one) for one in pivot.list_encoders()]")["answer"]
+    assert [one["repo_id"] for one in found] == ["tester/eyes"]
+    assert found[0]["base"] == "llava-hf/tiny"
+    assert found[0]["family"] == "llava"
+    assert list(found[0]["scores"].values()) == [0.75]
+    assert client("answer = [one.repo_id for one in pivot.list_encoders('nobody')]")["answer"] == []
+    hub.faults.append(Fault("list", "status", 500, times=9))
+    assert client("pivot.list_encoders()")["error"] == "PublishError"

@@ -1,0 +1,187 @@
+"""What a run leaves to be published: encoder or LoRA, complete provenance, a card, and nothing of this machine."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from PIL import Image
+from pivot_plugin.hooks import hookimpl, manager
+
+import pivot_plugin as pivot
+from pivot_plugin.encoders import save_encoder
+from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.training.tower import find_adapter
+
+from ..conftest import picture, row
+
+PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(12)]
+PEFT_ALONE = """
+import sys
+sys.modules["pivot_plugin"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModel
+encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(sys.argv[1]), sys.argv[2]).merge_and_unload()
+torch.save(encoder.state_dict(), sys.argv[3])
+"""
+
+
+@pytest.fixture
+def run(llava: Any, fast: Any) -> Any:
+    """A finished run, and the tower before it."""
+    before = find_adapter(llava[0]).extract()
+    result = pivot.optimize(llava[0], PAIRS[4:], processor=llava[1], eval_prefs=PAIRS[:4], **fast)
+    return result, before
+
+
+def test_the_lora_alone_gives_the_trained_encoder(family: str, tiny: Any, fast: Any, tmp_path: Path) -> None:
+    model, processor = tiny
+    base = find_adapter(model).extract()
+    result = pivot.optimize(model, PAIRS, processor=processor, eval_fraction=0, **fast)
+    folder = result.save(tmp_path / "lora", "lora")
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "pivot.json", "README.md")
+    }
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload()
+    trained = find_adapter(model).tower.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-5, atol=1e-6)
+    assert any((tensor != base.state_dict()[name]).any() for name, tensor in trained.items())
+    data = ModelCard.load(folder / "README.md").data.to_dict()
+    assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
+    with pytest.raises(EncoderError, match="holds the LoRA of an encoder"):
+        pivot.load_encoder(folder)
+
+
+def test_the_lora_loads_without_this_package(run: Any, tmp_path: Path) -> None:
+    result, before = run
+    before.save_pretrained(tmp_path / "base")
+    folder = result.save(tmp_path / "lora", "lora")
+    command = [sys.executable, "-c", PEFT_ALONE, str(tmp_path / "base"), str(folder), str(tmp_path / "merged.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    trained = result.encoder.state_dict()
+    for name, tensor in torch.load(tmp_path / "merged.pt").items():
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_without_lora_has_none_to_save(llava: Any, fast: Any, tmp_path: Path) -> None:
+    options = fast | {"learning_rate": 1e-5, "lora": None}
+    result = pivot.optimize(llava[0], PAIRS, processor=llava[1], eval_fraction=0, **options)
+    with pytest.raises(EncoderError, match="trained the weights themselves"):
+        result.save(tmp_path / "lora", "lora")
+    with pytest.raises(SettingsError, match="weights is 'all'"):
+        result.save(tmp_path / "lora", "all")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_the_record_says_where_everything_comes_from(run: Any) -> None:
+    result, _ = run
+    record = json.loads((result.output_dir / "encoder" / "pivot.json").read_text())
+    assert record["encoder_class"] == "CLIPVisionModel" and record["mllm_class"] == "LlavaForConditionalGeneration"
+    assert record["feature_layer"] == -2 and record["blocks"] == 3
+    assert record["tower_path"] == "model.vision_tower"
+    assert "model.vision_tower.encoder.layers.2" in record["unread"]
+    assert record["data"]["rows"] == 8 and len(record["data"]["fingerprint"]) == 64
+    assert record["settings"]["objective"] == "dpo"
+    assert set(record["metrics"]) == {"before", "after"}
+    assert set(record["probes"]["saliency"]["dpo/concentration"]) == {"before", "after"}
+    assert {"torch", "transformers", "trl", "peft", "pivot_plugin"} <= set(record["versions"])
+    assert record["projector_first_layer"] == "model.multi_modal_projector.linear_1"
+    assert record["license"] == "other"
+
+
+def test_nothing_of_this_machine_is_published(llava: Any, fast: Any, tmp_path: Path) -> None:
+    options = fast | {"reference_cache": str(tmp_path / "private" / "cache"), "logging_dir": None}
+    options.pop("logging_dir")
+    llava[0].name_or_path = str(tmp_path / "secret-project" / "model")
+    result = pivot.optimize(llava[0], PAIRS[4:], processor=llava[1], eval_prefs=PAIRS[:4], **options)
+    result.save(tmp_path / "lora", "lora")
+    for folder in (result.output_dir / "encoder", tmp_path / "lora"):
+        for path in folder.iterdir():
+            content = path.read_bytes()
+            for place in (str(tmp_path), str(Path.home()), "secret-project"):
+                assert place.encode() not in content, (path.name, place)
+    assert json.loads((result.output_dir / "encoder" / "pivot.json").read_text())["base"]["mllm"] == "model"
+
+
+def test_the_card_shows_maps_scores_and_plugins_sections(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result, _ = run
+
+    class Good:
+        @hookimpl
+        def pivot_card_sections(self, result: Any) -> str:
+            return f"## Hardware\n\nTrained in {result.family}'s garage."
+
+    class Bad:
+        @hookimpl
+        def pivot_card_sections(self) -> str:
+            raise RuntimeError("no section today")
+
+    plugins = [Good(), Bad()]
+    for number, plugin in enumerate(plugins):
+        manager().register(plugin, f"test-card-{number}")
+    try:
+        with caplog.at_level(logging.WARNING):
+            folder = result.save(tmp_path / "encoder", licence="mit")
+    finally:
+        for plugin in plugins:
+            manager().unregister(plugin)
+    card = ModelCard.load(folder / "README.md")
+    assert "llava's garage" in card.text
+    assert "no section today" in caplog.text
+    assert card.data.license == "mit"
+    assert "preference_accuracy" in card.text and "`saliency`" in card.text
+    assert "(saliency.png)" in card.text
+    with Image.open(folder / "saliency.png") as sheet:
+        # four pairs, five pictures each
+        assert sheet.size[0] == 5 * 168 + 4 * 6
+    without = result.save(tmp_path / "other", picture=False)
+    assert not (without / "saliency.png").exists()
+    assert "saliency.png" not in (without / "README.md").read_text()
+
+
+def test_large_weights_are_sharded_and_every_shard_has_its_hash(run: Any, tmp_path: Path) -> None:
+    result, _ = run
+    folder = result.save(tmp_path / "encoder", max_shard_size="60KB")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1 and (folder / "model.safetensors.index.json").exists()
+    record = json.loads((folder / "pivot.json").read_text())
+    assert set(shards) <= set(record["sha256"])
+    encoder = pivot.load_encoder(folder)
+    for name, tensor in result.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor)
+    (folder / shards[1]).write_bytes((folder / shards[0]).read_bytes())
+    with pytest.raises(EncoderError, match=f"{shards[1]}.*has changed"):
+        pivot.load_encoder(folder)
+
+
+def test_what_strangers_wrote_cannot_break_the_card(llava: Any, tmp_path: Path) -> None:
+    record = {
+        "base": {"mllm": "<script>alert(1)</script>\n---\nlicense: mit"},
+        "data": {"name": "[click](javascript:alert(1)) `x`", "rows": 3},
+        "settings": {"a|b": "`</code><img src=x onerror=alert(1)>"},
+    }
+    folder = save_encoder(find_adapter(llava[0]), llava[1], tmp_path / "encoder", record)
+    card = ModelCard.load(folder / "README.md")
+    assert "<script" not in card.text and "<img" not in card.text and "</code>" not in card.text
+    assert card.data.license == "other" and card.data.base_model is None
+    assert "`[click](javascript:alert(1)) 'x'`" in card.text
+
+
+def test_push_to_hub_saves_and_publishes(run: Any) -> None:
+    result, _ = run
+    found = result.push_to_hub("me/eyes", dry_run=True)
+    assert {"config.json", "model.safetensors", "pivot.json", "README.md"} <= set(found.files)
+    lora = result.push_to_hub("me/eyes-lora", weights="lora", dry_run=True)
+    assert "adapter_model.safetensors" in lora.files
