@@ -4,7 +4,7 @@ A plugin is an installed distribution with an entry point in the group `pivot_pl
 `hookimpl` and named after the specifications in `pivot_plugin.hooks.specs`.
 """
 
-from .manager import PluginInfo, ask, collect, gather, installed, manager, notify
+from .manager import PluginInfo, ask, collect, gather, installed, manager, notify, offered
 from .markers import ENTRY_POINT_GROUP, hookimpl, hookspec
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "installed",
     "manager",
     "notify",
+    "offered",
 ]

@@ -7,7 +7,7 @@ are loaded and hooks are called one plugin at a time here.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -180,6 +180,23 @@ def collect(hook: str, **arguments: object) -> list[tuple[str, Any]]:
         results = _call(name, hook, caller, arguments)
         answers.extend((name, answer) for answer in results if answer is not None)
     return answers[::-1]
+
+
+def offered(hook: str) -> dict[str, Any]:
+    """What plugins offer by name through a collected hook; a plugin's wins over a built-in one.
+
+    Raises:
+        PluginError: as `ask`, or if a plugin offers no mapping.
+    """
+    found: dict[str, Any] = {}
+    for name, answer in collect(hook):
+        if not isinstance(answer, Mapping):
+            raise PluginError(
+                f"Plugin {name!r} answered {hook} with a {type(answer).__name__}.",
+                f"It must return a mapping of names to functions; mend or disable it ({DISABLE_VARIABLE}).",
+            )
+        found.update(answer)
+    return found
 
 
 def gather(hook: str, **arguments: object) -> list[tuple[str, Any]]:

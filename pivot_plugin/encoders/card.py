@@ -102,6 +102,8 @@ def licence_of(base: str) -> str | None:
     Args:
         base: folder or Hub id.
     """
+    if not base:
+        return None
     try:
         found = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base).data.license
     except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:

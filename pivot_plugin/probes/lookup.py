@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pivot_plugin.errors import PluginError, SettingsError
-from pivot_plugin.hooks import collect, hookimpl
+from pivot_plugin.errors import SettingsError
+from pivot_plugin.hooks import hookimpl, offered
 from pivot_plugin.types import Probe
 
 from .scores import ProbeResult, as_result
@@ -54,20 +54,12 @@ def pivot_probes() -> Mapping[str, Probe]:
 
 
 def available() -> dict[str, Probe]:
-    """Every probe that can be named; a plugin's wins over a built-in one.
+    """Every probe that can be named.
 
     Raises:
         PluginError: if a plugin offers no mapping.
     """
-    found: dict[str, Probe] = {}
-    for name, offered in collect("pivot_probes"):
-        if not isinstance(offered, Mapping):
-            raise PluginError(
-                f"Plugin {name!r} answered pivot_probes with a {type(offered).__name__}.",
-                "It must return a mapping of names to functions; mend or disable it (PIVOT_DISABLE_PLUGINS).",
-            )
-        found.update(offered)
-    return found
+    return offered("pivot_probes")
 
 
 def runners(probes: Mapping[str, object]) -> dict[str, Runner]:

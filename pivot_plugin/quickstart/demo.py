@@ -56,10 +56,9 @@ def run(output_dir: Path, pairs: int = 5000, steps: int = 500) -> None:
         per_device_train_batch_size=16,
         learning_rate=1e-3,
         gradient_checkpointing=False,
-        logging_steps=25,
+        logging_steps=50,
         save_strategy="no",
         eval_strategy="no",
-        disable_tqdm=True,
     )
     console.print("[bold]2.[/] the encoder: saved, loaded back, grafted into a second model")
     folder = result.output_dir / "encoder"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pivot_plugin.errors import DataError, PluginError, SettingsError
-from pivot_plugin.hooks import collect, hookimpl
+from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.hooks import hookimpl, offered
 from pivot_plugin.types import RewardFunction
 
 from . import answers, form, overlap
@@ -39,15 +39,7 @@ def available() -> dict[str, RewardFunction]:
     Raises:
         PluginError: if a plugin offers no mapping.
     """
-    found: dict[str, RewardFunction] = {}
-    for name, offered in collect("pivot_rewards"):
-        if not isinstance(offered, Mapping):
-            raise PluginError(
-                f"Plugin {name!r} answered pivot_rewards with a {type(offered).__name__}.",
-                "It must return a mapping of names to functions; mend or disable it (PIVOT_DISABLE_PLUGINS).",
-            )
-        found.update(offered)
-    return found
+    return offered("pivot_rewards")
 
 
 def resolve_rewards(rewards: str | Callable[..., object] | Sequence[object]) -> list[object]:

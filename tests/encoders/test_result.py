@@ -17,6 +17,7 @@ from pivot_plugin.hooks import hookimpl, manager
 
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
+from pivot_plugin.encoders.card import licence_of
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.training.tower import find_adapter
 
@@ -177,6 +178,14 @@ def test_what_strangers_wrote_cannot_break_the_card(llava: Any, tmp_path: Path) 
     assert "<script" not in card.text and "<img" not in card.text and "</code>" not in card.text
     assert card.data.license == "other" and card.data.base_model is None
     assert "`[click](javascript:alert(1)) 'x'`" in card.text
+
+
+def test_the_licence_is_that_of_the_base(tmp_path: Path) -> None:
+    assert licence_of("") is None
+    assert licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n# Base")
+    assert licence_of(str(tmp_path)) == "gemma"
+    assert licence_of("somebody/absent") is None
 
 
 def test_push_to_hub_saves_and_publishes(run: Any) -> None:
