@@ -553,7 +553,7 @@ def _origin(
         "encoder_class": type(adapter.tower).__name__,
         "tower": tower_facts(adapter),
         "data": {
-            "name": plain_name(getattr(rows, "name", "")),
+            "name": "" if (name := getattr(rows, "name", "")) in ("prefs", "questions") else plain_name(name),
             "rows": None if known is None else len(known),
             "fingerprint": None if known is None else known.fingerprint(),
             "held_out": len(held_out) if held_out is not None else 0,

@@ -53,7 +53,7 @@ def _root(
     # TRL 1.16 calls transformers by names that are going: nothing a user of this command can change
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     # what other libraries tell of their own doings is not this command's output
-    for name in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate", "urllib3"):
+    for name in ("httpx", "httpx2", "datasets", "transformers", "huggingface_hub", "accelerate", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -66,7 +66,7 @@ def load_encoder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> PreTrainedModel | tuple[PreTrainedModel, BaseImageProcessor]:
-    """Load a stand-alone encoder from a folder or the Hugging Face Hub.
+    """Load a stand-alone encoder from a folder or the Hugging Face Hub; of a CLIP or SigLIP the vision half.
 
     Its `pivot_origin` tells the commit it was read at and its provenance. An encoder that is not from this package
     loads too, with a note that it has no provenance.
@@ -170,6 +170,10 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
             f"another size, the first {absent[0]!r}.",
             "Give the folder of a stand-alone encoder, not of a whole MLLM.",
         )
+    tower = encoder.get_encoder(modality="image")
+    if isinstance(tower, PreTrainedModel) and not encoder.can_generate():
+        # of a dual encoder such as CLIP or SigLIP, the half that sees
+        encoder = tower
     if origin.repo:
         encoder.config._name_or_path = origin.repo
     encoder.pivot_origin = origin

@@ -38,6 +38,7 @@ LONGEST_WAIT_S = 60.0
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 # what a repository may hold from its creation
 NEW_REPO_FILES = (".gitattributes", "README.md")
+WITHOUT_XET = "A Hub without a Xet store? Set HF_HUB_DISABLE_XET=1 and run the same command again."
 LOGIN = "Log in with a token that may write (hf auth login), or pass token=."
 
 
@@ -306,10 +307,12 @@ class _Hub:
                 if attempt < ATTEMPTS and status in RETRIED:
                     time.sleep(_wait(error, attempt))
                     continue
+                # the client has no other way up once it has chosen this one
+                by_xet = status is None and "xet" in str(error).lower()
                 raise PublishError(
                     f"Could not {what} of {self.repo_id}: {hidden(error, self.token)} What was visible there is "
                     "unchanged.",
-                    _remedy(status),
+                    WITHOUT_XET if by_xet else _remedy(status),
                 ) from error
         raise AssertionError("the last attempt returns or raises")
 

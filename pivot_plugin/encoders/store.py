@@ -125,8 +125,8 @@ def save_lora(
 
 
 def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, Any]:
-    unread = adapter.unread_paths()
-    blocks = adapter.blocks()
+    unread, blocks = adapter.unread_paths(), adapter.blocks()
+    heads = [path for path in unread if path.rpartition(".")[2] in adapter.unread_names]
     return {
         "format": FORMAT,
         "weights": "encoder",
@@ -137,7 +137,7 @@ def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, An
         "feature_layer": adapter.feature_layer,
         "blocks": len(blocks),
         "unread": list(unread),
-        "head": any(path not in blocks for path in unread),
+        "heads": heads,
         "projector_first_layer": adapter.projector_first_layer,
         "versions": {
             "pivot_plugin": pivot_plugin.__version__,

@@ -88,6 +88,11 @@ def subject(
             "Give a model, the folder or Hub id of one, the folder of a run, or the result of one.",
         )
     adapter = find_adapter(examined, encoder=True)
+    if adapter.tower_path and not examined.can_generate():
+        # a dual encoder such as CLIP or SigLIP: the half that sees
+        processor = processor or _image_processor(examined.name_or_path, examined)
+        examined = adapter.tower
+        adapter = find_adapter(examined, encoder=True)
     if adapter.tower_path:
         model, full = load_model(examined, processor if isinstance(processor, ProcessorMixin) else None)
         check_processor(model, full, adapter)
@@ -116,19 +121,18 @@ def _loaded(path: str | Path, processor: object | None) -> tuple[PreTrainedModel
     if _is_encoder(folder):
         encoder = load_encoder(folder)
         return encoder, processor or _image_processor(str(folder), encoder)
-    if folder.is_dir():
-        return load_model(folder, processor if isinstance(processor, ProcessorMixin) else None)
+    place = folder if folder.is_dir() else str(path)
     try:
-        return load_model(str(path), processor if isinstance(processor, ProcessorMixin) else None)
+        return load_model(place, processor if isinstance(processor, ProcessorMixin) else None)
     except ModelError as as_mllm:
         try:
-            encoder = load_encoder(str(path))
+            encoder = load_encoder(place)
         except EncoderError as as_encoder:
             raise ModelError(
                 f"{str(path)!r} is neither an MLLM nor an encoder: {as_mllm.finding} {as_encoder.finding}",
                 "Check the path or the id.",
             ) from as_encoder
-        return encoder, processor or _image_processor(str(path), encoder)
+        return encoder, processor or _image_processor(str(place), encoder)
 
 
 def _is_encoder(folder: Path) -> bool:

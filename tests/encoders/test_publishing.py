@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import hub_server
 from ..hub_server import READ_ONLY, TOKEN, Fault, Hub
+from .conftest import Client
 
 KEY = "models/tester/eyes"
 AT_ONCE = {"Retry-After": "0"}
@@ -181,6 +182,19 @@ def test_a_change_by_somebody_else_meanwhile_is_noticed(hub: Hub, client: Any, s
     assert "changed while the encoder was published" in found["finding"]
     assert "not published" in found["finding"]
     assert hub.files(KEY)["other.txt"] == b"x"
+
+
+def test_a_hub_without_a_xet_store_is_said_with_the_way_around(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    """A client with hf_xet sends large files that way alone."""
+    pytest.importorskip("hf_xet")
+    xet = Client(hub.url, tmp_path, HF_HUB_DISABLE_XET="0")
+    try:
+        found = publish(xet, saved)
+    finally:
+        xet.close()
+    assert found["error"] == "PublishError"
+    assert "HF_HUB_DISABLE_XET=1" in found["remedy"]
+    assert set(hub.files(KEY)) == {".gitattributes"}
 
 
 def test_no_token_a_wrong_one_and_one_that_may_only_read(hub: Hub, client: Any, saved: Path) -> None:

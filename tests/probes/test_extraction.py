@@ -19,6 +19,9 @@ from transformers import (
     Qwen2Model,
     ResNetConfig,
     ResNetModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
     ViTImageProcessor,
 )
 
@@ -165,6 +168,22 @@ def test_encoders_that_never_saw_a_language_model_have_grids() -> None:
     found = features(convolutional, IMAGES[:2], processor=ViTImageProcessor(size=size), cache=False)
     assert found.grids.tolist() == [[7, 7], [7, 7]]
     assert found.width == 32
+
+
+def test_of_a_dual_encoder_the_half_that_sees_is_read(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dual = SiglipModel(SiglipConfig(text_config=small, vision_config={**small, "image_size": 56, "patch_size": 14}))
+    dual.eval().save_pretrained(tmp_path / "dual")
+    processor = SiglipImageProcessor(size={"height": 56, "width": 56})
+    processor.save_pretrained(tmp_path / "dual")
+    loaded = features(dual, IMAGES[:2], processor=processor, cache=False)
+    from_folder = features(tmp_path / "dual", IMAGES[:2], cache=False)
+    pixels = processor(images=IMAGES[:2], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = dual.vision_model(pixels).last_hidden_state
+    for found in (loaded, from_folder):
+        torch.testing.assert_close(found.patches(1), expected[1])
+    assert type(pivot.load_encoder(tmp_path / "dual")).__name__ == "SiglipVisionModel"
 
 
 def test_an_image_processor_of_another_size_is_named() -> None:
