@@ -87,21 +87,22 @@ def subject(
             f"{name} is a {type(examined).__name__}, which holds no encoder.",
             "Give a model, the folder or Hub id of one, the folder of a run, or the result of one.",
         )
-    adapter = find_adapter(examined, encoder=True)
-    if adapter.tower_path and not examined.can_generate():
+    held: PreTrainedModel = examined
+    adapter = find_adapter(held, encoder=True)
+    if adapter.tower_path and not held.can_generate():
         # a dual encoder such as CLIP or SigLIP: the half that sees
-        processor = processor or _image_processor(examined.name_or_path, examined)
-        examined = adapter.tower
-        adapter = find_adapter(examined, encoder=True)
+        processor = processor or _image_processor(held.name_or_path, held)
+        held = adapter.tower
+        adapter = find_adapter(held, encoder=True)
     if adapter.tower_path:
-        model, full = load_model(examined, processor if isinstance(processor, ProcessorMixin) else None)
+        model, full = load_model(held, processor if isinstance(processor, ProcessorMixin) else None)
         check_processor(model, full, adapter)
         return Subject(name, adapter, adapter.image_processor(full), full)
     if isinstance(mllm, Subject):
-        return _grafted(name, examined, mllm)
+        return _grafted(name, held, mllm)
     if isinstance(processor, ProcessorMixin):
         processor = processor.image_processor
-    return Subject(name, adapter, processor or _image_processor(examined.name_or_path, examined))
+    return Subject(name, adapter, processor or _image_processor(held.name_or_path, held))
 
 
 def _grafted(name: str, encoder: PreTrainedModel, mllm: Subject) -> Subject:
