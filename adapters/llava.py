@@ -56,7 +56,7 @@ class LlavaAdapter(VisionAdapter):
         """Have the model's processor prepare images for another encoder, and count its tokens."""
         config = self.model.config.vision_config
         processor.image_processor = image_processor  # type: ignore[attr-defined]
-        processor.patch_size = config.patch_size  # type: ignore[attr-defined]
+        processor.patch_size = _edge(config.patch_size)  # type: ignore[attr-defined]
         processor.num_additional_image_tokens = others  # type: ignore[attr-defined]
         processor.vision_feature_select_strategy = strategy  # type: ignore[attr-defined]
 
@@ -85,7 +85,7 @@ class TiledLlavaAdapter(LlavaAdapter):
         return ImageFeatures(tokens[: side * side], (side, side))
 
     def _check_replacement(self, encoder: PreTrainedModel, processor: object) -> None:
-        ours, theirs = self.tower.config.image_size, encoder.config.image_size
+        ours, theirs = _edge(self.tower.config.image_size), _edge(encoder.config.image_size)
         if ours != theirs:
             raise EncoderError(
                 f"The encoder takes images of {theirs} px, the tiles of this {type(self.model).__name__} have {ours}.",
@@ -131,6 +131,11 @@ class LlavaOnevisionAdapter(TiledLlavaAdapter):
         return super().select_images(per_image, start, stop)
 
 
+def _edge(size: int | Sequence[int]) -> int:
+    """Pixels of a square's edge, which some configurations give twice."""
+    return int(size if isinstance(size, int) else size[0])
+
+
 @torch.no_grad()
 def _tokens(encoder: PreTrainedModel, image_processor: object, layer: int) -> tuple[int, int]:
     """Patches that an encoder makes of an image, and tokens beside them (class, registers).
@@ -142,7 +147,8 @@ def _tokens(encoder: PreTrainedModel, image_processor: object, layer: int) -> tu
         inputs = image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")  # type: ignore[operator]
         pixels = inputs["pixel_values"].to(device=encoder.device, dtype=encoder.dtype)
         tokens = encoder.eval()(pixels, output_hidden_states=True).hidden_states[layer].shape[1]
-        patches = (pixels.shape[-2] // encoder.config.patch_size) * (pixels.shape[-1] // encoder.config.patch_size)
+        patch = _edge(encoder.config.patch_size)
+        patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise EncoderError(
             f"{type(encoder).__name__} cannot be read as LLaVA reads a tower, hidden state {layer} of square images in "

@@ -23,6 +23,7 @@ if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / 
 
 if TYPE_CHECKING:
     from pivot_plugin._arms import ArmsComparison, compare_arms
+    from pivot_plugin._assemble import assemble
     from pivot_plugin._compare import Comparison, compare
     from pivot_plugin._optimize import PivotResult, optimize
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
@@ -42,6 +43,7 @@ __all__ = [
     "PivotRLOOTrainer",
     "PivotResult",
     "PivotTrainer",
+    "assemble",
     "compare",
     "compare_arms",
     "extract_encoder",
@@ -55,6 +57,7 @@ __all__ = [
 
 _HOME = {
     "ArmsComparison": "_arms",
+    "assemble": "_assemble",
     "Comparison": "_compare",
     "compare": "_compare",
     "PivotGRPOConfig": "config",
