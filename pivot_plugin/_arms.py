@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin._folders import read_record
+from pivot_plugin._folders import read_record, write_whole
 from pivot_plugin._models import load_model
 from pivot_plugin._optimize import PivotResult, optimize
 from pivot_plugin.errors import DataError, SettingsError
@@ -221,7 +221,4 @@ def _base(
 
 
 def _write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(content, indent=1))
-    aside.replace(path)
+    write_whole(path, json.dumps(content, indent=1))

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from accelerate import init_empty_weights
 from tokenizers import AddedToken
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from pivot_plugin.encoders import graft, load_encoder
-from pivot_plugin.encoders.record import origin_of
+from pivot_plugin.encoders.towers import image_processor_of
 from pivot_plugin.errors import ModelError, SettingsError
 
 IMAGE_TOKEN = "<image>"
@@ -155,18 +154,9 @@ def _encoder(encoder: PreTrainedModel | str | Path, image_processor: object | No
     if isinstance(encoder, str | Path):
         encoder, loaded = load_encoder(encoder, with_processor=True)
         image_processor = image_processor or loaded
-    if image_processor is None:
-        origin = origin_of(encoder)
-        place = origin.folder if origin else encoder.name_or_path
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"No image processor is known for this {type(encoder).__name__}.", "Pass image_processor=."
-            ) from error
     if isinstance(encoder, ViTMAEModel):
-        encoder = _without_masking(encoder)
-    return encoder, image_processor
+        return _without_masking(encoder), image_processor or image_processor_of(encoder)
+    return encoder, image_processor or image_processor_of(encoder)
 
 
 def _without_masking(masked: ViTMAEModel) -> ViTModel:

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from pivot_plugin._folders import write_whole
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.probes.lookup import needs_mllm, runners
-from pivot_plugin.probes.scores import Difference, ProbeResult, difference, holm
+from pivot_plugin.probes.scores import Difference, ProbeResult, apart, difference, holm
 from pivot_plugin.probes.subjects import Subject, name_of, subject
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class Comparison:
     """
 
     results: dict[str, dict[str, ProbeResult]] = field(default_factory=dict)
+    # a test draws thousands of times, and is asked for by every table
+    _tested: dict[tuple[str, str, str], Difference] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def names(self) -> list[str]:
@@ -66,7 +69,7 @@ class Comparison:
             for label, result in self.results[name].items():
                 first = self.results[base].get(label)
                 shared = [s for s in result.scores if first and s in first.scores and not s.endswith("/spread")]
-                found += [(label, s, name, difference(first.scores[s], result.scores[s])) for s in shared if first]
+                found += [(label, s, name, self._difference(label, s, name)) for s in shared]
         tested = [index for index, (*_, gap) in enumerate(found) if gap.p is not None]
         adjusted = dict(zip(tested, holm([found[i][3].p or 0.0 for i in tested]), strict=True))
         return [
@@ -74,12 +77,19 @@ class Comparison:
             for i, (label, score, name, gap) in enumerate(found)
         ]
 
+    def _difference(self, label: str, score: str, name: str) -> Difference:
+        """Tested once: a result does not change."""
+        key = (label, score, name)
+        if key not in self._tested:
+            first, second = (self.results[n][label].scores[score] for n in (self.names[0], name))
+            self._tested[key] = difference(first, second)
+        return self._tested[key]
+
     def _beyond(self, label: str, score: str, name: str, gap: Difference, p: float | None) -> bool:
         if p is not None:
             return p < SIGNIFICANT
         first, second = (self.results[n][label].scores[score] for n in (self.names[0], name))
-        known = first.low < first.high or second.low < second.high
-        return known and (first.high < second.low or second.high < first.low)
+        return apart(first, second)
 
     def table(self) -> str:
         """Scores by row, the compared by column, as markdown; a star marks a difference beyond noise."""
@@ -126,10 +136,7 @@ class Comparison:
             path: of the file, or a folder, which gets `comparison.json`.
         """
         path = Path(path) / COMPARISON_FILE if Path(path).is_dir() else Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}")
-        aside.write_text(json.dumps(self.as_dict(), indent=1, default=str))
-        aside.replace(path)
+        write_whole(path, json.dumps(self.as_dict(), indent=1, default=str))
         return path
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """The folder of a run: claimed before anything is paid for, its record, and its checkpoints."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,17 @@ def claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
         )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new one, never half; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record of a run as a whole or not at all."""
-    aside = folder / f".{RUN_FILE}"
-    aside.write_text(json.dumps(record, indent=2, default=str))
-    aside.replace(folder / RUN_FILE)
+    write_whole(folder / RUN_FILE, json.dumps(record, indent=2, default=str))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -62,6 +69,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record
+
+
+def cache_folder(name: str) -> Path:
+    """Folder of one of this package's caches: below `$PIVOT_CACHE`, or `~/.cache/pivot_plugin`."""
+    root = os.environ.get("PIVOT_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "pivot_plugin") / name
 
 
 def last_checkpoint(folder: Path) -> Path | None:

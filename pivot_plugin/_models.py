@@ -2,9 +2,29 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.errors import ModelError
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """An MLLM as its configuration describes it, without weights.
+
+    Args:
+        name: folder or Hub id.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with init_empty_weights():
+            return AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"No MLLM could be found at {name!r}: {error}", "Give a folder or Hub id of an image-text model."
+        ) from error
 
 
 def load_model(

@@ -11,6 +11,7 @@ With weights="lora" the folder is one of PEFT: adapter_config.json, adapter_mode
 
 import copy
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from pivot_plugin.errors import EncoderError
 from .card import PICTURE, card
 from .record import FORMAT, PROVENANCE, sha256, without_paths
 from .signature import signature
+
+logger = logging.getLogger(__name__)
 
 SHARD = "5GB"
 
@@ -72,7 +75,7 @@ def save_encoder(
             if adapter.part_of(name) == "projector"
         }
         save_file(projector, aside / "projector.safetensors")
-        record = _described(adapter, encoder) | {"signature": signature(encoder, image_processor)}
+        record = _described(adapter, encoder) | {"signature": _signature(encoder, image_processor)}
         _finish(aside, record | dict(provenance), sections, picture)
     return Path(folder)
 
@@ -122,6 +125,19 @@ def save_lora(
         save_file(own, aside / "adapter_model.safetensors", {"format": "pt"})
         _finish(aside, _described(adapter, adapter.tower) | {"weights": "lora"} | dict(provenance), sections, picture)
     return Path(folder)
+
+
+def _signature(encoder: PreTrainedModel, image_processor: object) -> dict[str, Any] | None:
+    """The encoder's signature; None, with a warning, for one that cannot be read by itself."""
+    try:
+        return signature(encoder, image_processor)
+    # an encoder of a foreign family may want what a plain call does not give; its weights are paid for
+    except Exception as error:
+        logger.warning(
+            "%s cannot be read by itself, so that `pivot verify` will have no features to compare: %s: %s",
+            *(type(encoder).__name__, type(error).__name__, error),
+        )
+        return None
 
 
 def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, Any]:

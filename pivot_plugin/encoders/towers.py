@@ -82,7 +82,7 @@ def graft(
                 "Pass processor=, the model's own, and save it with the model.",
             )
         first = _first_layer(adapter, encoder, projector_weights) if projector == "first-layer" else None
-        own = image_processor or _image_processor(encoder)
+        own = image_processor or image_processor_of(encoder)
         adapter.replace_tower(copy.deepcopy(encoder), own, processor, _layer(encoder, feature_layer))
         _initialise(adapter, first, seed)
     origin = origin_of(encoder)
@@ -99,7 +99,15 @@ def _layer(encoder: PreTrainedModel, asked: int | None) -> int:
     return -1 if recorded is None else int(recorded)
 
 
-def _image_processor(encoder: PreTrainedModel) -> object:
+def image_processor_of(encoder: PreTrainedModel) -> object:
+    """The image processor that lies where an encoder was loaded from.
+
+    Args:
+        encoder: stand-alone.
+
+    Raises:
+        SettingsError: if there is none.
+    """
     origin = origin_of(encoder)
     place = str(origin.folder) if origin else encoder.name_or_path
     try:

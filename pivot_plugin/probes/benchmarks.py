@@ -9,10 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForImageTextToText
-
+from pivot_plugin._models import empty_model
 from pivot_plugin.errors import ModelError, SettingsError, TrainingError
 from pivot_plugin.training.tower import find_adapter
 
@@ -102,14 +99,7 @@ def run_benchmarks(
 
 
 def _name(model: str) -> str:
-    try:
-        with init_empty_weights(), torch.no_grad():
-            built = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"No MLLM could be found at {model!r}: {error}", "Give a folder or Hub id of an image-text model."
-        ) from error
-    adapter = find_adapter(built)
+    adapter = find_adapter(empty_model(model))
     if adapter.lmms_eval_name is None:
         raise ModelError(
             f"What lmms-eval calls the family {adapter.family!r} is not known.",

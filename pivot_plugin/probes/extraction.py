@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from pivot_plugin._folders import cache_folder
 from pivot_plugin.adapters import ImageFeatures
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.fingerprints import model_fingerprint
@@ -263,16 +264,10 @@ def encoder_size(examined: Subject) -> int:
     return int(side) if side else 448
 
 
-def default_cache() -> Path:
-    """Folder of the feature cache: `$PIVOT_CACHE/features`, or below `~/.cache`."""
-    root = os.environ.get("PIVOT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "pivot_plugin") / "features"
-
-
 def _folder(cache: str | Path | bool) -> Path | None:
     if cache is False:
         return None
-    folder = default_cache() if cache is True else Path(cache)
+    folder = cache_folder("features") if cache is True else Path(cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pivot_plugin._folders import write_whole
+
 from .gradients import PairSaliency
 from .scores import ProbeResult, Score
 
@@ -39,9 +41,7 @@ def keep(folder: Path, label: str, step: int, result: ProbeResult) -> None:
                 shown = item.image.copy()
                 shown.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
                 shown.save(picture)
-    aside = place / f".step-{step}.json"
-    aside.write_text(json.dumps(record, indent=1, default=str))
-    aside.replace(place / f"step-{step}.json")
+    write_whole(place / f"step-{step}.json", json.dumps(record, indent=1, default=str))
 
 
 def kept(folder: Path) -> dict[str, dict[int, ProbeResult]]:

@@ -92,9 +92,9 @@ class ProbeRecorder(TrainerCallback):
 
     def _record(self, state: TrainerState, step: int, wanted: Mapping[str, Runner], fatal: bool) -> None:
         if state.is_world_process_zero:
-            known = kept(self._folder) if wanted else {}
+            # a resumed run has its beginning behind it
+            known = kept(self._folder) if wanted and step == 0 else {}
             for label, run in wanted.items():
-                # a resumed run has its beginning behind it
                 if step == 0 and 0 in known.get(label, {}):
                     continue
                 result = self._run(label, run, fatal)

@@ -137,6 +137,12 @@ def difference(first: Score, second: Score, seed: int = 0) -> Difference:
     return Difference(value, low, high, _permutation_p(a, b, value, seed))
 
 
+def apart(first: Score, second: Score) -> bool:
+    """Whether two intervals do not touch; of two numbers without intervals nothing is known, and so not."""
+    known = first.low < first.high or second.low < second.high
+    return known and (first.high < second.low or second.high < first.low)
+
+
 def holm(p_values: list[float]) -> list[float]:
     """p-values adjusted for the number of tests, so that the chance of any false finding is kept.
 

@@ -10,9 +10,10 @@ import jinja2
 
 from pivot_plugin import __version__
 from pivot_plugin._compare import COMPARISON_FILE, Comparison
+from pivot_plugin._folders import write_whole
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.probes.gradients import PairSaliency
-from pivot_plugin.probes.scores import difference
+from pivot_plugin.probes.scores import apart
 
 from .pictures import as_address, fitted, overlay
 from .plots import Series, curve
@@ -56,10 +57,8 @@ def write_report(
         raise SettingsError("There is no run to report on.", "Give the folder of at least one.")
     facts = [read_run(folder) for folder in runs]
     page = render(facts, _compared(comparison, Path(runs[0])))
-    aside = path.with_name(f".{path.name}")
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, page)
     except OSError as error:
         raise SettingsError(f"{str(path)!r} cannot be written: {error.strerror}.", "Choose another file.") from error
     return path
@@ -164,11 +163,10 @@ def _before_after(run: RunFacts) -> list[dict[str, Any]]:
         first, last = steps.get(0), steps[max(steps)]
         for name, score in last.scores.items():
             before = first.scores.get(name) if first and first is not last else None
-            gap = difference(before, score).value if before else None
-            apart = before is not None and (before.high < score.low or score.high < before.low)
-            rows.append(
-                {"probe": label, "score": name, "before": before, "after": score, "change": gap, "apart": apart}
-            )
+            change = score.value - before.value if before else None
+            beyond = before is not None and apart(before, score)
+            row = {"probe": label, "score": name, "before": before, "after": score, "change": change, "apart": beyond}
+            rows.append(row)
     return rows
 
 

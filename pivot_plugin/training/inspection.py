@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from pivot_plugin._models import empty_model
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.errors import ModelError
 from pivot_plugin.preferences.layout import normalise
 
 from .batch import ForestCollator
@@ -28,14 +27,7 @@ def inspect_model(name: str) -> dict[str, Any]:
     Raises:
         ModelError: if there is no such model, or no adapter knows it.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-        with init_empty_weights():
-            model = AutoModelForImageTextToText.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"No MLLM could be found at {name!r}: {error}", "Give a folder or Hub id of an image-text model."
-        ) from error
+    model = empty_model(name)
     adapter = find_adapter(model)
     targets = adapter.lora_targets()
     layer = adapter.feature_layer

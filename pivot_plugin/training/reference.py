@@ -19,11 +19,6 @@ Logps = tuple[float, float]
 _COLUMNS = ("key", "chosen", "rejected")
 
 
-def default_folder() -> Path:
-    """`$PIVOT_CACHE/reference`, or `~/.cache/pivot_plugin/reference`."""
-    return Path(os.environ.get("PIVOT_CACHE", Path.home() / ".cache" / "pivot_plugin")) / "reference"
-
-
 class ReferenceCache:
     """Reference log-probabilities on disk.
 

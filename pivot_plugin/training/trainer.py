@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from pivot_plugin._folders import cache_folder
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
 from pivot_plugin.errors import ModelError, SettingsError
@@ -39,7 +40,7 @@ from pivot_plugin.preferences import PairDataset, PairStream, load
 
 from .batch import ForestBatch, ForestCollator
 from .parts import unwrapped
-from .reference import ReferenceCache, default_folder
+from .reference import ReferenceCache
 from .sampler import ImageGroupSampler
 from .tower import TowerTraining
 
@@ -191,7 +192,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._answer_from_forest()
         pairs = self._pairs_of(dataset)
-        cache = ReferenceCache(Path(self.args.reference_cache or default_folder()), self._reference)
+        cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
         keys = [pairs.content_key(position) for position in range(len(pairs))]
         known = cache.read()
         # shares are cut from what is missing, so that no process may write before all have read

@@ -137,3 +137,44 @@ def test_grafting_another_class_or_size_names_the_mismatch_and_changes_nothing(m
     with pytest.raises(EncoderError, match=r"mlp.fc1.bias' has shape \(96,\) in the encoder and \(64,\)"):
         adapter.graft(wide)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_view_of_the_whole_is_found_among_tiles(make: Any) -> None:
+    """In the MLLM's own forward pass over two images, in tower and language model; images of different tile counts."""
+    images = picture(120, 50, 1), picture(60, 60, 2)
+    for family in ("llava", "llava_next", "internvl", "qwen2_5_vl"):
+        model, processor = make(family)
+        adapter = find_adapter(model)
+        text = processor.image_token * 2
+        outputs = processor(images=[list(images)], text=[text], padding=True, return_tensors="pt")
+        about_text = ("input_ids", "attention_mask", "mm_token_type_ids")
+        inputs = {name: value for name, value in outputs.items() if name not in about_text}
+        collator = ForestCollator(processor, adapter.image_token_id)
+        counts = [
+            sum(token == adapter.image_token_id for token in part)
+            for part in collator.process_images([list(images)])[1][0]
+        ]
+        seen: list[Any] = []
+        hook = adapter.tower.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            tokens = model.base_model.get_image_features(**inputs).pooler_output
+        hook.remove()
+        flat = (
+            torch.cat([part.flatten(0, -2) for part in tokens])
+            if not torch.is_tensor(tokens)
+            else tokens.flatten(0, -2)
+        )
+        hidden = adapter.hidden_state(seen[0])
+        views = adapter.whole_views(inputs, counts)
+        found = adapter.on_grid(hidden[views], inputs, adapter.tower)
+        whole = adapter.image_processor(processor)
+        with torch.no_grad():
+            expected = adapter.patch_features(dict(whole(images=list(images), return_tensors="pt")))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.grid == theirs.grid
+            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-3, atol=1e-4)
+        projected = adapter.tokens_on_grid(flat.split(counts)[0], adapter.select_images(inputs, 0, 1))
+        with torch.no_grad():
+            through = adapter.project(expected[0])
+        assert projected.grid == through.grid
+        torch.testing.assert_close(projected.values, through.values, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from packaging import version
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, CLIPVisionModel
 
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
@@ -109,6 +109,20 @@ def test_a_failed_save_leaves_the_old_folder(llava: Any, tmp_path: Path, monkeyp
     assert (folder / "pivot.json").read_bytes() == before
     assert pivot.load_encoder(folder) is not None
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["encoder"]
+
+
+def test_an_encoder_that_cannot_be_read_by_itself_is_saved_without_signature(
+    llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wants_more(self: Any, pixel_values: Any, depth: Any, **kwargs: Any) -> None: ...
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", wants_more)
+    folder = save(llava, tmp_path / "encoder")
+    assert json.loads((folder / "pivot.json").read_text())["signature"] is None
+    assert "CLIPVisionModel cannot be read by itself" in caplog.text
+    monkeypatch.undo()
+    assert pivot.load_encoder(folder) is not None
+    assert [check.passed for check in pivot.verify(folder).checks] == [True, True, None]
 
 
 def refuse(folder: Path | str, message: str) -> None:

@@ -57,6 +57,15 @@ def test_regularisation_is_chosen_on_images_that_are_not_scored(llava: Any, labe
     assert second.main.value == 0
 
 
+def test_the_regularisation_that_is_best_on_the_validation_split_is_taken(llava: Any, labelled: Any) -> None:
+    """Of twenty red and six green images a classifier that may hardly have weights says red to all."""
+    data = datasets.DatasetDict({"train": labelled(20, classes=2).select(range(26)), "test": labelled(5, classes=2)})
+    found = linear_probe(subject(*llava), data, regularisation=[1e-6, 100.0], cache=False)
+    assert found.settings["C"] == 100
+    assert found.settings["validation_top1"] == {"1e-06": 0.8, "100.0": 1.0}
+    assert found.main.value == 1
+
+
 def test_an_untouched_encoder_scores_the_same_after_a_round_trip(
     family: str, tiny: Any, labelled: Any, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pivot_plugin.errors import PluginError
-from pivot_plugin.probes.scores import ProbeResult, as_result, difference, holm, plain_score, score_of
+from pivot_plugin.probes.scores import ProbeResult, Score, apart, as_result, difference, holm, plain_score, score_of
 
 
 def test_the_mean_and_its_interval_agree_with_scipy() -> None:
@@ -67,6 +67,13 @@ def test_samples_of_other_data_are_not_paired() -> None:
     assert found.value == 1
     assert found.p is None
     assert difference(plain_score(1), plain_score(3)).value == 2
+
+
+def test_intervals_that_touch_and_numbers_without_any_are_not_apart() -> None:
+    assert apart(Score(1, 0.9, 1.1), Score(2, 1.9, 2.1)) and apart(Score(2, 1.9, 2.1), Score(1, 0.9, 1.1))
+    assert not apart(Score(1, 0.9, 1.1), Score(1.2, 1.1, 1.3))
+    assert not apart(plain_score(1), plain_score(2))
+    assert apart(plain_score(1), Score(2, 1.9, 2.1))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
