@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pivot_plugin._arms import ArmsComparison, compare_arms
     from pivot_plugin._assemble import assemble
     from pivot_plugin._compare import Comparison, compare
+    from pivot_plugin._instruct import InstructResult, align, instruct
     from pivot_plugin._optimize import PivotResult, optimize
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
     from pivot_plugin.encoders import extract_encoder, graft, list_encoders, load_encoder, publish, verify
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArmsComparison",
     "Comparison",
+    "InstructResult",
     "PivotConfig",
     "PivotError",
     "PivotGRPOConfig",
@@ -43,11 +45,13 @@ __all__ = [
     "PivotRLOOTrainer",
     "PivotResult",
     "PivotTrainer",
+    "align",
     "assemble",
     "compare",
     "compare_arms",
     "extract_encoder",
     "graft",
+    "instruct",
     "list_encoders",
     "load_encoder",
     "optimize",
@@ -57,6 +61,9 @@ __all__ = [
 
 _HOME = {
     "ArmsComparison": "_arms",
+    "InstructResult": "_instruct",
+    "align": "_instruct",
+    "instruct": "_instruct",
     "assemble": "_assemble",
     "Comparison": "_compare",
     "compare": "_compare",

@@ -1,19 +1,18 @@
 """The one verb: a model and preference pairs in, the model with a better vision encoder out."""
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from pivot_plugin._compare import Comparison
 from pivot_plugin._folders import claim, last_checkpoint, write_record
+from pivot_plugin._in_place import in_place
 from pivot_plugin._models import load_model
 from pivot_plugin._provenance import plain_name, tower_facts, versions
 from pivot_plugin._settings import configuration, unwatched
@@ -22,7 +21,7 @@ from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig, RolloutConfig,
 from pivot_plugin.encoders import Publication, publish, save_encoder, save_lora
 from pivot_plugin.encoders.card import licence_of
 from pivot_plugin.encoders.store import SHARD
-from pivot_plugin.errors import DataError, EncoderError, PivotError, SettingsError, TrainingError
+from pivot_plugin.errors import DataError, EncoderError, SettingsError
 from pivot_plugin.hooks import gather, notify
 from pivot_plugin.preferences import (
     OnBadRow,
@@ -42,8 +41,8 @@ from pivot_plugin.probes.subjects import Subject
 from pivot_plugin.report import saliency_sheet, write_report
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
-from pivot_plugin.training.cost import Cost, metered
-from pivot_plugin.training.parts import plan, restored_on_failure, trainable_weights, weight_change
+from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.parts import plan, weight_change
 from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 from pivot_plugin.training.tower import check_processor, find_adapter
 from pivot_plugin.training.trainer import PivotTrainer
@@ -327,7 +326,7 @@ def optimize(
     model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
-    plan(adapter, train, lora)
+    plan(adapter, train, lora, config.frozen or ())
     rows, held_out = _rows(prefs, eval_prefs, config, folder, on_bad_row)
     if functions:
         for data in (rows, held_out):
@@ -462,63 +461,41 @@ def _train(
     described: dict[str, Any],
 ) -> PivotResult:
     """Train in place; on any failure, a keyboard interrupt included, put the model back as it was."""
-    planned = plan(adapter, config.train, lora)
-    before = trainable_weights(adapter, planned)
-    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        with restored_on_failure(model), metered(adapter) as cost:
-            set_seed(config.seed)
-            trainer = _trainer(model, processor, adapter, config, rows, held_out, lora, rewards)
-            if held_out is not None and looks.outside:
-                trainer.add_callback(GeneralizationRecorder(trainer, held_out, looks.outside))
-            pairs = first_with_images(held_out, looks.saliency) if isinstance(held_out, PairDataset) else None
-            if looks.probes or pairs is not None:
-                who = Subject("model", adapter, adapter.image_processor(processor), processor)
-                place = Path(config.output_dir or ".")
-                trainer.add_callback(ProbeRecorder(trainer, who, looks.probes, looks.steps, pairs, place))
-            trained = trainer.trained_parameters()
-            metrics = {}
-            if held_out is not None:
-                metrics["before"] = trainer.held_out_metrics(before=True)
-            checkpoint = last_checkpoint(Path(config.output_dir or ".")) if resume else None
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if held_out is not None:
-                metrics["after"] = trainer.held_out_metrics(before=False)
-            history = trainer.state.log_history
-            kept_lora = None
-            if isinstance(trainer.model, PeftModel):
-                kept_lora = _lora_of(trainer.model)
-                trainer.model.merge_and_unload()
-            del trainer
-    except BaseException as error:
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in before.items():
-                own[name].copy_(weight)
-        if isinstance(error, PivotError):
-            raise
-        found = last_checkpoint(Path(config.output_dir or "."))
-        kept = f"Checkpoint {found} is kept; go on with resume=True." if found else "There is no checkpoint yet."
-        if isinstance(error, KeyboardInterrupt):
-            logger.warning("Interrupted. The model is as it was. %s", kept)
-            raise
-        raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", kept) from error
-    finally:
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        torch.set_rng_state(numbers[2])
-    model.eval()
+    folder = Path(config.output_dir or ".")
+    with in_place(adapter, plan(adapter, config.train, lora, config.frozen or ()), folder) as training:
+        set_seed(config.seed)
+        trainer = _trainer(model, processor, adapter, config, rows, held_out, lora, rewards)
+        if held_out is not None and looks.outside:
+            trainer.add_callback(GeneralizationRecorder(trainer, held_out, looks.outside))
+        pairs = first_with_images(held_out, looks.saliency) if isinstance(held_out, PairDataset) else None
+        if looks.probes or pairs is not None:
+            who = Subject("model", adapter, adapter.image_processor(processor), processor)
+            trainer.add_callback(ProbeRecorder(trainer, who, looks.probes, looks.steps, pairs, folder))
+        trained = trainer.trained_parameters()
+        metrics = {}
+        if held_out is not None:
+            metrics["before"] = trainer.held_out_metrics(before=True)
+        checkpoint = last_checkpoint(folder) if resume else None
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if held_out is not None:
+            metrics["after"] = trainer.held_out_metrics(before=False)
+        history = trainer.state.log_history
+        kept_lora = None
+        if isinstance(trainer.model, PeftModel):
+            kept_lora = _lora_of(trainer.model)
+            trainer.model.merge_and_unload()
+        del trainer
     return PivotResult(
         model=model,
         processor=processor,
-        output_dir=Path(config.output_dir or "."),
+        output_dir=folder,
         metrics=metrics,
         history=history,
-        weight_change=weight_change(adapter, before),
+        weight_change=weight_change(adapter, training.before),
         trained=trained,
         settings=described,
         adapter=adapter,
-        cost=cost,
+        cost=training.cost,
         _lora=kept_lora,
     )
 

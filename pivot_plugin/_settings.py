@@ -1,20 +1,22 @@
 """From the options of a run to TRL's configuration: objective, defaults, and the watch."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig, TowerConfig, Train
+from pivot_plugin.config import InstructConfig, PivotConfig, PivotGRPOConfig, PivotRLOOConfig, TowerConfig, Train
 from pivot_plugin.errors import PivotError, SettingsError
 from pivot_plugin.objectives import learning_rate, resolve
 
 CONFIGS: dict[object, type[TowerConfig]] = {None: PivotConfig, "grpo": PivotGRPOConfig, "rloo": PivotRLOOConfig}
 # share of a run between two looks at the held-out rows
 EVALUATE_EVERY = 0.1
+# of TRL's SFTConfig: what is settled where images are
+DECIDED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "packing", "padding_free")
 
 
 def configuration(
@@ -35,18 +37,57 @@ def configuration(
     """
     preset = dict(resolve(objective))
     kind = CONFIGS[preset.pop("trainer", None)]
-    known = {field.name for field in fields(kind)}
-    if unknown := [name for name in settings if name not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        whose = f"{kind.__name__}, which has all of TRL's {kind.__bases__[-1].__name__}"
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"See {whose}."
-        raise SettingsError(f"optimize has no option {unknown[0]!r} with objective={objective!r}.", hint)
+    _known(kind, settings, f"optimize with objective={objective!r}")
     if "loss_type" in settings and "loss_type" in preset and objective != "dpo":
         raise SettingsError(
             f"Both objective={objective!r} and loss_type={settings['loss_type']!r} are given.", "Give one of them."
         )
     watched = watch_defaults(settings, kind is PivotConfig) if held_out else {}
     given = {"learning_rate": learning_rate(objective, lora), **preset, **watched, **settings}
+    return _made(kind, folder, train, given)
+
+
+def instruct_configuration(
+    defaults: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, train: Train, held_out: bool, batch: int
+) -> InstructConfig:
+    """The configuration of an alignment or instruction.
+
+    Args:
+        defaults: of this kind of run.
+        settings: the user's, by the names of TRL's configuration.
+        folder: of the run.
+        train: which parts train.
+        held_out: whether rows are held out, so that the run is watched.
+        batch: conversations of an optimiser step, over all processes, where `gradient_accumulation_steps` is not given.
+
+    Raises:
+        SettingsError: for an option that does not exist or cannot be used.
+    """
+    _known(InstructConfig, settings, "This run")
+    if decided := [name for name in DECIDED if name in settings]:
+        raise SettingsError(
+            f"{decided[0]}={settings[decided[0]]!r} is given.",
+            "Leave it out: answers alone are in the loss, and conversations with images are not packed.",
+        )
+    watched = watch_defaults(dict(settings), on_pairs=True) if held_out else {}
+    config = _made(InstructConfig, folder, train, {**defaults, **watched, **settings})
+    assert isinstance(config, InstructConfig)
+    if "gradient_accumulation_steps" not in settings:
+        config.gradient_accumulation_steps = max(1, round(batch / (config.train_batch_size * config.world_size)))
+    return config
+
+
+def _known(kind: type[TowerConfig], settings: Mapping[str, Any], who: str) -> None:
+    """Make sure that every option exists."""
+    known = {field.name for field in fields(kind)}
+    if unknown := [name for name in settings if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        whose = f"{kind.__name__}, which has all of TRL's {kind.__bases__[-1].__name__}"
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"See {whose}."
+        raise SettingsError(f"{who} has no option {unknown[0]!r}.", hint)
+
+
+def _made(kind: type[TowerConfig], folder: Path, train: Train, given: Mapping[str, Any]) -> TowerConfig:
     try:
         return kind(output_dir=str(folder), train=train, **given)
     except PivotError:

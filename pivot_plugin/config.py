@@ -1,17 +1,17 @@
 """Settings of a run: TRL's configurations with a few fields of our own and the defaults of this package."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
-from trl import DPOConfig, GRPOConfig, RLOOConfig
+from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.rewards.guard import TIME_LIMIT_S
 
-Train = Literal["encoder", "encoder+projector", "language_model", "all"]
-TRAIN_CHOICES = ("encoder", "encoder+projector", "language_model", "all")
+Train = Literal["encoder", "encoder+projector", "language_model", "projector", "projector+language_model", "all"]
+TRAIN_CHOICES: tuple[Train, ...] = get_args(Train)
 SftAverage = Literal["token", "sequence"]
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -36,8 +36,10 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
     `report_to="none"`.
 
     Args:
-        train: which parts train: "encoder" (the vision tower), "encoder+projector", "all" (the paper's setting), or
-            "language_model" alone, with the tower as it is (cold starts that teach format).
+        train: which parts train: "encoder" (the vision tower), "encoder+projector", "all" (the paper's setting); with
+            the tower as it is: "language_model" (cold starts that teach format), "projector" (alignment) or
+            "projector+language_model" (instruction, transplants).
+        frozen: paths of modules that stay as they are although their part trains.
         learning_rates: rates of single parts ("encoder", "projector", "language_model"); others use `learning_rate`.
         patience: evaluations in a row without a better one before the run stops early; None never stops early. Counts
             from the first evaluation, of which there are several only with held-out rows and an `eval_strategy`.
@@ -57,6 +59,7 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
     )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are sent."})
     train: Train = field(default="encoder", metadata={"help": f"One of {', '.join(TRAIN_CHOICES)}."})
+    frozen: list[str] | None = field(default=None, metadata={"help": "Modules that stay as they are."})
     learning_rates: dict[str, float] | None = field(default=None, metadata={"help": "Learning rate per part."})
     patience: int | None = field(default=3, metadata={"help": "Evaluations without a better one before stopping."})
     min_delta: float = field(default=0.0, metadata={"help": "By how much an evaluation must be better to count."})
@@ -127,3 +130,18 @@ class PivotGRPOConfig(RolloutConfig, GRPOConfig):
 @dataclass
 class PivotRLOOConfig(RolloutConfig, RLOOConfig):
     """REINFORCE leave-one-out: TRL's RLOOConfig, `RolloutConfig` and `TowerConfig`."""
+
+
+@dataclass
+class InstructConfig(TowerConfig, SFTConfig):
+    """Supervised fine-tuning on conversations: TRL's SFTConfig and `TowerConfig`.
+
+    Defaults that differ: `max_length=2048`, one epoch, no weight decay (arXiv 2510.16333, appendix E.1).
+
+    Args:
+        plain: leave questions out, an image and its caption alone, as LLaVA aligns a projector.
+    """
+
+    max_length: int | None = field(default=2048, metadata={"help": "Cut sequences to this many tokens."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    plain: bool = field(default=False, metadata={"help": "An image and its caption, without a question."})

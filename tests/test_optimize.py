@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingError
 from pivot_plugin.training.parts import is_checkpointing
 from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.training.trainer import PivotTrainer
 
-from .conftest import picture, row
+from .conftest import Tiny, picture, row
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -380,3 +383,48 @@ def test_an_image_given_as_a_path_is_opened(llava: Any, fast: dict[str, Any], tm
     pairs = [row("?", "a", "b")] * 3
     pairs = [{**pair, "images": [str(tmp_path / "grey.png")]} for pair in pairs]
     pivot.optimize(llava[0], pairs, processor=llava[1], eval_fraction=0, **fast)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+def test_whole_weights_are_resumed_and_the_best_are_taken_up(
+    make: Callable[[str], Tiny], fast: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    options = {k: v for k, v in fast.items() if k != "output_dir"} | {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    options |= {"train": "all", "lora": None, "saliency": 0}
+    rows = [row(f"number {n}?", f"it is {n}", "no", picture(40, 50, n)) for n in range(16)]
+    whole, processor = make(family)
+    pivot.optimize(whole, rows, processor=processor, output_dir=tmp_path / "whole", eval_fraction=0, **options)
+    step = PivotTrainer.training_step
+
+    def cut(self: PivotTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    model, _ = make(family)
+    monkeypatch.setattr(PivotTrainer, "training_step", cut)
+    given = {"processor": processor, "output_dir": tmp_path / "cut", "eval_fraction": 0, **options}
+    with pytest.raises(KeyboardInterrupt):
+        pivot.optimize(model, rows, **given)
+    monkeypatch.undo()
+    pivot.optimize(model, rows, resume=True, **given)
+    for (name, one), other in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+
+    # what is held out wants the opposite, so that the best checkpoint is the first
+    spoilt, _ = make(family)
+    options |= {"learning_rate": 1e-2, "save_steps": 1, "eval_steps": 1, "lr_scheduler_type": "constant"}
+    turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in rows[:4]]
+    best = pivot.optimize(spoilt, rows, processor=processor, output_dir=tmp_path / "best", eval_prefs=turned, **options)
+    losses = [entry["eval_loss"] for entry in best.history if "eval_loss" in entry]
+    assert losses[-1] > min(losses) == losses[0]
+    kept = load_file(tmp_path / "best" / "checkpoint-1" / "model.safetensors")
+    own = dict(spoilt.named_parameters())
+    assert kept.keys() <= own.keys() and len(kept) > 10
+    for name, weight in kept.items():
+        assert torch.equal(own[name], weight), name

@@ -4,11 +4,13 @@ images.py jsonlines.py sources.py    where rows and images come from
 layout.py published.py               whatever layout into the normal form
 records.py checking.py                one look at every row, and the report of it
 pairs.py split.py storage.py         data sets of pairs: read, split, saved, put on the Hub
+conversations.py                      what comes before pairs: captions and conversations for fine-tuning
 engines.py sampling.py               completions drawn from a model
 ranking.py distillation.py           completions into pairs
 """
 
 from .checking import CheckReport, check
+from .conversations import ConversationDataset, load_conversations
 from .distillation import self_distill
 from .pairs import OnBadRow, PairDataset, PairStream, QuestionDataset, load, load_questions
 from .ranking import rank
@@ -18,6 +20,7 @@ from .storage import push, save
 
 __all__ = [
     "CheckReport",
+    "ConversationDataset",
     "OnBadRow",
     "PairDataset",
     "PairStream",
@@ -25,6 +28,7 @@ __all__ = [
     "check",
     "hold_out",
     "load",
+    "load_conversations",
     "load_questions",
     "push",
     "rank",

@@ -103,8 +103,8 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     pair: dict[str, Any] = {
         **normalise_question(row, where),
-        "chosen": _messages(row["chosen"], "assistant", where, "chosen"),
-        "rejected": _messages(row["rejected"], "assistant", where, "rejected"),
+        "chosen": messages_of(row["chosen"], "assistant", where, "chosen"),
+        "rejected": messages_of(row["rejected"], "assistant", where, "rejected"),
     }
     for side in ("chosen", "rejected"):
         if not text_of(pair[side]).strip():
@@ -151,13 +151,13 @@ def normalise_question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             "A question needs prompt or question, and images (a list) or image.",
             "missing column",
         )
-    images = _images(row)
-    messages = _messages(prompt, "user", where, "prompt")
+    images = images_of(row)
+    messages = messages_of(prompt, "user", where, "prompt")
     given = row.get("id")
     return {
         "id": str(where if given is None or given == "" else given),
         "images": images,
-        "prompt": _with_markers(messages, len(images), where),
+        "prompt": with_markers(messages, len(images), where),
     }
 
 
@@ -192,7 +192,7 @@ def _without_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
 
 
-def _images(row: Mapping[str, Any]) -> list[Any]:
+def images_of(row: Mapping[str, Any]) -> list[Any]:
     sources = row["images"] if row.get("images") is not None else row.get("image")
     if sources is None:
         return []
@@ -208,7 +208,7 @@ def _number(value: object, where: str, column: str) -> float:
         ) from error
 
 
-def _messages(value: object, role: str, where: str, column: str) -> list[dict[str, Any]]:
+def messages_of(value: object, role: str, where: str, column: str) -> list[dict[str, Any]]:
     """Text or messages as messages with structured content."""
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
@@ -254,7 +254,7 @@ def _parts(content: object, where: str, column: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _with_markers(prompt: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
+def with_markers(prompt: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
     """A prompt with one image part per image: as given, or all in front of the first user turn where it has none."""
     markers = sum(part["type"] == "image" for message in prompt for part in message["content"])
     if markers == images:

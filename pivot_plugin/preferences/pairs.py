@@ -25,7 +25,7 @@ SKIPPED_FILE = "skipped.jsonl"
 Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
 
 
-class _RowDataset:
+class RowDataset:
     """Rows in a normal form with random access. Images stay encoded until a row is read.
 
     Args:
@@ -140,7 +140,7 @@ class _RowDataset:
     def content_key(self, position: int) -> str:
         """A key that is equal for rows with equal images and texts."""
         row = self.plain(position)
-        texts = [row[name] for name in ("prompt", "chosen", "rejected") if name in row]
+        texts = [row[name] for name in ("prompt", "chosen", "rejected", "messages") if name in row]
         return hashlib.sha256(json.dumps([self.image_keys[position].decode(), texts]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
@@ -151,7 +151,7 @@ class _RowDataset:
         return digest.hexdigest()
 
 
-class PairDataset(_RowDataset):
+class PairDataset(RowDataset):
     """Preference pairs with random access. Images stay encoded until a pair is read.
 
     Args:
@@ -171,7 +171,7 @@ class PairDataset(_RowDataset):
         return normalise(row, where)
 
 
-class QuestionDataset(_RowDataset):
+class QuestionDataset(RowDataset):
     """Questions about images, with whatever columns stand beside them, such as `answer`. As `PairDataset` otherwise."""
 
     def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:

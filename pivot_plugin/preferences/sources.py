@@ -185,6 +185,9 @@ def _from_folder(path: Path, access: ImageAccess, split: str | None) -> Source:
         for suffix in (".jsonl", ".json", ".parquet", ".arrow")
     }
     found_kinds = {suffix: files for suffix, files in kinds.items() if files}
+    if not found_kinds and (below := sorted(path.rglob("*.parquet"))):
+        # a data set of many subsets, a folder each
+        found_kinds[".parquet"] = below
     if list(found_kinds) == [".parquet"]:
         return _parquet(found_kinds[".parquet"], path.name, access)
     # a .json beside one .jsonl is its metadata

@@ -103,8 +103,8 @@ class ForestCollator:
         sequences, starts = [], []
         for side in ("chosen", "rejected"):
             for row, text in zip(rows, texts, strict=True):
-                prompt = self._expand(row, self._tokens(text["prompt"]), expansion_of.get(row["image_key"], []))
-                completion = self._tokens(text[side])
+                prompt = self.expand(row, self.tokens(text["prompt"]), expansion_of.get(row["image_key"], []))
+                completion = self.tokens(text[side])
                 if self.max_length is not None and len(prompt) >= self.max_length:
                     raise DataError(
                         f"The prompt of pair {row.get('id')!r} has {len(prompt)} tokens with its images, which leaves "
@@ -165,7 +165,8 @@ class ForestCollator:
         }
         return apply_chat_template(messages, self.processor)
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text that is in the words of the chat template already."""
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def process_images(self, image_sets: list[list[Any]]) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
@@ -208,12 +209,16 @@ class ForestCollator:
             expansions.append(parts)
         return image_inputs, expansions
 
-    def _expand(self, row: Mapping[str, Any], tokens: list[int], parts: list[list[int]]) -> list[int]:
-        """Put each image's tokens where its marker stands in the tokenised prompt."""
+    def expand(self, row: Mapping[str, Any], tokens: list[int], parts: list[list[int]]) -> list[int]:
+        """Put each image's tokens where its marker stands in the tokenised prompt.
+
+        Raises:
+            DataError: if there are not as many markers as images, naming the row.
+        """
         marker_id = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
         if tokens.count(marker_id) != len(parts):
             raise DataError(
-                f"Pair {row.get('id')!r} has {len(parts)} image(s) and {tokens.count(marker_id)} image marker(s) in "
+                f"Row {row.get('id')!r} has {len(parts)} image(s) and {tokens.count(marker_id)} image marker(s) in "
                 "its prompt.",
                 "Give one {'type': 'image'} part, or one marker in the text, per image.",
             )

@@ -1,7 +1,7 @@
 """What trains: LoRA where it goes, weights that train themselves, and the account of both."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder",),
     "encoder+projector": ("encoder", "projector"),
     "language_model": ("language_model",),
+    "projector": ("projector",),
+    "projector+language_model": ("projector", "language_model"),
     "all": PARTS,
 }
 
@@ -38,7 +40,9 @@ class TrainingPlan:
     parameters: tuple[str, ...]
 
 
-def plan(adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None) -> TrainingPlan:
+def plan(
+    adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None, frozen: Sequence[str] = ()
+) -> TrainingPlan:
     """Decide what trains.
 
     With LoRA, the tower (and under "all" the language model) take low-rank updates on their linear layers, and the
@@ -48,25 +52,36 @@ def plan(adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None) ->
         adapter: of the model's family.
         train: which parts.
         lora: a rank, a peft config (its `target_modules` are filled in where it has none), or None.
+        frozen: paths of modules that stay as they are.
 
     Raises:
         ModelError: if a part has nothing that could train.
-        SettingsError: for a rank below 1.
+        SettingsError: for a rank below 1, or a frozen module that is not there.
     """
     parts = TRAINED_PARTS[train]
-    if lora is None:
-        names = tuple(
-            name
-            for name, _ in adapter.model.named_parameters()
-            if adapter.part_of(name) in parts and adapter.is_trainable(name)
+    known = {path for path, _ in adapter.model.named_modules()}
+    if absent := [path for path in frozen if path not in known]:
+        raise SettingsError(
+            f"frozen names {absent[0]!r}, which {type(adapter.model).__name__} does not have.",
+            f"Its projector is {', '.join(adapter.projector_paths) or 'unknown'}; model.named_modules() lists all.",
         )
-        return TrainingPlan(parts, None, names)
+
+    def trains(name: str) -> bool:
+        return adapter.is_trainable(name) and not any(f"{name}.".startswith(f"{path}.") for path in frozen)
+
+    if lora is None or parts == ("projector",):
+        own = [name for name, _ in adapter.model.named_parameters() if adapter.part_of(name) in parts and trains(name)]
+        if not own:
+            raise ModelError(
+                f"Nothing of {type(adapter.model).__name__} trains with train={train!r}.", "Train another part."
+            )
+        return TrainingPlan(parts, None, tuple(own))
     if isinstance(lora, bool) or (isinstance(lora, int) and lora < 1):
         raise SettingsError(f"lora is {lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
     targets = adapter.lora_targets() if "encoder" in parts else []
     saved: list[str] = []
     if "projector" in parts:
-        saved = list(adapter.projector_paths)
+        saved = _trained_modules(adapter, frozen)
         if not saved:
             raise ModelError(
                 f"No projector is known in {type(adapter.model).__name__}.",
@@ -79,12 +94,27 @@ def plan(adapter: VisionAdapter, train: Train, lora: int | LoraConfig | None) ->
             for path, module in adapter.model.named_modules()
             if isinstance(module, nn.Linear) and module is not head and adapter.part_of(path) == "language_model"
         ]
+    targets = [path for path in targets if trains(path)]
     config = LoraConfig(r=lora, lora_alpha=2 * lora) if isinstance(lora, int) else copy.deepcopy(lora)
     if config.target_modules is None:
         config.target_modules = targets
     if config.modules_to_save is None and saved:
         config.modules_to_save = saved
     return TrainingPlan(parts, config, ())
+
+
+def _trained_modules(adapter: VisionAdapter, frozen: Sequence[str]) -> list[str]:
+    """The projector's modules that train: whole ones, or the parts of one in which something is frozen."""
+    if not frozen:
+        return list(adapter.projector_paths)
+    return [
+        path
+        for path, module in adapter.model.named_modules()
+        if adapter.part_of(path) == "projector"
+        and any(f"{path}.".startswith(f"{outer}.") for outer in adapter.projector_paths)
+        and next(module.parameters(recurse=False), None) is not None
+        and not any(f"{path}.".startswith(f"{kept}.") for kept in frozen)
+    ]
 
 
 def count_parameters(adapter: VisionAdapter, model: nn.Module) -> dict[str, tuple[int, int]]:

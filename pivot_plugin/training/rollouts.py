@@ -119,7 +119,7 @@ class Rollouts(TowerTraining):
         adapter: VisionAdapter | None = None,
         **kwargs: Any,
     ) -> None:
-        peft_config = self._prepare_model(model, args.train, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
         assert processing_class is not None
         functions = resolve_rewards(reward_funcs)  # type: ignore[arg-type]
         asked = load_questions(train_dataset).verify()

@@ -7,6 +7,9 @@
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from transformers import (
 from transformers.training_args import TrainingArguments
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.config import Train
+from pivot_plugin.config import TowerConfig
 from pivot_plugin.errors import ModelError, SettingsError, TrainingError
 from pivot_plugin.hooks import ask
 
@@ -42,11 +45,13 @@ class TowerTraining(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    # conversations have nothing to share, and are computed as TRL does
+    _through_forest = True
 
     def _prepare_model(
         self,
         model: PreTrainedModel | PeftModel,
-        train: Train,
+        settings: TowerConfig,
         processor: ProcessorMixin | None,
         lora: int | LoraConfig | None,
         adapter: VisionAdapter | None,
@@ -63,7 +68,7 @@ class TowerTraining(Trainer):
         base = unwrapped(model)
         self.adapter = adapter or find_adapter(base)
         check_processor(base, processor, self.adapter)
-        self._no_trees = forward.takes_trees(base)
+        self._no_trees = forward.takes_trees(base) if self._through_forest else None
         if self._no_trees:
             logger.warning(
                 "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, self._no_trees
@@ -74,7 +79,7 @@ class TowerTraining(Trainer):
         self.plan: TrainingPlan | None = None
         if isinstance(model, PeftModel):
             return None
-        self.plan = plan(self.adapter, train, lora)
+        self.plan = plan(self.adapter, settings.train, lora, settings.frozen or ())
         trained = set(self.plan.parameters)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -82,7 +87,8 @@ class TowerTraining(Trainer):
 
     def _watch_training(self) -> None:
         self.add_callback(_GradientCheck(self))
-        self.add_callback(Watch(self.beta))
+        if self._through_forest:
+            self.add_callback(Watch(self.beta))
         if self.args.patience is not None and self.args.eval_strategy != "no" and self.args.metric_for_best_model:
             self.add_callback(EarlyStoppingCallback(self.args.patience, self.args.min_delta))
 
@@ -95,6 +101,12 @@ class TowerTraining(Trainer):
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             forward.install(reference, find_adapter(reference))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not
+        # find again when it resumes or takes up the best checkpoint: the weights would silently stay as they are
+        with _own_names(unwrapped(self.accelerator.unwrap_model(self.model))):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _checked(self, loss: torch.Tensor, model: torch.nn.Module, rows: list[str], images: bool) -> torch.Tensor:
         """The loss, with a gradient even where no image was in the batch.
@@ -156,6 +168,16 @@ class TowerTraining(Trainer):
             for part, (trained, total) in self.trained_parameters().items()
         ]
         return "\n".join([f"{model}, family {self.adapter.family}:", *lines])
+
+
+@contextmanager
+def _own_names(model: PreTrainedModel) -> Iterator[None]:
+    """Save a model under the names its weights have in memory meanwhile."""
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.__dict__["save_pretrained"]
 
 
 def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter:

@@ -101,7 +101,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         adapter: VisionAdapter | None = None,
         **kwargs: Any,
     ) -> None:
-        peft_config = self._prepare_model(model, args.train, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
         assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")

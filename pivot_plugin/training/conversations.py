@@ -1,0 +1,249 @@
+"""`InstructTrainer`: TRL's SFTTrainer on conversations about images, with the answers of every turn in the loss.
+
+TRL's collator for images trains the last turn of a conversation, or every turn where the chat template marks them,
+which few do. Here each turn's answer is found by writing the conversation out up to it.
+
+Overrides, and why each is needed:
+    __init__            rows become checked conversations, and the collator loads their images
+    _prepare_dataset    conversations are tokenised with their images, in the collator
+    compute_loss        a non-finite loss names its conversations
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import SFTTrainer
+from trl.data_utils import prepare_multimodal_messages
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.config import InstructConfig
+from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.preferences import ConversationDataset
+from pivot_plugin.preferences.layout import text_of
+
+from .batch import ForestCollator
+from .tower import TowerTraining
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+# token types that say where images stand, by the names processors have for them
+IMAGE_MASKS = ("mm_token_type_ids", "token_type_ids")
+
+
+@dataclass
+class ConversationCollator:
+    """Turns conversations into a batch for `SFTTrainer`.
+
+    Args:
+        processor: the model's own processor.
+        image_token_id: the token that stands for one image feature.
+        plain: an image and what is said about it alone, as LLaVA aligns a projector (its "plain" conversations): no
+            question, no template, and a line break as the end.
+        max_length: cut sequences to this many tokens; None never cuts.
+        pad_to_multiple_of: lengthen rows with padding to a multiple of it.
+    """
+
+    processor: ProcessorMixin
+    image_token_id: int
+    plain: bool = False
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    _told: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._words = ForestCollator(self.processor, self.image_token_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate conversations.
+
+        Args:
+            rows: with `images` (PIL) and `messages`.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (S, L), -100 where no answer stands; the processor's outputs about
+            images; and `row_ids`, names of the rows.
+
+        Raises:
+            DataError: if images and markers of a row disagree, or `max_length` cuts into its images.
+            ModelError: if the chat template rewrites earlier turns.
+        """
+        shown = [row["images"] for row in rows if row["images"]]
+        image_inputs, expansions = self._words.process_images(shown)
+        remaining = iter(expansions)
+        sequences = []
+        for row in rows:
+            parts = next(remaining) if row["images"] else []
+            sequences.append(self._labelled(row, parts))
+        length = max(len(ids) for ids, _ in sequences)
+        if self.pad_to_multiple_of:
+            length += -length % self.pad_to_multiple_of
+        padding = self.processor.tokenizer.pad_token_id
+        input_ids = torch.full((len(rows), length), padding)
+        labels = torch.full((len(rows), length), IGNORED)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for index, (ids, wanted) in enumerate(sequences):
+            input_ids[index, : len(ids)] = torch.tensor(ids)
+            labels[index, : len(ids)] = torch.tensor(wanted)
+            mask[index, : len(ids)] = 1
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **image_inputs}
+        for name in IMAGE_MASKS:
+            if name in self.processor.model_input_names:
+                batch[name] = (input_ids == self.image_token_id).long()
+        batch["row_ids"] = [str(row.get("id")) for row in rows]
+        return batch
+
+    def _labelled(self, row: Mapping[str, Any], parts: list[list[int]]) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation, and of these the ones that are answers."""
+        texts = self._plain(row) if self.plain else self._turns(row)
+        pieces = [self._words.tokens(text) for text, _ in texts]
+        tokens = [token for piece in pieces for token in piece]
+        answers = [answer for piece, (_, answer) in zip(pieces, texts, strict=True) for _ in piece]
+        ids = self._words.expand(row, tokens, parts)
+        # an image's marker becomes many tokens, none of them an answer
+        marker = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        lengths = iter([len(part) for part in parts])
+        wide = [a for token, a in zip(tokens, answers, strict=True) for _ in range(_width(token, marker, lengths))]
+        labels = [token if answer else IGNORED for token, answer in zip(ids, wide, strict=True)]
+        return self._cut(row, ids, labels)
+
+    def _cut(self, row: Mapping[str, Any], ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids, labels
+        if self.image_token_id in ids[self.max_length :]:
+            raise DataError(
+                f"Row {row.get('id')!r} has {len(ids)} tokens, and max_length={self.max_length} cuts into its images.",
+                "Raise max_length, set it to None, or let the processor make fewer tokens of an image.",
+            )
+        labels = labels[: self.max_length]
+        if not self._told and all(label == IGNORED for label in labels):
+            self._told = True
+            logger.warning(
+                "Row %r has %d tokens; max_length=%d leaves nothing of its answers. Such rows teach nothing.",
+                *(row.get("id"), len(ids), self.max_length),
+            )
+        return ids[: self.max_length], labels
+
+    def _plain(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        said = text_of([message for message in row["messages"] if message["role"] == "assistant"])
+        tokenizer = self.processor.tokenizer
+        first = tokenizer("a")["input_ids"][:1]
+        begin = tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
+        return [(begin + self._image_text() * len(row["images"]), False), (said.strip() + "\n", True)]
+
+    def _image_text(self) -> str:
+        """What the chat template writes for an image."""
+        text = {"type": "text", "text": "?"}
+        with_image = self._written([{"role": "user", "content": [{"type": "image"}, text]}])
+        without = self._written([{"role": "user", "content": [text]}])
+        tail = without[without.index("?") :]
+        head = without[: without.index("?")]
+        return with_image.removeprefix(head).removesuffix(tail)
+
+    def _turns(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        """A conversation in the words of the chat template, cut where answers begin and end."""
+        messages = prepare_multimodal_messages(row["messages"], images=row["images"])
+        whole = self._written(messages)
+        pieces, done = [], 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._written(messages[:index], add_generation_prompt=True)
+            through = self._written(messages[: index + 1])
+            if not whole.startswith(through) or not through.startswith(before):
+                raise ModelError(
+                    f"The chat template of {type(self.processor).__name__} writes a turn differently once another "
+                    f"follows it, so that the answers of row {row.get('id')!r} cannot be told from its questions.",
+                    "Pass a processor whose chat template leaves earlier turns as they are.",
+                )
+            pieces += [(whole[done : len(before)], False), (whole[len(before) : len(through)], True)]
+            done = len(through)
+        return pieces
+
+    def _written(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
+        return text
+
+
+def _width(token: int, marker: int, lengths: Any) -> int:
+    return next(lengths) if token == marker else 1
+
+
+class InstructTrainer(TowerTraining, SFTTrainer):
+    """Supervised fine-tuning of an MLLM, part by part.
+
+    Args:
+        model: the MLLM, loaded.
+        args: settings.
+        train_dataset: conversations.
+        eval_dataset: held-out ones.
+        processing_class: the model's processor.
+        lora: a LoRA rank, a peft config, or None to train weights themselves.
+        adapter: of the model's family; asked from the plugins where not given.
+
+    Raises:
+        ModelError: for a model no adapter knows, or a processor that does not belong to it.
+        SettingsError: for settings that exclude each other.
+    """
+
+    _through_forest = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: InstructConfig,
+        train_dataset: ConversationDataset,
+        eval_dataset: ConversationDataset | None = None,
+        processing_class: ProcessorMixin | None = None,
+        lora: int | LoraConfig | None = None,
+        adapter: VisionAdapter | None = None,
+    ) -> None:
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        assert processing_class is not None
+        given = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
+        collator = ConversationCollator(
+            *(processing_class, self.adapter.image_token_id, args.plain, args.max_length, args.pad_to_multiple_of)
+        )
+        rows = [
+            Dataset.from_dict({"source": [source] * len(data), "position": list(range(len(data)))})
+            for source, data in enumerate(given)
+        ]
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows[0],
+            eval_dataset=rows[1] if len(rows) > 1 else None,
+            processing_class=processing_class,
+            data_collator=_Loading(collator, given),
+            peft_config=peft_config,
+        )
+        self._watch_training()
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        names = inputs.pop("row_ids")
+        images = bool((inputs["input_ids"] == self.adapter.image_token_id).any())
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._checked(result[0] if return_outputs else result, model, names, images)
+        return (loss, result[1]) if return_outputs else loss
+
+
+@dataclass
+class _Loading:
+    """Collates rows that say where a conversation is: looks it up and loads its images, in the worker."""
+
+    collator: ConversationCollator
+    sources: list[ConversationDataset]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return self.collator([self.sources[item["source"]][item["position"]] for item in items])
