@@ -26,6 +26,7 @@ BUILT_IN = {
     "objectives": "pivot_plugin.objectives",
     "rewards": "pivot_plugin.rewards.lookup",
     "probes": "pivot_plugin.probes.lookup",
+    "embedded-world": "pivot_plugin.quickstart.sources",
     "generic": "pivot_plugin.adapters.generic",
     "llava": "pivot_plugin.adapters.llava",
     "qwen-vl": "pivot_plugin.adapters.qwen_vl",

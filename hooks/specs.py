@@ -4,7 +4,7 @@ The newest plugin is asked first and the built-in ones last, so a user's plugin 
 """
 # mypy: disable-error-code="empty-body"
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from .markers import hookspec
@@ -103,6 +103,23 @@ def pivot_probes() -> "Mapping[str, Probe]":
         @hookimpl
         def pivot_probes():
             return {"spread": spread}
+    """
+
+
+@hookspec
+def pivot_sources() -> "Mapping[str, Callable[..., object]]":
+    """Return makers of what a recipe needs, by name: data, encoders, language models.
+
+    Called when a recipe names {source: name, ...}; the other keys are the maker's arguments. A maker of an encoder or a
+    language model is given `seed`, and returns the model, or it and its image processor or tokenizer. A maker of data
+    returns what `pivot.align`, `pivot.instruct`, `pivot.optimize` or the probe takes.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_sources():
+            return {"my-captions": lambda count: [{"image": f"{n}.png", "caption": "a cat"} for n in range(count)]}
     """
 
 

@@ -11,7 +11,7 @@ import typer
 from pivot_plugin import __version__
 from pivot_plugin.errors import PivotError
 
-from . import encoders, measure, models, prefs, runs
+from . import encoders, measure, models, prefs, recipe, runs
 
 cli = typer.Typer(
     name="pivot",
@@ -22,6 +22,9 @@ cli = typer.Typer(
 )
 cli.command("optimize")(runs.optimize)
 cli.command("compare-arms")(runs.compare_arms)
+cli.command("assemble")(recipe.assemble)
+cli.command("align")(recipe.align)
+cli.command("instruct")(recipe.instruct)
 cli.command("compare")(measure.compare)
 cli.command("report")(measure.report)
 cli.command("benchmark")(measure.benchmark)
@@ -35,6 +38,8 @@ cli.command("adapters")(models.adapters)
 cli.add_typer(prefs.group, name="prefs")
 recipes = typer.Typer(help="Several runs one after another.", no_args_is_help=True)
 recipes.command("specs")(runs.specs)
+recipes.command("run")(recipe.run)
+recipes.command("show")(recipe.show)
 recipes.callback()(lambda: None)
 cli.add_typer(recipes, name="recipe")
 

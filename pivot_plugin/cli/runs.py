@@ -10,6 +10,8 @@ import typer
 
 from pivot_plugin.errors import SettingsError
 
+from .launching import ACCELERATE, PROCESSES, relaunched
+
 
 def optimize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
@@ -29,6 +31,8 @@ def optimize(
         list[str] | None, typer.Option("--set", help="Any field of TRL's DPOConfig, as name=value; repeat it.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    accelerate_config: Annotated[Path | None, ACCELERATE] = None,
+    num_processes: Annotated[int | None, PROCESSES] = None,
 ) -> None:
     """Make a model's vision encoder better on preference pairs.
 
@@ -39,6 +43,8 @@ def optimize(
     if rewards:
         weighted = [reward_weight(text) for text in rewards]
         options |= {"rewards": [name for name, _ in weighted], "reward_weights": [weight for _, weight in weighted]}
+    if relaunched(accelerate_config, num_processes):
+        return
     import pivot_plugin as pivot
 
     # the trainer's log goes to standard output, which holds nothing but JSON if JSON is asked for

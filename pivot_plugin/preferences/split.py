@@ -4,9 +4,9 @@ import random
 from collections import defaultdict
 from typing import TypeVar
 
-from .pairs import PairDataset, QuestionDataset
+from .pairs import RowDataset
 
-Rows = TypeVar("Rows", bound=PairDataset | QuestionDataset)
+Rows = TypeVar("Rows", bound=RowDataset)
 SMALLEST, LARGEST = 32, 1000
 LARGEST_SHARE = 0.25
 
@@ -15,7 +15,7 @@ def hold_out(pairs: Rows, fraction: float, seed: int) -> tuple[Rows, Rows | None
     """Split pairs into those to train on and those held out, image by image.
 
     Args:
-        pairs: all of them; questions are split in the same way.
+        pairs: all of them; questions and conversations are split in the same way.
         fraction: share to hold out; at least 32 and at most 1000 pairs are, but never more than a quarter of them.
             0 holds nothing out.
         seed: the same seed gives the same split.

@@ -108,33 +108,60 @@ def _draw(canvas: ImageDraw.ImageDraw, item: SceneObject, fill: Any) -> None:
         canvas.rectangle((left, top + third, right, bottom - third), fill=fill)
 
 
-def render(rng: random.Random, dusk: bool = False) -> Scene:
-    """Draw one scene: 2 to 4 objects of 10 to 15 px in jittered cells of a 3x3 grid, 48x48 px RGB.
+@dataclass(frozen=True)
+class Style:
+    """How scenes look.
+
+    Attributes:
+        cells: of a side of the grid that objects stand in, jittered.
+        sizes: of the smallest and the largest object, in pixels.
+        objects: the fewest and the most.
+        noise: standard deviation of what lies over everything, in grey levels.
+    """
+
+    cells: int = 3
+    sizes: tuple[int, int] = (10, 15)
+    objects: tuple[int, int] = (2, 4)
+    noise: float = 0.0
+
+
+CROWDED = Style()
+FOGGY = Style(cells=2, sizes=(15, 22), objects=(1, 2), noise=10.0)
+
+
+def render(rng: random.Random, dusk: bool = False, style: Style = CROWDED) -> Scene:
+    """Draw one scene on a noisy background, 48x48 px RGB.
 
     Args:
         rng: source of all chance.
         dusk: show it dark and bluish.
+        style: of the scene.
     """
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(96, 24, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    drawn = np.random.default_rng(rng.getrandbits(32))
+    noise = drawn.normal(96, 24, (IMAGE_SIZE, IMAGE_SIZE, 3))
     image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
     canvas = ImageDraw.Draw(image)
     objects = []
-    for cell in sorted(rng.sample(range(9), rng.randint(2, 4))):
-        size = rng.randint(10, 15)
-        left = (cell % 3) * 16 + rng.randint(0, 16 - size)
-        top = (cell // 3) * 16 + rng.randint(0, 16 - size)
+    width = IMAGE_SIZE // style.cells
+    for cell in sorted(rng.sample(range(style.cells**2), rng.randint(*style.objects))):
+        size = rng.randint(*style.sizes)
+        left = (cell % style.cells) * width + rng.randint(0, width - size)
+        top = (cell // style.cells) * width + rng.randint(0, width - size)
         box = (left, top, left + size - 1, top + size - 1)
         objects.append(SceneObject(rng.choice(SHAPES), rng.choice(list(COLOURS)), box))
         _draw(canvas, objects[-1], COLOURS[objects[-1].colour])
+    if style.noise:
+        fog = np.asarray(image) + drawn.normal(0, style.noise, noise.shape)
+        image = Image.fromarray(fog.clip(0, 255).astype(np.uint8))
     if dusk:
         image = Image.fromarray((np.asarray(image) * DUSK_LIGHT + DUSK_HAZE).astype(np.uint8))
     return Scene(image, tuple(objects))
 
 
-def render_many(count: int, seed: int, dusk: bool = False) -> list[Scene]:
+def render_many(count: int, seed: int, dusk: bool = False, style: Style = CROWDED) -> list[Scene]:
     """Draw `count` scenes; the same seed gives the same pictures."""
     rng = random.Random(seed)
-    return [render(rng, dusk) for _ in range(count)]
+    return [render(rng, dusk, style) for _ in range(count)]
 
 
 def _single(scene: Scene, attribute: str) -> list[SceneObject]:

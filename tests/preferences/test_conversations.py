@@ -100,7 +100,7 @@ BAD = [
     ({"conversations": turns(("owl", "hi"))}, "a turn is by 'owl'"),
     ({"conversations": "hi"}, "conversations is str"),
     ({"conversations": turns(("human", "<image>"), ("gpt", "yo"))}, "0 image(s) and 1 image marker(s)"),
-    ({"image": picture(9, 9, 1), "conversations": turns(("human", "a"), ("gpt", "<image>"))}, "an answer holds"),
+    ({"image": picture(9, 9, 1), "conversations": turns(("human", "a"), ("gpt", "b <image>"))}, "an answer holds"),
 ]
 
 
@@ -110,7 +110,7 @@ def test_a_row_that_cannot_be_used_is_named_with_what_is_wrong(row: dict[str, An
     with pytest.raises(DataError) as error:
         load_conversations([good, row]).verify()
     assert "row 1 of conversations" in str(error.value)
-    assert said in str(error.value) or said.startswith("an answer") and "has no answer" in str(error.value)
+    assert said in str(error.value)
 
 
 def test_bad_rows_can_be_left_out_and_are_listed(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """A recipe small enough to be run in seconds: a random encoder, a random language model, rows about noise."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pivot_plugin.recipes import PivotRecipe
+from pivot_plugin.recipes import PivotRecipe, RecipeResult, run_recipe
 
 from ..conftest import picture, row
 from ..test_assemble import encoder, language_model
@@ -50,33 +51,41 @@ def questions(count: int = 6) -> list[dict[str, Any]]:
     return [{"images": [picture(40, 50, n)], "question": f"number {n}?", "answer": "yes"} for n in range(count)]
 
 
+def small_recipe(output_dir: Path, **replaced: Any) -> PivotRecipe:
+    """The small recipe, with sections replaced."""
+    tower, images, _ = encoder("siglip")
+    answers = {"probe": "vqa", "data": questions(), "options": {"rewards": "exact_match", "max_new_tokens": 2}}
+    sections: dict[str, Any] = {
+        "encoder": (tower, images),
+        "language_model": language_model("qwen2"),
+        "align": {"data": captions(), **QUICK},
+        "instruct": {"data": conversations(), **QUICK},
+        "optimize": {"data": pairs(), "eval_data": pairs(4), "arms": {"sft": {}, "dpo": {}}, **QUICK},
+        "transplant": {
+            "language_model": language_model("llama"),
+            "projectors": ["0"],
+            "align": QUICK,
+            "instruct": QUICK,
+        },
+        "evaluate": {"answers": answers},
+        "output_dir": str(output_dir),
+    }
+    return PivotRecipe(**{**sections, **replaced})
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., PivotRecipe]:
-    """The small recipe, with sections replaced."""
+    """The small recipe in a folder of the test, with sections replaced."""
+    return lambda **replaced: small_recipe(tmp_path / "recipe", **replaced)
 
-    def made(**replaced: Any) -> PivotRecipe:
-        tower, images, _ = encoder("siglip")
-        sections: dict[str, Any] = {
-            "encoder": (tower, images),
-            "language_model": language_model("qwen2"),
-            "align": {"data": captions(), **QUICK},
-            "instruct": {"data": conversations(), **QUICK},
-            "optimize": {"data": pairs(), "eval_data": pairs(4), "arms": {"sft": {}, "dpo": {}}, **QUICK},
-            "transplant": {
-                "language_model": language_model("llama"),
-                "projectors": ["0"],
-                "align": QUICK,
-                "instruct": QUICK,
-            },
-            "evaluate": {
-                "answers": {
-                    "probe": "vqa",
-                    "data": questions(),
-                    "options": {"rewards": "exact_match", "max_new_tokens": 2},
-                }
-            },
-            "output_dir": str(tmp_path / "recipe"),
-        }
-        return PivotRecipe(**{**sections, **replaced})
 
-    return made
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> RecipeResult:
+    """The small recipe as it ended; not to be changed."""
+    return run_recipe(small_recipe(tmp_path_factory.mktemp("done") / "recipe"), estimate=False)
+
+
+@pytest.fixture
+def copied(done: RecipeResult, tmp_path: Path) -> Path:
+    """Its folder, where a test's own recipe looks for it."""
+    return Path(shutil.copytree(done.output_dir, tmp_path / "recipe"))

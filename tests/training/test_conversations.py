@@ -135,7 +135,7 @@ def test_a_cut_ends_the_row_and_never_its_images(make: Callable[[str], Tiny], ca
     last_image = int((whole["input_ids"][0] == find_adapter(tiny[0]).image_token_id).nonzero()[-1])
     cut = collator(tiny, max_length=whole["input_ids"].shape[1] - 5)(given)
     assert torch.equal(cut["labels"], whole["labels"][:, :-5])
-    with pytest.raises(DataError, match="row 0.*cuts into its images"):
+    with pytest.raises(DataError, match=r"row 0.*cuts into its images"):
         collator(tiny, max_length=last_image)(given)
     caplog.clear()
     assert (collator(tiny, max_length=last_image + 2)(given)["labels"] == IGNORED).all()
