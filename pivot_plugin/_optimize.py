@@ -132,7 +132,7 @@ class PivotResult:
             "metrics": self.metrics,
             "probes": _before_and_after(self.probes),
             "weight_change": self.weight_change,
-            "license": licence or licence_of(str((self.origin.get("base") or {}).get("mllm") or "")) or "other",
+            "license": licence or (self.origin.get("base") or {}).get("licence") or "other",
         }
         sections = [str(text) for _, text in gather("pivot_card_sections", result=self)]
         shown = saliency_sheet(self.probes) if picture else None
@@ -524,6 +524,7 @@ def _origin(
             "mllm": plain_name(base),
             "mllm_revision": getattr(model.config, "_commit_hash", None),
             "encoder": plain_name(getattr(adapter.tower.config, "_name_or_path", "")) or None,
+            "licence": licence_of(str(base)),
         },
         "family": adapter.family,
         "mllm_class": type(model).__name__,

@@ -15,8 +15,8 @@ ACCELERATE = typer.Option(
     help="Launch on several GPUs or nodes: a file that `accelerate config` writes, or TRL's fsdp2, zero2, ...",
 )
 PROCESSES = typer.Option("--num-processes", help="How many, instead of what the accelerate configuration says.")
-# what a process of accelerate's or torch's launcher knows
-LAUNCHED = "LOCAL_RANK"
+# tells a process that it is one of those launched
+LAUNCHED = "PIVOT_LAUNCHED"
 
 
 def relaunched(config: Path | None, processes: int | None = None) -> bool:
@@ -45,7 +45,9 @@ def relaunched(config: Path | None, processes: int | None = None) -> bool:
         )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["--num_processes", str(processes)] if processes else []
-    done = subprocess.run([*command, "-m", "pivot_plugin.cli", *sys.argv[1:]], check=False)
+    done = subprocess.run(
+        [*command, "-m", "pivot_plugin.cli", *sys.argv[1:]], env=os.environ | {LAUNCHED: "1"}, check=False
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
     return True

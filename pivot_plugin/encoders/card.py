@@ -104,8 +104,11 @@ def licence_of(base: str) -> str | None:
     """
     if not base:
         return None
+    card = Path(base) / "README.md"
+    if Path(base).is_dir() and not card.is_file():
+        return None
     try:
-        found = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base).data.license
+        found = ModelCard.load(card if card.is_file() else base).data.license
     except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         logger.info("The licence of %s is not known (%s).", base, type(error).__name__)
         return None

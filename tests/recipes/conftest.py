@@ -51,21 +51,22 @@ def questions(count: int = 6) -> list[dict[str, Any]]:
     return [{"images": [picture(40, 50, n)], "question": f"number {n}?", "answer": "yes"} for n in range(count)]
 
 
-def small_recipe(output_dir: Path, **replaced: Any) -> PivotRecipe:
-    """The small recipe, with sections replaced."""
+def small_recipe(output_dir: Path, size: int = 4, **replaced: Any) -> PivotRecipe:
+    """The small recipe, with sections replaced, in batches of so many for each process."""
+    quick = QUICK | {"per_device_train_batch_size": size}
     tower, images, _ = encoder("siglip")
     answers = {"probe": "vqa", "data": questions(), "options": {"rewards": "exact_match", "max_new_tokens": 2}}
     sections: dict[str, Any] = {
         "encoder": (tower, images),
         "language_model": language_model("qwen2"),
-        "align": {"data": captions(), **QUICK},
-        "instruct": {"data": conversations(), **QUICK},
-        "optimize": {"data": pairs(), "eval_data": pairs(4), "arms": {"sft": {}, "dpo": {}}, **QUICK},
+        "align": {"data": captions(), **quick},
+        "instruct": {"data": conversations(), **quick},
+        "optimize": {"data": pairs(), "eval_data": pairs(4), "arms": {"sft": {}, "dpo": {}}, **quick},
         "transplant": {
             "language_model": language_model("llama"),
             "projectors": ["0"],
-            "align": QUICK,
-            "instruct": QUICK,
+            "align": quick,
+            "instruct": quick,
         },
         "evaluate": {"answers": answers},
         "output_dir": str(output_dir),

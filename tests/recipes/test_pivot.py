@@ -23,6 +23,7 @@ from pivot_plugin.training.conversations import InstructTrainer
 from pivot_plugin.training.trainer import PivotTrainer
 
 from ..test_assemble import SIZED, encoder, language_model
+from ..training.test_processes import launched
 from .conftest import QUICK, captions, conversations, pairs, questions
 
 Made = Callable[..., PivotRecipe]
@@ -369,3 +370,26 @@ def test_benchmarks_are_lmms_evals(recipe: Made, copied: Path, monkeypatch: Any)
     result = run_recipe(recipe(evaluate={"suite": {"probe": "lmms-eval"}}), estimate=False)
     assert [(s.score, s.value) for s in result.scores] == [("suite mmvp", 0.25)] * 4
     assert all("6-transplant" in model for model in asked) and len(asked) == 4
+
+
+IN_TWO = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from pivot_plugin.recipes import run_recipe
+from tests.recipes.conftest import small_recipe
+
+run_recipe(small_recipe(Path(sys.argv[1]), size=int(sys.argv[2])))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_recipe_in_two_processes_ends_like_one_in_one(done: recipes.RecipeResult, tmp_path: Path) -> None:
+    run = launched(IN_TWO, 2, 2, tmp_path / "two")
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name, folder in done.encoders[0].items():
+        other = tensors(tmp_path / "two" / "run" / folder.relative_to(done.output_dir))
+        for path, parameter in tensors(folder).items():
+            assert parameter.allclose(other[path], rtol=1e-3, atol=1e-5), (name, path)
+    kept = json.loads((tmp_path / "two" / "run" / "results.json").read_text())
+    assert [score["encoder"] for score in kept["scores"]] == list(ENCODERS)
