@@ -5,14 +5,14 @@ Notation for shapes: I images, P patches of one image, D tower width, L tokens o
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
@@ -36,6 +36,21 @@ class ImageFeatures:
 
     values: torch.Tensor
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """An MLLM made of an encoder and a language model.
+
+    Attributes:
+        model: with a new projector.
+        image_text: what stands for an image in a chat template.
+        processor: makes its processor of the chat template.
+    """
+
+    model: PreTrainedModel
+    image_text: str
+    processor: Callable[[str], ProcessorMixin]
 
 
 class VisionAdapter:
@@ -112,6 +127,24 @@ class VisionAdapter:
         if any(_inside(name, path) for path in self.language_model_paths):
             return "language_model"
         return "projector"
+
+    # Around a language model
+
+    def assemble(
+        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object, seed: int
+    ) -> "Assembled | None":
+        """The MLLM that an encoder of this family makes with a language model; None where a LLaVA serves.
+
+        Args:
+            decoder: causal language model, whose weights become the MLLM's.
+            tokenizer: its own, to which tokens may be added.
+            image_processor: the encoder's.
+            seed: of the new projector's weights.
+
+        Raises:
+            EncoderError: for a language model that this family cannot have.
+        """
+        return None
 
     # What trains
 

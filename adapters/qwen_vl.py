@@ -1,14 +1,29 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any resolution, M-RoPE, and a projector ("merger") that lives in the tower."""
 
+import copy
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from pivot_plugin.hooks import hookimpl
+from tokenizers import AddedToken
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2ForCausalLM,
+    Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -16,7 +31,16 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
 
-from .base import ImageFeatures, ImageInputs, VisionAdapter
+from pivot_plugin.errors import EncoderError
+
+from .base import Assembled, ImageFeatures, ImageInputs, VisionAdapter
+
+TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
 
 
 class QwenVLAdapter(VisionAdapter):
@@ -25,6 +49,69 @@ class QwenVLAdapter(VisionAdapter):
     family = "qwen2-vl"
     lmms_eval_name = "qwen2_vl"
     projector_names = ("merger", "deepstack_merger_list")
+    mllm: ClassVar[Any] = (Qwen2VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLProcessor, Qwen2VLVideoProcessor)
+    language_model: ClassVar[type[PreTrainedModel]] = Qwen2ForCausalLM
+    # what the vision configuration calls the width of the language model
+    out_width: ClassVar[str] = "hidden_size"
+    # of the rotary frequencies, in sixteenths: those of time; the others are shared by height and width
+    time_share: ClassVar[int] = 4
+
+    def assemble(
+        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object, seed: int
+    ) -> Assembled | None:
+        kind, config_kind, processor_kind, video_kind = self.mllm
+        if not isinstance(decoder, self.language_model):
+            raise EncoderError(
+                f"A {type(self.model).__name__} cuts its patches as no LLaVA does, and its own family, {self.family}, "
+                f"has language models of class {self.language_model.__name__}; this is a {type(decoder).__name__}.",
+                f"Give a {self.language_model.__name__}, or another encoder.",
+            )
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in TOKENS.values()], special_tokens=True)
+        if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
+            decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        text, tower = decoder.config, copy.deepcopy(self.model)
+        half = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        time = max(1, half // 2 * self.time_share // 16)
+        height = (half // 2 - time) // 2
+        rope = {**text.rope_parameters, "mrope_section": [time, height, half // 2 - time - height]}
+        known = config_kind.sub_configs["text_config"]().to_dict()
+        shared = {name: value for name, value in text.to_dict().items() if name in known and name != "model_type"}
+        config = config_kind(
+            vision_config={**tower.config.to_dict(), self.out_width: text.hidden_size},
+            text_config={**shared, "rope_parameters": rope},
+            tie_word_embeddings=bool(text.tie_word_embeddings),
+            **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()},
+        )
+        with init_empty_weights():
+            model = kind(config)
+        # positions in three directions are those of a text where they are equal: what was learnt stays true
+        model.model.language_model.load_state_dict(decoder.base_model.state_dict(), assign=True)
+        model.lm_head = decoder.get_output_embeddings()
+        visual, drawn = model.model.visual, torch.Generator().manual_seed(seed)
+        projectors = [path for path, _ in visual.named_modules() if path.split(".")[0] in self.projector_names]
+        new = {f"{path}.weight" for path in projectors if isinstance(visual.get_submodule(path), torch.nn.Linear)}
+        weights = tower.state_dict()
+        for name in new:
+            shape = visual.get_parameter(name).shape
+            weights[name] = torch.empty(shape).normal_(0.0, text.initializer_range, generator=drawn)
+            weights[name.replace(".weight", ".bias")] = torch.zeros(shape[0])
+        place = {"device": decoder.device, "dtype": decoder.dtype}
+        visual.load_state_dict({name: weight.to(**place) for name, weight in weights.items()}, assign=True)
+        visual.to(decoder.device)
+        model.tie_weights()
+        model.generation_config = copy.deepcopy(decoder.generation_config)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        marker = f"{TOKENS['vision_start_token']}{TOKENS['image_token']}{TOKENS['vision_end_token']}"
+        return Assembled(
+            model,
+            marker,
+            lambda template: processor_kind(
+                image_processor=image_processor,
+                tokenizer=tokenizer,
+                video_processor=video_kind(),
+                chat_template=template,
+            ),
+        )
 
     def select_images(self, inputs: ImageInputs, start: int, stop: int) -> dict[str, torch.Tensor]:
         ends = [0, *inputs["image_grid_thw"].prod(dim=1).cumsum(0).tolist()]
@@ -80,6 +167,8 @@ class Qwen2_5_VLAdapter(QwenVLAdapter):
 
     family = "qwen2.5-vl"
     lmms_eval_name = "qwen2_5_vl"
+    mllm = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
+    out_width = "out_hidden_size"
 
     def in_image_order(self, blocks: torch.Tensor, grids: torch.Tensor, tower: PreTrainedModel) -> torch.Tensor:
         config = tower.config
@@ -92,6 +181,10 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
     family = "qwen3-vl"
     lmms_eval_name = "qwen3_vl"
+    mllm = (Qwen3VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    language_model = Qwen3ForCausalLM
+    out_width = "out_hidden_size"
+    time_share = 6
 
 
 @hookimpl

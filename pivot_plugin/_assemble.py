@@ -20,6 +20,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     ViTConfig,
     ViTMAEModel,
     ViTModel,
@@ -28,6 +29,7 @@ from transformers import (
 from pivot_plugin.encoders import graft, load_encoder
 from pivot_plugin.encoders.towers import image_processor_of
 from pivot_plugin.errors import ModelError, SettingsError
+from pivot_plugin.training.tower import find_adapter
 
 IMAGE_TOKEN = "<image>"
 # By name, for language models without a template. "chatml" as Qwen's, "plain" for base models that never saw turns.
@@ -48,7 +50,7 @@ _PARTS_AS_TEXT = (
     "{%- if message['content'] is string -%}{%- set seen.messages = seen.messages + [message] -%}"
     "{%- else -%}{%- set written = namespace(text='') -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set written.text = written.text + 'IMAGE_TOKEN\\n' -%}"
+    "{%- if part['type'] == 'image' -%}{%- set written.text = written.text + 'IMAGE_TEXT' -%}"
     "{%- else -%}{%- set written.text = written.text + part['text'] -%}{%- endif -%}"
     "{%- endfor -%}"
     "{%- set seen.messages = seen.messages + [dict(message, content=written.text)] -%}"
@@ -67,12 +69,13 @@ def assemble(
     image_processor: object | None = None,
     chat_template: str | None = None,
     seed: int = 0,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Join a vision encoder and a language model to an MLLM that transformers loads alone.
 
     Args:
         encoder: any vision transformer (CLIP, SigLIP, DINO, ViT, ViT-MAE, an extracted InternViT, ...), loaded, or its
-            folder or Hub id. Not changed.
+            folder or Hub id. Not changed. A Qwen-VL tower, which cuts patches of its own, makes a model of its own
+            family, with a merger drawn by `seed`; the language model must be of the family's class then.
         language_model: any causal language model, loaded, or its folder or Hub id. Its modules become part of the MLLM.
         projector: "mlp2x": linear, GELU, linear, drawn by `seed`.
         feature_layer: hidden state of the encoder that the projector reads.
@@ -99,6 +102,9 @@ def assemble(
         )
     template = _template(tokens, chat_template)
     tokens = copy.deepcopy(tokens)
+    made = find_adapter(tower, encoder=True).assemble(decoder, tokens, images, seed)
+    if made is not None:
+        return made.model.eval(), made.processor(_with_images(template, made.image_text))
     tokens.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokens.pad_token is None:
         tokens.pad_token = tokens.eos_token
@@ -108,7 +114,7 @@ def assemble(
         tokenizer=tokens,
         patch_size=1,
         image_token=IMAGE_TOKEN,
-        chat_template=template,
+        chat_template=_with_images(template, f"{IMAGE_TOKEN}\\n"),
     )
     graft(
         *(model, tower, "new"),
@@ -204,4 +210,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> str:
         raise SettingsError(
             f"chat_template={given!r} is no template.", f"Give Jinja, or one of {', '.join(map(repr, CHAT_TEMPLATES))}."
         )
-    return _PARTS_AS_TEXT.replace("IMAGE_TOKEN", IMAGE_TOKEN) + own
+    return own
+
+
+def _with_images(template: str, image_text: str) -> str:
+    """A template for texts as one for messages with parts, in which an image is a text of its own."""
+    return _PARTS_AS_TEXT.replace("IMAGE_TEXT", image_text) + template

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -23,6 +25,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     ResNetConfig,
     ResNetModel,
     SiglipImageProcessor,
@@ -88,6 +92,7 @@ LANGUAGE_MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT, **HEADS)),
     "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT, **HEADS, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, **HEADS)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT, **HEADS, head_dim=8)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**TEXT, **HEADS, head_dim=8)),
 }
 
@@ -233,8 +238,64 @@ def test_what_cannot_be_assembled_is_named(make: Any) -> None:
     pooled = ResNetModel(ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]))
     with pytest.raises(EncoderError, match="ResNetModel cannot be read as LLaVA reads a tower"):
         pivot.assemble(pooled, decoder, tokenizer=tokenizer, image_processor=vit_processor())
-    qwen, qwen_processor = make("qwen2_5_vl")
-    with pytest.raises(EncoderError, match="cannot be read as LLaVA reads a tower"):
+
+
+QWEN = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2-tied", "qwen3_vl": "qwen3"}
+
+
+@pytest.mark.parametrize(("family", "text"), QWEN.items())
+def test_an_extracted_qwen_tower_makes_a_model_of_its_own_family(
+    family: str, text: str, make: Any, tmp_path: Path
+) -> None:
+    source, source_processor = make(family)
+    tower = find_adapter(source).extract()
+    decoder, tokenizer = language_model(text)
+    said = tokenizer("what is it?", return_tensors="pt")
+    with torch.no_grad():
+        before = decoder(**said).logits
+    model, processor = pivot.assemble(
+        tower, decoder, tokenizer=tokenizer, image_processor=source_processor.image_processor, seed=3
+    )
+    assert type(model) is type(source)
+    # what the language model knew stays true
+    with torch.no_grad():
+        after = model(**processor.tokenizer("what is it?", return_tensors="pt")).logits
+    assert torch.allclose(after[..., : before.shape[-1]], before, atol=1e-5)
+    # so does what the tower saw, up to the merger, which is new
+    adapter = find_adapter(model)
+    inputs = source_processor.image_processor(images=[picture(56, 84, 1)], return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = (find_adapter(m).patch_features(inputs)[0].values for m in (model, source))
+    assert torch.equal(ours, theirs)
+    first = model.get_submodule(adapter.projector_paths[0])
+    assert all(m.bias.eq(0).all() for m in first.modules() if isinstance(m, torch.nn.Linear))
+    pair = row("what?", "a cat", "a dog", picture(60, 90, 2))
+    result = pivot.optimize(
+        *(model, [pair] * 8),
+        processor=processor,
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        use_cpu=True,
+        eval_fraction=0,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+    )
+    model.save_pretrained(tmp_path / "mllm")
+    processor.save_pretrained(tmp_path / "mllm")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "mllm")
+    for name, parameter in result.model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    written = AutoProcessor.from_pretrained(tmp_path / "mllm").apply_chat_template(messages)
+    assert "<|vision_start|><|image_pad|><|vision_end|>what?" in written
+
+
+def test_a_qwen_tower_wants_its_family_s_language_model(make: Any) -> None:
+    source, processor = make("qwen2_5_vl")
+    decoder, tokenizer = language_model("llama")
+    with pytest.raises(EncoderError, match="has language models of class Qwen2ForCausalLM"):
         pivot.assemble(
-            find_adapter(qwen).extract(), decoder, tokenizer=tokenizer, image_processor=qwen_processor.image_processor
+            *(find_adapter(source).extract(), decoder),
+            tokenizer=tokenizer,
+            image_processor=processor.image_processor,
         )
