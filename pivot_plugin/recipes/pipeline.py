@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 BENCHMARKS = "lmms-eval"
 ORIGINAL, STAGE_1 = CONTROLS
 ORDER = ("assemble", "optimize", "transplant")
+LOOKED_AT = 100
 # what a section tells the recipe and not the trainer
 _OWN = ("data", "eval_data", "arms", "select")
 
@@ -246,7 +247,9 @@ class _Run:
         self.folder = Path(recipe.output_dir)
         self.plain = described(recipe)
         self.result = RecipeResult(self.folder)
+        self._made: dict[str, Any] = {}
         # all that is named is looked at before anything is paid for
+        plan_recipe(recipe)
         self._check_names()
         self.captions = self._conversations(recipe.align, "align")
         self.dialogues = self._conversations(recipe.instruct, "instruct")
@@ -256,7 +259,7 @@ class _Run:
         moved = recipe.transplant or {}
         self.moved_captions = self._conversations(moved.get("align") or {}, "transplant.align", self.captions)
         self.moved_dialogues = self._conversations(moved.get("instruct") or {}, "transplant.instruct", self.dialogues)
-        self._made: dict[str, Any] = {}
+        self._look()
 
     def _check_names(self) -> None:
         named = [self.recipe.encoder, self.recipe.language_model, (self.recipe.transplant or {}).get("language_model")]
@@ -267,9 +270,19 @@ class _Run:
         probes = {**self.recipe.evaluate}
         if isinstance(select := self.recipe.optimize.get("select"), Mapping):
             probes["select"] = select
-        asked = {label: p for label, p in probes.items() if p["probe"] != BENCHMARKS}
+        asked = {label: self._probing(label, p) for label, p in probes.items() if p["probe"] != BENCHMARKS}
         if asked:
-            runners({label: Probing(p["probe"]) for label, p in asked.items()})
+            runners(asked)
+
+    def _look(self) -> None:
+        """Look at every pair, which come late, and at the first of the conversations, which their stages look at."""
+        bad = self.recipe.optimize.get("on_bad_row", "raise")
+        for rows in (self.pairs, self.held_out):
+            if rows is not None:
+                rows.verify(bad)
+        for data in (self.captions, self.dialogues, self.moved_captions, self.moved_dialogues):
+            for position in range(min(LOOKED_AT, len(data))):
+                data.plain(position)
 
     def _conversations(
         self, section: Mapping[str, Any], name: str, otherwise: ConversationDataset | None = None
@@ -301,7 +314,6 @@ class _Run:
             "transplant.instruct": len(self.moved_dialogues),
         }
         plan = plan_recipe(self.recipe, rows)
-        done = {s.name for s in plan.stages if self._is_done(s.name, place)}
         data: dict[str, Any] = {
             "align": self.captions,
             "instruct": self.dialogues,
@@ -309,15 +321,29 @@ class _Run:
             "transplant.align": self.moved_captions,
             "transplant.instruct": self.moved_dialogues,
         }
-        plan = plan.measured(self.recipe, start, data, self.folder / ".estimate", done)
+        plan = plan.measured(self.recipe, start, data, self.folder / ".estimate", self._ended(first))
         logger.info("%s", plan)
         if PartialState().is_main_process:
             write_whole(self.folder / "plan.json", json.dumps(plan.as_dict(), indent=1))
         return plan
 
-    def _is_done(self, name: str, place: Path) -> bool:
-        folder = {"align": "2-align", "instruct": "3-instruct"}.get(name)
-        return folder is not None and bool((read_record(place / folder) or {}).get("finished"))
+    def _ended(self, seed: int) -> dict[str, tuple[int, float]]:
+        """Tokens and seconds of runs of a seed that have ended, by the names of a plan."""
+        place, optimized = self._place("assemble", seed)[0], self._place("optimize", seed)[0]
+        moved = self._place("transplant", seed)[0] / "6-transplant" / ORIGINAL / "projector-0"
+        folders = {
+            "align": [place / "2-align"],
+            "instruct": [place / "3-instruct"],
+            "transplant align": [moved / "2-align"],
+            "transplant instruct": [moved / "3-instruct"],
+            **{
+                f"optimize {arm}": sorted((optimized / "4-optimize" / arm).glob("*"))
+                for arm in self.recipe.optimize["arms"]
+            },
+        }
+        records = {name: [read_record(folder) or {} for folder in found] for name, found in folders.items()}
+        costs = {name: [r["cost"] for r in found if r.get("finished")] for name, found in records.items()}
+        return {name: (found[0]["language_tokens"], found[0]["seconds"]) for name, found in costs.items() if found}
 
     def all(self) -> RecipeResult:
         """Every stage for every seed."""
@@ -574,7 +600,9 @@ class _Run:
         self._note(done)
         for key, found in done.outcome["scores"].items():
             name, _, projector = key.partition("|")
-            self.result.scores += [EncoderScore(seed, name, of, projector, score, v) for score, v in found.items()]
+            # how far seeds of a probe lie apart is no score
+            scores = {score: value for score, value in found.items() if not score.endswith("/spread")}
+            self.result.scores += [EncoderScore(seed, name, of, projector, score, v) for score, v in scores.items()]
 
     def _benchmarks(self, label: str, probing: Mapping[str, Any], model: Path, folder: Path) -> dict[str, float]:
         results = run_benchmarks(str(model), output_dir=folder, **(probing.get("options") or {}))

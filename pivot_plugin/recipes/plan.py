@@ -38,7 +38,6 @@ class PlannedStage:
         steps: optimiser steps of one run, None where the rows are not known.
         tokens: that the language model reads in one run; None before a step is measured.
         seconds: of one run; None before a step is measured.
-        done: whether it is done already, for the first seed.
     """
 
     name: str
@@ -48,7 +47,6 @@ class PlannedStage:
     steps: int | None
     tokens: int | None = None
     seconds: float | None = None
-    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Plan:
         start: Path,
         data: Mapping[str, ConversationDataset | PairDataset],
         folder: Path,
-        done: set[str],
+        known: Mapping[str, tuple[int, float]],
     ) -> "Plan":
         """The same plan with tokens and time, from a few steps of every kind on the assembled MLLM.
 
@@ -97,12 +95,13 @@ class Plan:
             start: folder of the assembled MLLM.
             data: by section of the recipe.
             folder: for the trial runs, deleted afterwards.
-            done: names of stages that need no estimate.
+            known: by name of a stage, tokens and seconds of a run that has ended.
         """
         found = []
         for planned in self.stages:
-            if planned.name in done:
-                found.append(replace(planned, tokens=0, seconds=0.0, done=True))
+            if planned.name in known:
+                tokens, seconds = known[planned.name]
+                found.append(replace(planned, tokens=tokens, seconds=seconds))
                 continue
             section = "optimize" if planned.name.startswith("optimize") else planned.name.replace(" ", ".")
             found.append(_trial(planned, recipe, start, data[section], folder))
@@ -254,7 +253,7 @@ def _cells(stage: PlannedStage) -> tuple[str, ...]:
     def number(value: int | None) -> str:
         return "?" if value is None else f"{value:,}"
 
-    time = "done" if stage.done else "?" if stage.seconds is None else _time(stage.seconds)
+    time = "?" if stage.seconds is None else _time(stage.seconds)
     tokens = "?" if stage.tokens is None else f"{stage.tokens / 1e6:,.1f} M"
     return (stage.name, str(stage.runs), number(stage.rows), str(stage.batch), number(stage.steps), tokens, time)
 

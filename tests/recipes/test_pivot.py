@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, SiglipVisionConfig, SiglipVisionModel
 
 from pivot_plugin import recipes
-from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.errors import DataError, EncoderError, SettingsError
 from pivot_plugin.recipes import PivotRecipe, plan_recipe, run_recipe
 from pivot_plugin.recipes import pipeline as pipeline_module
 from pivot_plugin.recipes.plan import MEASURED_STEPS
@@ -239,7 +239,9 @@ def test_layers_that_are_not_there_or_do_not_fit_cannot_be_kept(tuned: Path, cop
 # What it costs, and what it is told
 
 
-def test_the_plan_counts_the_steps_that_are_taken_and_measures_them(recipe: Made, caplog: Any) -> None:
+def test_the_plan_counts_the_steps_that_are_taken_and_measures_them(
+    recipe: Made, caplog: Any, monkeypatch: Any
+) -> None:
     caplog.set_level("INFO")
     options = {name: value for name, value in QUICK.items() if name != "max_steps"}
     sections = {
@@ -266,6 +268,12 @@ def test_the_plan_counts_the_steps_that_are_taken_and_measures_them(recipe: Made
     record = json.loads((result.output_dir / "seed-0" / "2-align" / "run.json").read_text())
     assert by_name["align"]["tokens"] == pytest.approx(record["cost"]["language_tokens"], rel=0.1)
     assert "Training in all: about" in caplog.text
+    # what has ended needs no trial
+    monkeypatch.setattr(InstructTrainer, "train", lambda self, **given: pytest.fail("tried again"))
+    monkeypatch.setattr(PivotTrainer, "train", lambda self, **given: pytest.fail("tried again"))
+    run_recipe(small)
+    again = {stage["name"]: stage for stage in json.loads((result.output_dir / "plan.json").read_text())["stages"]}
+    assert again["align"]["tokens"] == record["cost"]["language_tokens"]
     assert not (result.output_dir / ".estimate").exists()
     assert MEASURED_STEPS > 1
 
@@ -307,6 +315,9 @@ def test_what_can_be_seen_without_loading_is_refused_at_once(recipe: Made, given
 
 
 UNKNOWN: list[tuple[dict[str, Any], str]] = [
+    ({"align": {"data": captions(), "learning_rat": 1}}, "no option 'learning_rat'"),
+    ({"align": {"data": [*captions(3), {"a": 1}]}}, "row 3 of align.data is no conversation"),
+    ({"optimize": {"data": [*pairs(3), {**pairs(1)[0], "chosen": ""}], "arms": {"dpo": {}}}}, "row 3 of optimize.data"),
     ({"encoder": {"source": "embeded-encoder"}}, "There is no source 'embeded-encoder'"),
     ({"evaluate": {"a": {"probe": "linaer"}}}, "There is no probe 'linaer'"),
     ({"align": {"data": {"source": "embedded-captions", "rows": 3}, **QUICK}}, "Source 'embedded-captions'"),
@@ -317,7 +328,7 @@ UNKNOWN: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("given", "said"), UNKNOWN)
 def test_what_nobody_has_is_named_before_the_first_stage(recipe: Made, given: dict[str, Any], said: str) -> None:
     made = recipe(**given)
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises((SettingsError, DataError)) as error:
         run_recipe(made)
     assert said in str(error.value)
     assert not Path(made.output_dir).exists()
