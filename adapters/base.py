@@ -43,7 +43,7 @@ class Assembled:
     """An MLLM made of an encoder and a language model.
 
     Attributes:
-        model: with a new projector.
+        model: with a projector whose linear layers are still to be drawn.
         image_text: what stands for an image in a chat template.
         processor: makes its processor of the chat template.
     """
@@ -131,7 +131,7 @@ class VisionAdapter:
     # Around a language model
 
     def assemble(
-        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object, seed: int
+        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object
     ) -> "Assembled | None":
         """The MLLM that an encoder of this family makes with a language model; None where a LLaVA serves.
 
@@ -139,7 +139,6 @@ class VisionAdapter:
             decoder: causal language model, whose weights become the MLLM's.
             tokenizer: its own, to which tokens may be added.
             image_processor: the encoder's.
-            seed: of the new projector's weights.
 
         Raises:
             EncoderError: for a language model that this family cannot have.

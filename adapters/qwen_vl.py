@@ -57,7 +57,7 @@ class QwenVLAdapter(VisionAdapter):
     time_share: ClassVar[int] = 4
 
     def assemble(
-        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object, seed: int
+        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object
     ) -> Assembled | None:
         kind, config_kind, processor_kind, video_kind = self.mllm
         if not isinstance(decoder, self.language_model):
@@ -87,14 +87,11 @@ class QwenVLAdapter(VisionAdapter):
         # positions in three directions are those of a text where they are equal: what was learnt stays true
         model.model.language_model.load_state_dict(decoder.base_model.state_dict(), assign=True)
         model.lm_head = decoder.get_output_embeddings()
-        visual, drawn = model.model.visual, torch.Generator().manual_seed(seed)
-        projectors = [path for path, _ in visual.named_modules() if path.split(".")[0] in self.projector_names]
-        new = {f"{path}.weight" for path in projectors if isinstance(visual.get_submodule(path), torch.nn.Linear)}
-        weights = tower.state_dict()
-        for name in new:
-            shape = visual.get_parameter(name).shape
-            weights[name] = torch.empty(shape).normal_(0.0, text.initializer_range, generator=drawn)
-            weights[name.replace(".weight", ".bias")] = torch.zeros(shape[0])
+        visual, weights = model.model.visual, tower.state_dict()
+        for name, parameter in visual.named_parameters():
+            if weights[name].shape != parameter.shape:
+                # the merger's last layer, as wide as the language model
+                weights[name] = torch.empty(parameter.shape)
         place = {"device": decoder.device, "dtype": decoder.dtype}
         visual.load_state_dict({name: weight.to(**place) for name, weight in weights.items()}, assign=True)
         visual.to(decoder.device)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pivot_plugin.encoders import graft, load_encoder
-from pivot_plugin.encoders.towers import image_processor_of
+from pivot_plugin.encoders.towers import draw_projector, image_processor_of
 from pivot_plugin.errors import ModelError, SettingsError
 from pivot_plugin.training.tower import find_adapter
 
@@ -102,8 +102,9 @@ def assemble(
         )
     template = _template(tokens, chat_template)
     tokens = copy.deepcopy(tokens)
-    made = find_adapter(tower, encoder=True).assemble(decoder, tokens, images, seed)
+    made = find_adapter(tower, encoder=True).assemble(decoder, tokens, images)
     if made is not None:
+        draw_projector(find_adapter(made.model), seed)
         return made.model.eval(), made.processor(_with_images(template, made.image_text))
     tokens.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokens.pad_token is None:

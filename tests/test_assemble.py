@@ -267,6 +267,13 @@ def test_an_extracted_qwen_tower_makes_a_model_of_its_own_family(
     with torch.no_grad():
         ours, theirs = (find_adapter(m).patch_features(inputs)[0].values for m in (model, source))
     assert torch.equal(ours, theirs)
+    # the seed decides the merger, whatever order a process gives its sets
+    drawn = torch.Generator().manual_seed(3)
+    for path in adapter.projector_paths:
+        for module in model.get_submodule(path).modules():
+            if isinstance(module, torch.nn.Linear):
+                expected = torch.empty(module.weight.shape).normal_(0.0, 0.02, generator=drawn)
+                assert torch.equal(module.weight, expected)
     first = model.get_submodule(adapter.projector_paths[0])
     assert all(m.bias.eq(0).all() for m in first.modules() if isinstance(m, torch.nn.Linear))
     pair = row("what?", "a cat", "a dog", picture(60, 90, 2))

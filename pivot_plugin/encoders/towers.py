@@ -1,6 +1,7 @@
 """A vision tower out of one MLLM and into another."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -156,19 +157,40 @@ def _first_layer(
     return weight, bias
 
 
-@torch.no_grad()
-def _initialise(adapter: VisionAdapter, first: tuple[torch.Tensor, torch.Tensor | None] | None, seed: int) -> None:
-    """Draw a new projector's weights, the same for the same seed; put a reused first layer in and freeze it."""
+def draw_projector(adapter: VisionAdapter, seed: int) -> None:
+    """Draw the weights of an MLLM's projector.
+
+    Args:
+        adapter: of the MLLM.
+        seed: the same seed gives the same weights.
+    """
     model = adapter.model
+    layers = [module for path in adapter.projector_paths for module in model.get_submodule(path).modules()]
+    draw([module for module in layers if isinstance(module, nn.Linear)], model, seed)
+
+
+@torch.no_grad()
+def draw(layers: Sequence[nn.Linear], model: PreTrainedModel, seed: int) -> None:
+    """Draw the weights of linear layers as a model's language model is initialised; biases become zero.
+
+    Args:
+        layers: in the order in which they are drawn.
+        model: whose `initializer_range` is the standard deviation.
+        seed: the same seed gives the same weights.
+    """
     spread = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     drawn = torch.Generator().manual_seed(seed)
-    for path in adapter.projector_paths:
-        for module in model.get_submodule(path).modules():
-            if isinstance(module, nn.Linear):
-                values = torch.empty(module.weight.shape).normal_(0.0, spread, generator=drawn)
-                module.weight.copy_(values)
-                if module.bias is not None:
-                    module.bias.zero_()
+    for layer in layers:
+        layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0.0, spread, generator=drawn))
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+@torch.no_grad()
+def _initialise(adapter: VisionAdapter, first: tuple[torch.Tensor, torch.Tensor | None] | None, seed: int) -> None:
+    """Draw a new projector; put a reused first layer in and freeze it."""
+    draw_projector(adapter, seed)
+    model = adapter.model
     if first is None or adapter.projector_first_layer is None:
         return
     layer = model.get_submodule(adapter.projector_first_layer)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from pyarrow.dataset import ParquetFragmentScanOptions
 
+from pivot_plugin._folders import cache_folder
 from pivot_plugin.errors import DataError, SettingsError
 
 from .images import MAX_PIXELS, ImageAccess
@@ -282,8 +283,8 @@ def _zip(path: Path, access: ImageAccess) -> Source:
     """A folder in an archive, unpacked once into the cache; nothing in it may lie outside of it."""
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("PIVOT_CACHE") or Path.home() / ".cache" / "pivot_plugin")
-    target = cache / "archives" / key
+    cache = cache_folder("archives")
+    target = cache / key
     if not target.exists():
         unfinished = target.with_name(f"{key}-{os.getpid()}")
         try:

@@ -20,6 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 
 from pivot_plugin._assemble import assemble
 from pivot_plugin._models import load_model
+from pivot_plugin.encoders.towers import draw
 from pivot_plugin.errors import EncoderError
 
 PROJECTOR = "multi_modal_projector"
@@ -65,16 +66,10 @@ def transplant(
     new = [(layers[-1][0].shape[0], width), *[(width, width)] * (kept - 1)]
     sizes = [(weight.shape[1], weight.shape[0]) for weight, _ in layers] + new
     projector = _stack(sizes).to(device=old.linear_1.weight.device, dtype=old.linear_1.weight.dtype)
-    spread = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
-    drawn = torch.Generator().manual_seed(seed)
     linear = [module for module in projector if isinstance(module, nn.Linear)]
-    for module, layer in zip(linear, [*layers, *[None] * len(new)], strict=True):
-        if layer is not None:
-            _fill(module, layer)
-            continue
-        with torch.no_grad():
-            module.weight.copy_(torch.empty(module.weight.shape).normal_(0.0, spread, generator=drawn))
-            module.bias.zero_()
+    for module, layer in zip(linear, layers, strict=False):
+        _fill(module, layer)
+    draw(linear[kept:], model, seed)
     model.model.multi_modal_projector = projector
     return model, processor
 
