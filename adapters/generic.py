@@ -1,7 +1,8 @@
 """Any transformers MLLM that follows `get_encoder(modality="image")`: asked last, so every family adapter wins."""
 
-from pivot_plugin.hooks import hookimpl
 from transformers import PreTrainedModel
+
+from pivot_plugin.hooks import hookimpl
 
 from .base import VisionAdapter
 

@@ -5,9 +5,10 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from pivot_plugin.hooks import hookimpl
 from transformers import InternVLForConditionalGeneration, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+
+from pivot_plugin.hooks import hookimpl
 
 from .base import ImageFeatures, ImageInputs, VisionAdapter
 

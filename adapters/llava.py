@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from pivot_plugin.hooks import hookimpl
 from transformers import (
     CLIPImageProcessor,
     LlavaForConditionalGeneration,
@@ -19,6 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.utils import ModelOutput
 
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.hooks import hookimpl
 
 from .base import ImageFeatures, ImageInputs, VisionAdapter
 

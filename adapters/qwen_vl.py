@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
-from pivot_plugin.hooks import hookimpl
 from tokenizers import AddedToken
 from transformers import (
     PreTrainedModel,
@@ -32,6 +31,7 @@ from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
 
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.hooks import hookimpl
 
 from .base import Assembled, ImageFeatures, ImageInputs, VisionAdapter
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from pivot_plugin import compare_arms, optimize
-from pivot_plugin._arms import ArmRun, ArmsComparison
 from pivot_plugin.preferences import PairDataset
 from pivot_plugin.probes import features as frozen_features
 from pivot_plugin.probes import probe_patches, subject
 from pivot_plugin.quickstart import scenes, world
+from pivot_plugin.recipes.arms import ArmRun, ArmsComparison
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("sft", "dpo", "mpo", "specs")

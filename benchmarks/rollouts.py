@@ -28,8 +28,8 @@ from rich.table import Table
 from trl import GRPOConfig, GRPOTrainer
 
 from pivot_plugin import PivotGRPOConfig, PivotGRPOTrainer
-from pivot_plugin.training.parts import plan
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.training.plan import plan
 
 from .trainer import PRESETS, RESULTS, llava
 

@@ -51,10 +51,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from pivot_plugin import PivotConfig, PivotTrainer
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing.families import TOKEN, byte_tokenizer, chat_template
 from pivot_plugin.training import forward
-from pivot_plugin.training.parts import plan
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.training.plan import plan
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 3

@@ -2,7 +2,8 @@
 
 Plain pluggy does not isolate plugins: the first that fails to load stops the others, a second distribution with a name
 already taken is skipped in silence, and one raising implementation keeps the rest from being called. So entry points
-are loaded and hooks are called one plugin at a time here.
+are loaded and hooks are called one plugin at a time here. Built-in plugins are imported when one of their hooks is
+first called: who looks for an adapter imports no probe and no trainer.
 """
 
 import logging
@@ -15,22 +16,37 @@ from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 import pluggy
+from pluggy import HookImpl
 
-from pivot_plugin.errors import PivotError, PluginError
+from pivot_plugin.errors import PivotError, PluginError, unknown
 
-from . import specs
+from . import hookspecs
 from .markers import ENTRY_POINT_GROUP
 
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A plugin of this package.
+
+    Attributes:
+        hook: the one it implements.
+        module: where it does.
+    """
+
+    hook: str
+    module: str
+
+
 BUILT_IN = {
-    "published-layouts": "pivot_plugin.preferences.published",
-    "objectives": "pivot_plugin.objectives",
-    "rewards": "pivot_plugin.rewards.lookup",
-    "probes": "pivot_plugin.probes.lookup",
-    "embedded-world": "pivot_plugin.quickstart.sources",
-    "generic": "pivot_plugin.adapters.generic",
-    "llava": "pivot_plugin.adapters.llava",
-    "qwen-vl": "pivot_plugin.adapters.qwen_vl",
-    "internvl": "pivot_plugin.adapters.internvl",
+    "published-layouts": BuiltIn("pivot_preference_layout", "pivot_plugin.data.published"),
+    "objectives": BuiltIn("pivot_objectives", "pivot_plugin.objectives"),
+    "rewards": BuiltIn("pivot_rewards", "pivot_plugin.rewards.lookup"),
+    "probes": BuiltIn("pivot_probes", "pivot_plugin.probes.lookup"),
+    "embedded-world": BuiltIn("pivot_sources", "pivot_plugin.quickstart.sources"),
+    "generic": BuiltIn("pivot_adapter", "pivot_plugin.adapters.generic"),
+    "llava": BuiltIn("pivot_adapter", "pivot_plugin.adapters.llava"),
+    "qwen-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.qwen_vl"),
+    "internvl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.internvl"),
 }
 DISABLE_VARIABLE = "PIVOT_DISABLE_PLUGINS"
 
@@ -58,45 +74,62 @@ class PluginInfo:
 
 @cache
 def manager() -> pluggy.PluginManager:
-    """The one plugin manager of the process, with everything installed and not disabled.
+    """The one plugin manager of the process, with every plugin of other distributions that is not disabled.
 
-    Built-in adapters are registered first and so asked last. A plugin that cannot be loaded is reported in a warning
-    and listed by `installed`; it does not stop the others.
+    A plugin that cannot be loaded is reported in a warning and listed by `installed`; it does not stop the others.
+    Built-in plugins join when a hook of theirs is first called.
     """
     return _load()[0]
 
 
-@cache
 def installed() -> tuple[PluginInfo, ...]:
     """Every plugin found, loaded or not, in the order in which they are asked."""
-    return tuple(reversed(_load()[1]))
+    disabled = _disabled()
+    built_in = [
+        PluginInfo(
+            name,
+            "pivot-plugin",
+            "built in",
+            () if name in disabled else (plugin.hook,),
+            f"disabled by {DISABLE_VARIABLE}" if name in disabled else None,
+        )
+        for name, plugin in BUILT_IN.items()
+    ]
+    return tuple(reversed([*built_in, *_load()[1]]))
+
+
+def _disabled() -> set[str]:
+    return {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
 
 
 @cache
 def _load() -> tuple[pluggy.PluginManager, list[PluginInfo]]:
     plugins = pluggy.PluginManager(ENTRY_POINT_GROUP)
-    plugins.add_hookspecs(specs)
-    disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
-    found = []
-    for name, module in BUILT_IN.items():
-        if name in disabled:
-            found.append(PluginInfo(name, "pivot-plugin", "built in", problem=f"disabled by {DISABLE_VARIABLE}"))
-            continue
-        plugins.register(import_module(module), name)
-        found.append(PluginInfo(name, "pivot-plugin", "built in", _hooks_of(plugins, name)))
+    plugins.add_hookspecs(hookspecs)
+    disabled = _disabled()
+    infos: list[PluginInfo] = []
     for entry, distribution, version in _entry_points():
         if entry.name in disabled:
             problem: str | None = f"disabled by {DISABLE_VARIABLE}"
         else:
-            problem = _register(plugins, entry, {info.name: info.distribution for info in found})
+            taken = dict.fromkeys(BUILT_IN, "pivot-plugin") | {info.name: info.distribution for info in infos}
+            problem = _register(plugins, entry, taken)
             if problem:
                 logger.warning(
                     "Plugin %r of distribution %s %s is left out: %s. Update or uninstall it, or set %s=%s.",
                     *(entry.name, distribution, version, problem, DISABLE_VARIABLE, entry.name),
                 )
         hooks = () if problem else _hooks_of(plugins, entry.name)
-        found.append(PluginInfo(entry.name, distribution, version, hooks, problem))
-    return plugins, found
+        infos.append(PluginInfo(entry.name, distribution, version, hooks, problem))
+    return plugins, infos
+
+
+def _register_built_ins(hook: str) -> None:
+    """Import and register the built-in plugins of one hook, where they are not yet."""
+    plugins, disabled = manager(), _disabled()
+    for name, plugin in BUILT_IN.items():
+        if plugin.hook == hook and name not in disabled and not plugins.has_plugin(name):
+            plugins.register(import_module(plugin.module), name)
 
 
 def _entry_points() -> Iterator[tuple[EntryPoint, str, str]]:
@@ -129,13 +162,12 @@ def _hooks_of(plugins: pluggy.PluginManager, name: str) -> tuple[str, ...]:
     return tuple(sorted(caller.name for caller in callers))
 
 
-def _one_at_a_time(hook: str) -> Iterator[tuple[str, pluggy.HookCaller]]:
-    """Plugins that implement a hook, in calling order, each with a caller for it alone."""
-    plugins = manager()
-    everyone = plugins.get_plugins()
-    for implementation in reversed(getattr(plugins.hook, hook).get_hookimpls()):
-        others = [plugin for plugin in everyone if plugin is not implementation.plugin]
-        yield implementation.plugin_name, plugins.subset_hook_caller(hook, remove_plugins=others)
+def _implementations(hook: str) -> list[HookImpl]:
+    """Who implements a hook, in calling order: the newest plugin first, the built-in ones last."""
+    _register_built_ins(hook)
+    newest_first = getattr(manager().hook, hook).get_hookimpls()[::-1]
+    # the built-in ones join late, and are asked last all the same
+    return sorted(newest_first, key=lambda implementation: implementation.plugin_name in BUILT_IN)
 
 
 def _blame(name: str, hook: str, error: Exception) -> PluginError:
@@ -147,14 +179,14 @@ def _blame(name: str, hook: str, error: Exception) -> PluginError:
     )
 
 
-def _call(name: str, hook: str, caller: pluggy.HookCaller, arguments: dict[str, object]) -> Any:
+def _call(implementation: HookImpl, hook: str, arguments: Mapping[str, object]) -> Any:
     """Call one plugin; what it raises by accident is blamed on it, what it raises on purpose is passed on."""
     try:
-        return caller(**arguments)
+        return implementation.function(*(arguments[name] for name in implementation.argnames))
     except PivotError:
         raise
     except Exception as error:
-        raise _blame(name, hook, error) from error
+        raise _blame(implementation.plugin_name, hook, error) from error
 
 
 def ask(hook: str, **arguments: object) -> object | None:
@@ -164,22 +196,34 @@ def ask(hook: str, **arguments: object) -> object | None:
         PluginError: naming the plugin and its distribution, if an implementation raises; a `PivotError` it raises on
             purpose is passed on as it is.
     """
-    for name, caller in _one_at_a_time(hook):
-        if (answer := _call(name, hook, caller, arguments)) is not None:
+    for implementation in _implementations(hook):
+        if (answer := _call(implementation, hook, arguments)) is not None:
             return answer
     return None
 
 
-def collect(hook: str, **arguments: object) -> list[tuple[str, Any]]:
+def collect(hook: str, *, tolerant: bool = False, **arguments: object) -> list[tuple[str, Any]]:
     """Call a collected hook; return (plugin name, answer) in order of registration, so that later ones may override.
 
+    Args:
+        hook: its name.
+        tolerant: name a plugin that raises in a warning and leave it out, where paid-for work must not be lost.
+        **arguments: of the hook.
+
     Raises:
-        PluginError: as `ask`.
+        PluginError: as `ask`, unless tolerant.
     """
     answers: list[tuple[str, Any]] = []
-    for name, caller in _one_at_a_time(hook):
-        results = _call(name, hook, caller, arguments)
-        answers.extend((name, answer) for answer in results if answer is not None)
+    for implementation in _implementations(hook):
+        try:
+            answer = _call(implementation, hook, arguments)
+        except PivotError as error:
+            if not tolerant:
+                raise
+            logger.warning("%s", error)
+            continue
+        if answer is not None:
+            answers.append((implementation.plugin_name, answer))
     return answers[::-1]
 
 
@@ -189,34 +233,36 @@ def offered(hook: str) -> dict[str, Any]:
     Raises:
         PluginError: as `ask`, or if a plugin offers no mapping.
     """
-    found: dict[str, Any] = {}
-    for name, answer in collect(hook):
+    by_name: dict[str, Any] = {}
+    for plugin, answer in collect(hook):
         if not isinstance(answer, Mapping):
             raise PluginError(
-                f"Plugin {name!r} answered {hook} with a {type(answer).__name__}.",
+                f"Plugin {plugin!r} answered {hook} with a {type(answer).__name__}.",
                 f"It must return a mapping of names to functions; mend or disable it ({DISABLE_VARIABLE}).",
             )
-        found.update(answer)
-    return found
+        by_name.update(answer)
+    return by_name
 
 
-def gather(hook: str, **arguments: object) -> list[tuple[str, Any]]:
-    """As `collect`; a plugin that raises is named in a warning and left out."""
-    answers: list[tuple[str, Any]] = []
-    for name, caller in _one_at_a_time(hook):
-        try:
-            answers.extend((name, answer) for answer in caller(**arguments) if answer is not None)
-        # foreign code after the paid-for work: nothing it raises may lose the result
-        except Exception as error:
-            logger.warning("%s", _blame(name, hook, error))
-    return answers[::-1]
+def named(hook: str, name: str, what: str) -> Any:
+    """What plugins offer under one name through a collected hook.
+
+    Args:
+        hook: its name.
+        name: asked for.
+        what: it is, in a word, for errors: "reward".
+
+    Raises:
+        SettingsError: if nobody offers it, with the nearest names.
+        PluginError: as `offered`.
+    """
+    by_name = offered(hook)
+    if name not in by_name:
+        raise unknown(what, name, by_name)
+    return by_name[name]
 
 
 def notify(hook: str, **arguments: object) -> None:
     """Call a notified hook on every plugin; one that raises is named in a warning and does not stop the rest."""
-    for name, caller in _one_at_a_time(hook):
-        try:
-            caller(**arguments)
-        # foreign code after the paid-for work: nothing it raises may lose the run
-        except Exception as error:
-            logger.warning("%s", _blame(name, hook, error))
+    # foreign code after the paid-for work: nothing it raises may lose the run
+    collect(hook, tolerant=True, **arguments)

@@ -18,21 +18,39 @@ __version__ = "0.1.0"
 
 # In the source tree hooks/ and adapters/ stand beside this folder; the wheel has them inside it.
 _source_tree = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / "specs.py").exists():
+if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / "hookspecs.py").exists():
     __path__.append(str(_source_tree))
 
 if TYPE_CHECKING:
-    from pivot_plugin._arms import ArmsComparison, compare_arms
-    from pivot_plugin._assemble import assemble
-    from pivot_plugin._compare import Comparison, compare
-    from pivot_plugin._instruct import InstructResult, align, instruct
-    from pivot_plugin._optimize import PivotResult, optimize
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
     from pivot_plugin.encoders import extract_encoder, graft, list_encoders, load_encoder, publish, verify
+    from pivot_plugin.encoders.assemble import assemble
     from pivot_plugin.errors import PivotError
-    from pivot_plugin.training.rollouts import PivotGRPOTrainer, PivotRLOOTrainer
-    from pivot_plugin.training.trainer import PivotTrainer
+    from pivot_plugin.probes.comparison import Comparison, compare
+    from pivot_plugin.recipes.arms import ArmsComparison, compare_arms
+    from pivot_plugin.runs.instruct import InstructResult, align, instruct
+    from pivot_plugin.runs.optimize import optimize
+    from pivot_plugin.runs.result import PivotResult
+    from pivot_plugin.training.pair_trainer import PivotTrainer
+    from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer
 
+# where each public name lives; the block above and the list below repeat it for type checkers and a
+# test compares the three
+_HOME = {
+    "config": ("PivotConfig", "PivotGRPOConfig", "PivotRLOOConfig"),
+    "encoders": ("extract_encoder", "graft", "list_encoders", "load_encoder", "publish", "verify"),
+    "encoders.assemble": ("assemble",),
+    "errors": ("PivotError",),
+    "probes.comparison": ("Comparison", "compare"),
+    "recipes.arms": ("ArmsComparison", "compare_arms"),
+    "runs.instruct": ("InstructResult", "align", "instruct"),
+    "runs.optimize": ("optimize",),
+    "runs.result": ("PivotResult",),
+    "training.pair_trainer": ("PivotTrainer",),
+    "training.rollout_trainer": ("PivotGRPOTrainer", "PivotRLOOTrainer"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_PACKAGES = ("preferences", "probes", "recipes", "rewards")
 __all__ = [
     "ArmsComparison",
     "Comparison",
@@ -59,41 +77,13 @@ __all__ = [
     "verify",
 ]
 
-_HOME = {
-    "ArmsComparison": "_arms",
-    "InstructResult": "_instruct",
-    "align": "_instruct",
-    "instruct": "_instruct",
-    "assemble": "_assemble",
-    "Comparison": "_compare",
-    "compare": "_compare",
-    "PivotGRPOConfig": "config",
-    "PivotGRPOTrainer": "training.rollouts",
-    "PivotRLOOConfig": "config",
-    "PivotRLOOTrainer": "training.rollouts",
-    "compare_arms": "_arms",
-    "PivotConfig": "config",
-    "PivotError": "errors",
-    "PivotResult": "_optimize",
-    "PivotTrainer": "training.trainer",
-    "extract_encoder": "encoders",
-    "graft": "encoders",
-    "list_encoders": "encoders",
-    "load_encoder": "encoders",
-    "publish": "encoders",
-    "verify": "encoders",
-    "optimize": "_optimize",
-}
-
-_PACKAGES = ("preferences", "probes", "recipes", "rewards")
-
 
 def __getattr__(name: str) -> object:
     if name in _PACKAGES:
         return import_module(f".{name}", __name__)
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

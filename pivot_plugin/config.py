@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.rewards.guard import TIME_LIMIT_S
 
 Train = Literal["encoder", "encoder+projector", "language_model", "projector", "projector+language_model", "all"]
 TRAIN_CHOICES: tuple[Train, ...] = get_args(Train)
@@ -17,6 +16,8 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+# of one call of a reward
+TIME_LIMIT_S = 60.0
 PARTS = ("encoder", "projector", "language_model")
 
 

@@ -10,6 +10,11 @@ PivotError
 +-- PublishError     the Hub refused or failed; its text says whether anything is changed there
 """
 
+import difflib
+from collections.abc import Iterable
+
+LISTED = 14
+
 
 class PivotError(Exception):
     """Base of all errors raised on purpose.
@@ -65,3 +70,21 @@ class EncoderError(PivotError):
 
 class PublishError(PivotError):
     """Publishing on the Hub did not work; the finding says what stands there now."""
+
+
+def unknown(what: str, name: object, known: Iterable[object], finding: str = "") -> SettingsError:
+    """The error for a name that nobody knows, with the nearest ones, or all there are.
+
+    Args:
+        what: kind of thing that is named, in a word: "reward".
+        name: as given.
+        known: names there are.
+        finding: said instead of "There is no <what> <name>.".
+    """
+    names = [str(other) for other in known]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    listed = ", ".join(sorted(names)[:LISTED]) + (", ..." if len(names) > LISTED else "")
+    return SettingsError(
+        finding or f"There is no {what} {name!r}.",
+        f"Did you mean {' or '.join(near)}?" if near else f"There are {listed or 'none'}.",
+    )

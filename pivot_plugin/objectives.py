@@ -4,14 +4,13 @@ Notation: r(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of the an
 the logistic function. Any loss type of TRL is an objective under its own name too.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 from trl import DPOConfig
 
-from pivot_plugin.errors import SettingsError
-from pivot_plugin.hooks import collect, hookimpl
-from pivot_plugin.types import ObjectivePreset
+from pivot_plugin.errors import SettingsError, unknown
+from pivot_plugin.hooks import hookimpl, offered
+from pivot_plugin.hooks.types import ObjectivePreset
 
 
 def dpo() -> ObjectivePreset:
@@ -142,9 +141,7 @@ def resolve(objective: str | Sequence[str]) -> ObjectivePreset:
     Raises:
         SettingsError: for an unknown name, with the nearest ones.
     """
-    presets: dict[str, ObjectivePreset] = {}
-    for _, offered in collect("pivot_objectives"):
-        presets.update(offered)
+    presets = offered("pivot_objectives")
     if isinstance(objective, str) and objective in presets:
         return presets[objective]
     names = [objective] if isinstance(objective, str) else list(objective)
@@ -155,10 +152,5 @@ def resolve(objective: str | Sequence[str]) -> ObjectivePreset:
                     f"{name!r} is a preset, and presets cannot stand in a list.",
                     f"Give it alone, or the loss types it stands for: {presets[name].get('loss_type')}.",
                 )
-            known = [*presets, *loss_types()]
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-            raise SettingsError(
-                f"There is no objective {name!r}.",
-                f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}.",
-            )
+            raise unknown("objective", name, [*presets, *loss_types()])
     return {"loss_type": names}

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pivot_plugin"}
-    for wanted in ("hooks/specs.py", "adapters/llava.py", "py.typed", "quickstart/first_stage.safetensors"):
+    for wanted in ("hooks/hookspecs.py", "adapters/llava.py", "py.typed", "quickstart/first_stage.safetensors"):
         assert f"pivot_plugin/{wanted}" in names
     sources = {p.relative_to(ROOT / "pivot_plugin") for p in (ROOT / "pivot_plugin").rglob("*.py")}
     for source in sources:
@@ -47,8 +47,8 @@ def test_sub_packages_import_after_a_plain_install(wheel: Path, folder: str, tmp
     zipfile.ZipFile(wheel).extractall(target)
     code = """
 import pivot_plugin, pivot_plugin.hooks, pivot_plugin.adapters.llava, pivot_plugin.training.forest
-from pivot_plugin.hooks import manager
-assert {"llava", "qwen-vl", "internvl", "generic"} <= {name for name, _ in manager().list_name_plugin()}
+from pivot_plugin.hooks import installed
+assert {"llava", "qwen-vl", "internvl", "generic"} <= {info.name for info in installed() if not info.problem}
 print(pivot_plugin.__file__)
 """
     # -S leaves out the environment's editable install, whose finder would hide what this is about
@@ -78,3 +78,27 @@ def test_every_public_name_exists_and_unknown_ones_do_not() -> None:
         assert getattr(pivot_plugin, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'optimise'"):
         pivot_plugin.optimise  # noqa: B018
+
+
+def test_names_are_written_alike_for_users_and_for_type_checkers() -> None:
+    import ast
+    from importlib import import_module
+
+    import pivot_plugin
+    from pivot_plugin import encoders
+
+    for package in (pivot_plugin, encoders):
+        tree = ast.parse(Path(str(package.__file__)).read_text())
+        block = next(
+            node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        typed = {
+            alias.name: import_module(f"{'.' * node.level}{node.module}", package.__name__)
+            for node in block.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert sorted(typed) == package.__all__
+        assert {name: getattr(module, name) for name, module in typed.items()} == {
+            name: getattr(package, name) for name in package.__all__
+        }

@@ -4,10 +4,11 @@ Install it beside pivot-plugin (`pip install ./examples/own_adapter`) and `pivot
 """
 
 import torch
-from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.hooks import hookimpl
 from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
 from transformers.utils import ModelOutput
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.hooks import hookimpl
 
 
 class VipLlavaAdapter(VisionAdapter):

@@ -105,7 +105,7 @@ def graft(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise SettingsError(f"Folder {str(output_dir)!r} is not empty.", "Choose another folder, or empty it.")
     import pivot_plugin as pivot
-    from pivot_plugin._models import load_model
+    from pivot_plugin.models.loading import load_model
 
     loaded, processor = load_model(model, None)
     pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ def check(
     pivot prefs check ./pairs --processor llava-hf/llava-1.5-7b-hf
     """
     named = dict(_named(text) for text in columns or [])
-    from pivot_plugin.preferences import check as look
+    from pivot_plugin.data.checking import check as look
 
     report = look(source, _processor(processor), split=split, columns=named or None, allow_urls=allow_urls)
     print(json.dumps(report.as_dict()) if as_json else report)
@@ -62,8 +62,11 @@ def build(
     pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
     """
     weighted = [reward_weight(text) for text in rewards or ["accuracy"]]
-    from pivot_plugin._models import load_model
-    from pivot_plugin.preferences import load_questions, rank, sample, save
+    from pivot_plugin.data.questions import load_questions
+    from pivot_plugin.data.storage import save
+    from pivot_plugin.generation.ranking import rank
+    from pivot_plugin.generation.sampling import sample
+    from pivot_plugin.models.loading import load_model
     from pivot_plugin.rewards import resolve_rewards
 
     functions = resolve_rewards([name for name, _ in weighted])
@@ -105,7 +108,7 @@ def push(
 
     pivot prefs push out/pairs me/my-pairs
     """
-    from pivot_plugin.preferences import push as upload
+    from pivot_plugin.data.storage import push as upload
 
     print(upload(folder, repo_id, private=private or None))
 

@@ -1,12 +1,26 @@
-"""Encoders: out of an MLLM, onto disk, onto the Hub, back, and into another MLLM."""
+"""Encoders: out of an MLLM, onto disk, onto the Hub, back, and into another MLLM.
 
-from .listing import list_encoders
-from .loading import load_encoder
-from .publishing import Publication, publish
-from .record import Origin
-from .store import save_encoder, save_lora
-from .towers import extract_encoder, graft
-from .verification import Verification, verify
+towers.py                            extract and graft, in memory
+assemble.py                          an MLLM made of an encoder and a language model
+store.py record.py signature.py      the folder: written, its provenance, and how a copy is known
+card.py                              the model card
+loading.py verification.py           read and checked
+publishing.py listing.py secrets.py  the Hub
+
+A name is imported when it is first used: who loads an encoder needs nothing of what publishes one.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .listing import list_encoders
+    from .loading import load_encoder
+    from .publishing import Publication, publish
+    from .record import Origin
+    from .store import save_encoder, save_lora
+    from .towers import extract_encoder, graft
+    from .verification import Verification, verify
 
 __all__ = [
     "Origin",
@@ -21,3 +35,23 @@ __all__ = [
     "save_lora",
     "verify",
 ]
+
+_MODULE_OF = {
+    "Origin": "record",
+    "Publication": "publishing",
+    "Verification": "verification",
+    "extract_encoder": "towers",
+    "graft": "towers",
+    "list_encoders": "listing",
+    "load_encoder": "loading",
+    "publish": "publishing",
+    "save_encoder": "store",
+    "save_lora": "store",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

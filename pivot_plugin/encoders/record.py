@@ -7,10 +7,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pivot_plugin._provenance import plain_name
+from pivot_plugin import __version__
 from pivot_plugin.errors import EncoderError
 
 PROVENANCE = "pivot.json"
@@ -150,3 +151,20 @@ def _depth(value: Any) -> int:
     if isinstance(value, list):
         return 1 + max(map(_depth, value), default=0)
     return 0
+
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
+
+
+def plain_name(source: object) -> str:
+    """A Hub id as it is, of a local path its last part, and nothing for what has no name."""
+    text = str(source) if isinstance(source, str | Path) else ""
+    path = Path(text)
+    if not text or path.is_absolute() or text.startswith((".", "~")) or path.exists():
+        return path.name
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of the libraries that decide what it computes."""
+    return {"pivot_plugin": __version__} | {name: version(name) for name in LIBRARIES}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.models.find import find_adapter
 
 # numbers kept of each picture's mean feature vector
 KEPT = 64

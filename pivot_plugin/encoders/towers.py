@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import EncoderError, SettingsError
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.models.find import find_adapter
 
 from .record import origin_of
 

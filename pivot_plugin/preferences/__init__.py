@@ -9,14 +9,16 @@ engines.py sampling.py               completions drawn from a model
 ranking.py distillation.py           completions into pairs
 """
 
-from .checking import CheckReport, check
-from .conversations import ConversationDataset, load_conversations
-from .distillation import self_distill
-from .pairs import OnBadRow, PairDataset, PairStream, QuestionDataset, load, load_questions
-from .ranking import rank
-from .sampling import sample
-from .split import hold_out
-from .storage import push, save
+from pivot_plugin.data.checking import CheckReport, check
+from pivot_plugin.data.conversations import ConversationDataset, load_conversations
+from pivot_plugin.data.pairs import PairDataset, PairStream, load
+from pivot_plugin.data.questions import QuestionDataset, load_questions
+from pivot_plugin.data.rows import OnBadRow
+from pivot_plugin.data.split import hold_out
+from pivot_plugin.data.storage import push, save
+from pivot_plugin.generation.distillation import self_distill
+from pivot_plugin.generation.ranking import rank
+from pivot_plugin.generation.sampling import sample
 
 __all__ = [
     "CheckReport",

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pivot_plugin._models import empty_model
 from pivot_plugin.errors import ModelError, SettingsError, TrainingError
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.loading import empty_model
 
 # arXiv 2510.16333, table T and appendix E.2, by lmms-eval's names
 GROUPS = {

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_plugin.data.questions import load_questions
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.preferences import load_questions
-from pivot_plugin.preferences.engines import Sampling, TransformersEngine
+from pivot_plugin.generation.engines import Sampling, TransformersEngine
 
 
 def pass_at_k(correct: Sequence[int], samples: int | Sequence[int], k: int) -> float:

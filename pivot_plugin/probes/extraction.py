@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from pivot_plugin._folders import cache_folder
 from pivot_plugin.adapters import ImageFeatures
+from pivot_plugin.data.images import ImageAccess, content_key
 from pivot_plugin.errors import DataError, ModelError, SettingsError
-from pivot_plugin.fingerprints import model_fingerprint
-from pivot_plugin.preferences.images import ImageAccess, content_key
+from pivot_plugin.files import cache_folder
+from pivot_plugin.models.fingerprints import model_fingerprint
 
 from .subjects import Subject, subject
 

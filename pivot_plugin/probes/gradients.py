@@ -18,12 +18,12 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import ImageFeatures, VisionAdapter
+from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.objectives import learning_rate as default_rate
-from pivot_plugin.preferences import PairDataset, load
 from pivot_plugin.training.batch import ForestBatch, ForestCollator
 from pivot_plugin.training.forward import answering, takes_trees
-from pivot_plugin.training.parts import plan
+from pivot_plugin.training.plan import plan
 
 from .scores import ProbeResult, score_of
 from .subjects import Subject, subject

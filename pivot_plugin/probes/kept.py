@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pivot_plugin._folders import write_whole
+from pivot_plugin.files import write_whole
 
 from .gradients import PairSaliency
 from .scores import ProbeResult, Score

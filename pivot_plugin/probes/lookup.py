@@ -1,15 +1,19 @@
 """Probes by name: the built-in ones and those of plugins, with the data they are to be run on."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.hooks import hookimpl, offered
-from pivot_plugin.types import Probe
+from pivot_plugin.hooks import hookimpl, named, offered
+from pivot_plugin.hooks.types import Probe
 
+from .gradients import pointing_game, saliency
+from .linear import linear_probe, prototype_probe
+from .neighbours import alignment
+from .questions import vqa
 from .scores import ProbeResult, as_result
+from .segmentation import segmentation_probe
 from .subjects import Subject
 
 NEED_MLLM = ("saliency", "pointing", "vqa")
@@ -35,13 +39,6 @@ Runner = Callable[[Subject], ProbeResult]
 
 @hookimpl
 def pivot_probes() -> Mapping[str, Probe]:
-    # the manager reads this module before the rest of the package can be
-    from .gradients import pointing_game, saliency
-    from .linear import linear_probe, prototype_probe
-    from .neighbours import alignment
-    from .questions import vqa
-    from .segmentation import segmentation_probe
-
     return {
         "linear": linear_probe,
         "prototype": prototype_probe,
@@ -73,8 +70,7 @@ def runners(probes: Mapping[str, object]) -> dict[str, Runner]:
     """
     if not probes:
         raise SettingsError("No probe is given.", f"Give one or more of {', '.join(sorted(available()))} with data.")
-    known = available()
-    return {label: _runner(label, given, known) for label, given in probes.items()}
+    return {label: _runner(label, given) for label, given in probes.items()}
 
 
 def needs_mllm(label: str, given: object) -> bool:
@@ -83,18 +79,12 @@ def needs_mllm(label: str, given: object) -> bool:
     return isinstance(name, str) and name in NEED_MLLM
 
 
-def _runner(label: str, given: object, known: Mapping[str, Probe]) -> Runner:
+def _runner(label: str, given: object) -> Runner:
     if callable(given):
         return lambda who: as_result(label, given(who))
     probing = given if isinstance(given, Probing) else Probing(label, given)
     probe = probing.probe
     if isinstance(probe, str):
-        if probe not in known:
-            near = difflib.get_close_matches(probe, known, n=3, cutoff=0.5)
-            raise SettingsError(
-                f"There is no probe {probe!r}.",
-                f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(sorted(known))}.",
-            )
-        probe = known[probe]
+        probe = named("pivot_probes", probe, "probe")
     run = probe
     return lambda who: as_result(label, run(who, probing.data, **probing.options))

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pivot_plugin.data.questions import load_questions
 from pivot_plugin.errors import DataError
-from pivot_plugin.preferences import load_questions
-from pivot_plugin.preferences.engines import TransformersEngine
-from pivot_plugin.preferences.grading import graded
+from pivot_plugin.generation.engines import TransformersEngine
+from pivot_plugin.generation.grading import graded
 from pivot_plugin.rewards.guard import Scorer
 from pivot_plugin.rewards.lookup import needs_answer
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.preferences.images import ImageAccess
 
 from .data import PRESETS, Masked, masked_images
 from .extraction import Features, encoder_size, features

@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedModel, ProcessorMixin
 
-from pivot_plugin._folders import RUN_FILE
-from pivot_plugin._models import load_model
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import load_encoder
 from pivot_plugin.encoders.record import PROVENANCE
 from pivot_plugin.errors import EncoderError, ModelError
-from pivot_plugin.training.tower import check_processor, find_adapter
+from pivot_plugin.files import RUN_FILE
+from pivot_plugin.models.find import check_processor, find_adapter
+from pivot_plugin.models.loading import load_model
 
 
 @dataclass(frozen=True)

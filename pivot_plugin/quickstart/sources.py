@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 
 from pivot_plugin.hooks import hookimpl
 
+from . import miniature
+
 
 @hookimpl
 def pivot_sources() -> Mapping[str, Callable[..., object]]:
-    # the manager reads this module before the rest of the package can be
-    from . import miniature
-
     return {
         "embedded-encoder": miniature.encoder,
         "embedded-language-model": miniature.language_model,

@@ -6,10 +6,10 @@ file.py inputs.py *.yaml        the latter as a file
 plan.py stages.py transplant.py what it costs, a stage's folder, and the encoder in a new MLLM
 """
 
+from .cold_start import SpecsResult, Stage, specs
 from .file import PivotRecipe, load_recipe, ready_recipe
 from .pipeline import EncoderScore, RecipeResult, pivot, run_recipe
 from .plan import Plan, plan_recipe
-from .specs import SpecsResult, Stage, specs
 
 __all__ = [
     "EncoderScore",

@@ -1,6 +1,5 @@
 """A recipe as a file: read with the lines of its keys, so that a wrong one is named where it stands."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from pivot_plugin.config import InstructConfig, PivotConfig
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import SettingsError, unknown
 from pivot_plugin.objectives import ONLINE, resolve
 
 SeedsFrom = Literal["assemble", "optimize", "transplant"]
@@ -190,12 +189,8 @@ def _walk(
         known = set(allowed)
         inside = allowed.get(key, allowed.get("*")) if isinstance(allowed, dict) else None
         if key not in known and "*" not in known:
-            near = difflib.get_close_matches(key, known, n=2)
             whose = f"{'.'.join(path)} has" if path else "a recipe has"
-            raise SettingsError(
-                f"{name}, line {line}: {whose} no key {key!r}.",
-                f"Did you mean {' or '.join(near)}?" if near else f"Its keys are {_listed(known)}.",
-            )
+            raise unknown("key", key, known, f"{name}, line {line}: {whose} no key {key!r}.")
         if not isinstance(value, yaml.MappingNode) or key in _OPEN:
             continue
         if inside is None and path and key not in ("options",):
@@ -203,11 +198,6 @@ def _walk(
         # what a plugin's maker takes is its own affair
         plugins = inside is _DATA and any(str(k.value) == "source" for k, _ in value.value)
         _walk(value, at, None if plugins else inside, name, lines)
-
-
-def _listed(known: set[str]) -> str:
-    shown = sorted(known)
-    return ", ".join(shown) if len(shown) <= 14 else f"{', '.join(shown[:14])}, ..."
 
 
 def _places(error: SettingsError, lines: Mapping[tuple[str, ...], int]) -> list[tuple[str, ...]]:

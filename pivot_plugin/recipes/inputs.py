@@ -1,15 +1,15 @@
 """What a recipe names, opened: data by path, Hub id or a plugin's maker, encoders and language models likewise."""
 
-import difflib
 import random
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate import PartialState
 
+from pivot_plugin.data.conversations import ConversationDataset, load_conversations
+from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.hooks import offered
-from pivot_plugin.preferences import ConversationDataset, PairDataset, load, load_conversations
+from pivot_plugin.hooks import named
 
 
 def made(spec: Mapping[str, Any]) -> Any:
@@ -21,17 +21,11 @@ def made(spec: Mapping[str, Any]) -> Any:
     Raises:
         SettingsError: for a name no plugin offers, or options it does not take.
     """
-    makers = offered("pivot_sources")
     name = str(spec["source"])
-    if name not in makers:
-        near = difflib.get_close_matches(name, makers, n=2)
-        raise SettingsError(
-            f"There is no source {name!r}.",
-            f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(sorted(makers))}.",
-        )
+    maker = named("pivot_sources", name, "source")
     options = {key: value for key, value in spec.items() if key not in ("source", "rows")}
     try:
-        return makers[name](**options)
+        return maker(**options)
     except TypeError as error:
         raise SettingsError(f"Source {name!r}: {error}.", "Give the options it takes.") from error
 

@@ -26,22 +26,22 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from pivot_plugin._assemble import assemble
-from pivot_plugin._compare import Comparison, compare
-from pivot_plugin._folders import read_record, write_whole
-from pivot_plugin._instruct import MODEL_FOLDER, align, instruct
-from pivot_plugin._models import load_model
-from pivot_plugin._optimize import optimize
-from pivot_plugin._provenance import tower_facts
+from pivot_plugin.data.conversations import ConversationDataset
 from pivot_plugin.encoders import load_encoder
+from pivot_plugin.encoders.assemble import assemble
 from pivot_plugin.encoders.store import save_encoder
 from pivot_plugin.encoders.towers import image_processor_of
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.hooks import offered
-from pivot_plugin.preferences import ConversationDataset
+from pivot_plugin.files import read_record, write_whole
+from pivot_plugin.hooks import named
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.loading import load_model
 from pivot_plugin.probes.benchmarks import run_benchmarks
+from pivot_plugin.probes.comparison import Comparison, compare
 from pivot_plugin.probes.lookup import NEED_MLLM, Probing, runners
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.runs.instruct import MODEL_FOLDER, align, instruct
+from pivot_plugin.runs.optimize import optimize
+from pivot_plugin.training.cost import tower_facts
 
 from . import inputs
 from .file import CONTROLS, PivotRecipe, described, load_recipe
@@ -262,11 +262,10 @@ class _Run:
         self._look()
 
     def _check_names(self) -> None:
-        named = [self.recipe.encoder, self.recipe.language_model, (self.recipe.transplant or {}).get("language_model")]
-        makers = offered("pivot_sources")
-        for spec in named:
-            if isinstance(spec, Mapping) and spec.get("source") not in makers:
-                raise SettingsError(f"There is no source {spec.get('source')!r}.", f"There are {', '.join(makers)}.")
+        specs = [self.recipe.encoder, self.recipe.language_model, (self.recipe.transplant or {}).get("language_model")]
+        for spec in specs:
+            if isinstance(spec, Mapping):
+                named("pivot_sources", str(spec.get("source")), "source")
         probes = {**self.recipe.evaluate}
         if isinstance(select := self.recipe.optimize.get("select"), Mapping):
             probes["select"] = select

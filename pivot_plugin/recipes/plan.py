@@ -10,12 +10,13 @@ from typing import Any
 
 from accelerate import PartialState
 
-from pivot_plugin._instruct import ALIGN, GLOBAL_BATCH, INSTRUCT, align, instruct
-from pivot_plugin._models import load_model
-from pivot_plugin._optimize import optimize
-from pivot_plugin._settings import configuration, instruct_configuration
 from pivot_plugin.config import TowerConfig
-from pivot_plugin.preferences import ConversationDataset, PairDataset
+from pivot_plugin.data.conversations import ConversationDataset
+from pivot_plugin.data.pairs import PairDataset
+from pivot_plugin.models.loading import load_model
+from pivot_plugin.runs.instruct import ALIGN, GLOBAL_BATCH, INSTRUCT, align, instruct
+from pivot_plugin.runs.optimize import optimize
+from pivot_plugin.runs.settings import configuration, instruct_configuration
 
 from .file import PivotRecipe
 from .inputs import accumulated, declared_rows

@@ -10,8 +10,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from pivot_plugin._folders import write_whole
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
 
-from pivot_plugin._assemble import assemble
-from pivot_plugin._models import load_model
+from pivot_plugin.encoders.assemble import assemble
 from pivot_plugin.encoders.towers import draw
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.models.loading import load_model
 
 PROJECTOR = "multi_modal_projector"
 PROJECTOR_FILE = "projector.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 
 from pivot_plugin import __version__
-from pivot_plugin._compare import COMPARISON_FILE, Comparison
-from pivot_plugin._folders import write_whole
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.files import write_whole
+from pivot_plugin.probes.comparison import COMPARISON_FILE, Comparison
 from pivot_plugin.probes.gradients import PairSaliency
 from pivot_plugin.probes.scores import apart
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pivot_plugin._folders import RUN_FILE, last_checkpoint, read_record
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.files import RUN_FILE, read_record
 from pivot_plugin.probes.kept import kept
 from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.training.checkpoints import last_checkpoint
 
 # Images seen in pre-training, by the type of the tower. SigLIP: Zhai et al. 2023 (arXiv 2303.15343), section 4, and
 # Tschannen et al. 2025 (arXiv 2502.14786), section 2 for SigLIP 2: 40 billion. CLIP: Radford et al. 2021

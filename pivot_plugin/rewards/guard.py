@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pivot_plugin.config import TIME_LIMIT_S
 from pivot_plugin.errors import PivotError, SettingsError, TrainingError
 
 from .lookup import resolve_rewards
 from .text import completion_text
-
-TIME_LIMIT_S = 60.0
 
 
 def _shown(index: int, completions: Sequence[object]) -> str:

@@ -1,13 +1,12 @@
 """Rewards by name: the built-in ones and those of plugins."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.hooks import hookimpl, offered
-from pivot_plugin.types import RewardFunction
+from pivot_plugin.hooks import hookimpl, named, offered
+from pivot_plugin.hooks.types import RewardFunction
 
 from . import answers, form, overlap
 
@@ -54,8 +53,10 @@ def resolve_rewards(rewards: str | Callable[..., object] | Sequence[object]) -> 
     listed = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     if not listed:
         raise SettingsError("No reward is given.", f"Give one or more of {', '.join(sorted(available()))}.")
-    known = available()
-    return [_found(reward, known) if isinstance(reward, str) and not _is_model(reward) else reward for reward in listed]
+    return [
+        named("pivot_rewards", reward, "reward") if isinstance(reward, str) and not _is_model(reward) else reward
+        for reward in listed
+    ]
 
 
 def _is_model(name: str) -> bool:
@@ -94,13 +95,3 @@ def needs_answer(rewards: Sequence[object], questions: Questions) -> None:
                 "Give every question an 'answer', or use rewards that need none, such as 'format'.",
                 "no answer",
             )
-
-
-def _found(name: str, known: Mapping[str, RewardFunction]) -> RewardFunction:
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    raise SettingsError(
-        f"There is no reward {name!r}.",
-        f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(sorted(known))}.",
-    )

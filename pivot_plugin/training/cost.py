@@ -83,3 +83,15 @@ def metered(adapter: VisionAdapter) -> Iterator[Cost]:
         unit = 1 if sys.platform == "darwin" else 1024
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         cost.peak_memory = torch.cuda.max_memory_allocated() if on_gpu else own
+
+
+def tower_facts(adapter: VisionAdapter) -> dict[str, object]:
+    """Size and depth of a vision tower, for the account of what a run costs."""
+    config = adapter.tower.config
+    sizes = [getattr(config, name, None) for name in ("image_size", "patch_size")]
+    image, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
+    return {
+        "parameters": sum(p.numel() for p in adapter.tower.parameters()),
+        "model_type": config.model_type,
+        "patches": (int(image) // int(patch)) ** 2 if image and patch else None,
+    }

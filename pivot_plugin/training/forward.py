@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.image_features import repeated_features
+from pivot_plugin.models.image_features import repeated_features
 
 from .batch import ForestBatch
 from .forest import Forest, attention_mask, block_mask, per_sequence

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from pivot_plugin._models import empty_model
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.preferences.layout import normalise
+from pivot_plugin.data.layout import normalise
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.loading import empty_model
 
 from .batch import ForestCollator
 from .forward import takes_trees
-from .tower import find_adapter
 
 
 def inspect_model(name: str) -> dict[str, Any]:

@@ -19,19 +19,16 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
 )
-from transformers.training_args import TrainingArguments
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
-from pivot_plugin.errors import ModelError, SettingsError, TrainingError
-from pivot_plugin.hooks import ask
+from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.models.find import check_processor, find_adapter
 
 from . import forward
-from .parts import TrainingPlan, count_parameters, original_name, plan, unwrapped
+from .gradient_check import GradientCheck
+from .plan import TrainingPlan, count_parameters, original_name, plan, unwrapped
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -86,7 +83,7 @@ class TowerTraining(Trainer):
         return self.plan.lora
 
     def _watch_training(self) -> None:
-        self.add_callback(_GradientCheck(self))
+        self.add_callback(GradientCheck(self))
         if self._through_forest:
             self.add_callback(Watch(self.beta))
         if self.args.patience is not None and self.args.eval_strategy != "no" and self.args.metric_for_best_model:
@@ -178,104 +175,3 @@ def _own_names(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del model.__dict__["save_pretrained"]
-
-
-def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter:
-    """The adapter of a model's family, from the newest plugin that knows it.
-
-    Args:
-        model: the MLLM.
-        encoder: whether a stand-alone encoder will do.
-
-    Raises:
-        ModelError: if no plugin knows the model, or it is an encoder where an MLLM is wanted.
-        PluginError: if a plugin raises.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"The model is a {type(model).__name__}, not a transformers PreTrainedModel.",
-            "Load it with a transformers class such as LlavaForConditionalGeneration.",
-        )
-    adapter = ask("pivot_adapter", model=model)
-    if adapter is None:
-        raise ModelError(
-            f"No adapter knows {type(model).__name__}.", "Install a plugin for its family; `pivot adapters` lists them."
-        )
-    if not isinstance(adapter, VisionAdapter):
-        raise ModelError(
-            f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
-            "It should return a VisionAdapter or None.",
-        )
-    if not adapter.tower_path and not encoder:
-        raise ModelError(
-            f"{type(model).__name__} is an encoder by itself and has no language model.",
-            "Pass a multimodal model such as LlavaForConditionalGeneration.",
-        )
-    return adapter
-
-
-def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAdapter) -> None:
-    """Refuse a processor that does not belong to a model.
-
-    Raises:
-        ModelError: naming what does not fit.
-    """
-    remedy = "Pass the processor the model was published with: AutoProcessor.from_pretrained(<same id>)."
-    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
-        raise ModelError(f"The processor is a {type(processor).__name__}, without an image processor.", remedy)
-    marker = getattr(processor, "image_token", None)
-    token = processor.tokenizer.convert_tokens_to_ids(marker) if marker else None
-    if token != adapter.image_token_id:
-        raise ModelError(
-            f"{type(processor).__name__} does not belong to {type(model).__name__}: its image token {marker!r} is "
-            f"{token}, the model's is {adapter.image_token_id}.",
-            remedy,
-        )
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(processor.tokenizer) > embeddings:
-        raise ModelError(
-            f"The tokenizer of {type(processor).__name__} has {len(processor.tokenizer)} tokens, "
-            f"{type(model).__name__} embeds only {embeddings}.",
-            remedy,
-        )
-
-
-class _GradientCheck(TrainerCallback):
-    """Gradients are finite at every step, and after the first that saw an image every part that trains has one."""
-
-    def __init__(self, trainer: TowerTraining) -> None:
-        self._trainer = trainer
-        self._done = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            print(self._trainer.parameter_table())
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self._trainer
-        rows, trainer._rows_of_step = trainer._rows_of_step, []
-        # with fp16 the gradient scaler meets infinite gradients and lowers its scale
-        if not args.fp16:
-            gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-            if gradients and not torch.isfinite(norm := torch.nn.utils.get_total_norm(gradients)):
-                raise trainer._not_finite(f"The gradient became {norm.item()}", rows)
-        if self._done or not trainer.saw_images:
-            return
-        self._done = True
-        reached: dict[str, bool] = {}
-        for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-            if parameter.requires_grad:
-                part = trainer.adapter.part_of(original_name(name))
-                reached[part] = reached.get(part, False) or bool(
-                    parameter.grad is not None and parameter.grad.abs().max() > 0
-                )
-        if deaf := [part for part, found in reached.items() if not found]:
-            raise TrainingError(
-                f"After the first step the {' and the '.join(deaf)} got no gradient at all, although it should train.",
-                "The loss does not reach it: check that the model uses its images, that gradient checkpointing keeps "
-                "gradients, and that the adapter names the right modules (`pivot inspect`).",
-            )

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from pivot_plugin.data.layout import normalise
 from pivot_plugin.errors import EncoderError
-from pivot_plugin.preferences.layout import normalise
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training.batch import ForestCollator
-from pivot_plugin.training.tower import find_adapter
 
 from ..conftest import picture
 

@@ -8,7 +8,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from ..conftest import picture
-from ..test_assemble import encoder, language_model
+from ..encoders.test_assemble import encoder, language_model
 from .test_cli import pivot
 
 FAST = ("use_cpu=true", "max_steps=2", "per_device_train_batch_size=4", "save_strategy=no", "logging_steps=1")

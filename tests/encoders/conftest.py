@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pivot_plugin.encoders import save_encoder
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
-from pivot_plugin.training.tower import find_adapter
 
 from .. import hub_server
 

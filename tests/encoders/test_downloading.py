@@ -12,8 +12,8 @@ import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.encoders.record import LARGEST
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
-from pivot_plugin.training.tower import find_adapter
 
 from .. import hub_server
 from ..hub_server import TOKEN, Fault, Hub

@@ -27,8 +27,8 @@ from transformers import (
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, subject
-from pivot_plugin.training.tower import find_adapter
 
 from ..conftest import picture, row
 

@@ -13,13 +13,13 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
-from pivot_plugin.hooks import hookimpl, manager
 
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.encoders.card import licence_of
 from pivot_plugin.errors import EncoderError, SettingsError
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.hooks import hookimpl, manager
+from pivot_plugin.models.find import find_adapter
 
 from ..conftest import picture, row
 

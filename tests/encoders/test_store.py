@@ -16,7 +16,7 @@ from transformers import AutoModel, CLIPVisionModel
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import EncoderError
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.models.find import find_adapter
 
 WITHOUT_US = """
 import sys

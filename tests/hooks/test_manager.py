@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pivot_plugin.adapters import VisionAdapter
 
 import pivot_plugin as pivot
 from pivot_plugin import hooks
+from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import ModelError, PluginError
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.models.find import find_adapter
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.generation.engines import Sampling, TransformersEngine
 from pivot_plugin.preferences import load_questions
-from pivot_plugin.preferences.engines import Sampling, TransformersEngine
 from pivot_plugin.probes import candidate_set_sizes, pass_at_k, rollout_branching_factor
 
 from ..conftest import Tiny, picture

@@ -28,9 +28,9 @@ from transformers import (
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import DataError, ModelError, SettingsError
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, subject
 from pivot_plugin.probes.extraction import CHUNK
-from pivot_plugin.training.tower import find_adapter
 from tests.conftest import picture
 
 SIZES = ((60, 60), (120, 50), (48, 100), (64, 64), (90, 70))

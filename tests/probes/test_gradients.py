@@ -11,18 +11,12 @@ from PIL import Image
 from torch.nn.functional import logsigmoid
 
 from pivot_plugin.errors import DataError, ModelError, SettingsError
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load
 from pivot_plugin.probes import pointing_game, saliency, subject
-from pivot_plugin.probes.gradients import (
-    _map,
-    concentration,
-    energy_inside,
-    pair_loss,
-    points_inside,
-)
+from pivot_plugin.probes.gradients import _map, concentration, energy_inside, pair_loss, points_inside
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forward import answering
-from pivot_plugin.training.tower import find_adapter
 from tests.conftest import picture, row
 
 PAIRS = [

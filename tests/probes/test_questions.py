@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pivot_plugin.errors import DataError, ModelError, SettingsError
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import subject, vqa
 from pivot_plugin.quickstart import world
-from pivot_plugin.training.tower import find_adapter
 from tests.conftest import picture
 
 

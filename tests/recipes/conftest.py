@@ -10,7 +10,7 @@ import pytest
 from pivot_plugin.recipes import PivotRecipe, RecipeResult, run_recipe
 
 from ..conftest import picture, row
-from ..test_assemble import encoder, language_model
+from ..encoders.test_assemble import encoder, language_model
 
 QUICK = {
     "use_cpu": True,

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from pivot_plugin.hooks import hookimpl, manager
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, SiglipVisionConfig, SiglipVisionModel
 
 from pivot_plugin import recipes
 from pivot_plugin.errors import DataError, EncoderError, SettingsError
+from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.recipes import PivotRecipe, plan_recipe, run_recipe
 from pivot_plugin.recipes import pipeline as pipeline_module
 from pivot_plugin.recipes.plan import MEASURED_STEPS
 from pivot_plugin.recipes.transplant import kept_layers, load_transplant, transplant
-from pivot_plugin.training.conversations import InstructTrainer
-from pivot_plugin.training.trainer import PivotTrainer
+from pivot_plugin.training.instruct_trainer import InstructTrainer
+from pivot_plugin.training.pair_trainer import PivotTrainer
 
-from ..test_assemble import SIZED, encoder, language_model
+from ..encoders.test_assemble import SIZED, encoder, language_model
 from ..training.test_processes import launched
 from .conftest import QUICK, captions, conversations, pairs, questions
 

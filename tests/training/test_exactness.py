@@ -12,11 +12,11 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from pivot_plugin import PivotConfig, PivotTrainer
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import PairDataset
 from pivot_plugin.training import forward
 from pivot_plugin.training.batch import ForestCollator
-from pivot_plugin.training.parts import plan
-from pivot_plugin.training.tower import find_adapter
+from pivot_plugin.training.plan import plan
 
 
 def normal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

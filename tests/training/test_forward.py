@@ -11,10 +11,10 @@ from torch.nn.attention.flex_attention import create_mask
 
 from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training import forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import attention_mask, block_mask, build_forest
-from pivot_plugin.training.tower import find_adapter
 
 from .test_exactness import normal, settings
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from pivot_plugin import PivotConfig, PivotTrainer
-from pivot_plugin.fingerprints import model_fingerprint, processor_fingerprint
-from pivot_plugin.training import trainer as trainer_module
+from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
+from pivot_plugin.training import pair_trainer as trainer_module
 from pivot_plugin.training.reference import ReferenceCache
 
 from .test_exactness import settings

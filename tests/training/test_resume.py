@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pivot_plugin._folders import last_checkpoint
+from pivot_plugin.training.checkpoints import last_checkpoint
 
 RUN = textwrap.dedent("""
     import sys

@@ -1,0 +1,185 @@
+"""Every hook of this package. A plugin implements any of them; an implementation may leave out arguments.
+
+The newest plugin is asked first and the built-in ones last, so a user's plugin wins over a built-in one.
+"""
+# mypy: disable-error-code="empty-body"
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from .markers import hookspec
+
+if TYPE_CHECKING:
+    import typer
+    from transformers import PreTrainedModel
+
+    from pivot_plugin.adapters.base import VisionAdapter
+
+    from .types import Layout, ObjectivePreset, Probe, Result, RewardFunction, Run
+
+
+@hookspec(firstresult=True)
+def pivot_adapter(model: "PreTrainedModel") -> "VisionAdapter | None":
+    """Return the adapter for this model's family, or None if it is not yours.
+
+    Called once per run, before any weight is touched. The first answer that is not None wins, so return None, never
+    False. An exception stops the run and names your distribution.
+
+    Example:
+        from pivot_plugin.adapters import VisionAdapter
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_adapter(model):
+            return VisionAdapter(model, family="mine") if model.config.model_type == "mine" else None
+    """
+
+
+@hookspec(firstresult=True)
+def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -> "Layout | None":
+    """Return a function that turns one row of this layout into a pair in the normal form, or None.
+
+    Called once per data set with its column names and its first row. The function you return gets one row (a mapping)
+    and returns a mapping with `images` (a list), `prompt`, `chosen` and `rejected` (lists of messages). An exception
+    stops loading and names your distribution.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_preference_layout(columns):
+            if {"picture", "ask", "good", "bad"} <= set(columns):
+                return lambda row: {"images": [row["picture"]], "prompt": row["ask"],
+                                    "chosen": row["good"], "rejected": row["bad"]}
+    """
+
+
+@hookspec
+def pivot_rewards() -> "Mapping[str, RewardFunction]":
+    """Return reward functions by name, with TRL's signature.
+
+    Called when rewards are looked up by name. A reward function is called as `f(prompts, completions, **columns)` with
+    lists of equal length and returns a list of floats, None for a row it does not judge.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_rewards():
+            return {"short": lambda prompts, completions, **columns: [-len(text) / 100 for text in completions]}
+    """
+
+
+@hookspec
+def pivot_objectives() -> "Mapping[str, ObjectivePreset]":
+    """Return objective presets by name: settings of TRL's DPOConfig that `objective="name"` stands for.
+
+    Called when an objective is looked up by name.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_objectives():
+            return {"mostly-dpo": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}}
+    """
+
+
+@hookspec
+def pivot_probes() -> "Mapping[str, Probe]":
+    """Return probes by name: functions that examine an encoder.
+
+    Called when probes are looked up by name. A probe is called as `probe(subject, data, **options)`: the subject is a
+    `pivot_plugin.probes.Subject` (an encoder, or an MLLM with one), of which `pivot_plugin.probes.features(subject,
+    images)` gives frozen features, data and options are what the user gave. It returns a `ProbeResult`, or a mapping
+    of names to numbers, the main one first.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+        from pivot_plugin.probes import features
+
+        def spread(subject, images):
+            return {"std": float(features(subject, images, pool="mean").pooled().std())}
+
+        @hookimpl
+        def pivot_probes():
+            return {"spread": spread}
+    """
+
+
+@hookspec
+def pivot_sources() -> "Mapping[str, Callable[..., object]]":
+    """Return makers of what a recipe needs, by name: data, encoders, language models.
+
+    Called when a recipe names {source: name, ...}; the other keys are the maker's arguments. A maker of an encoder or a
+    language model is given `seed`, and returns the model, or it and its image processor or tokenizer. A maker of data
+    returns what `pivot.align`, `pivot.instruct`, `pivot.optimize` or the probe takes.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_sources():
+            return {"my-captions": lambda count: [{"image": f"{n}.png", "caption": "a cat"} for n in range(count)]}
+    """
+
+
+@hookspec
+def pivot_run_started(run: "Run") -> None:
+    """Called when a run is about to take its first step, with its settings and folder.
+
+    All plugins are called; one that raises is named in a warning and does not stop the run.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_run_started(run):
+            print("training", run.family, "in", run.output_dir)
+    """
+
+
+@hookspec
+def pivot_run_finished(result: "Result") -> None:
+    """Called with the `PivotResult` of a finished run, after everything is saved.
+
+    All plugins are called; one that raises is named in a warning and does not lose the result.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_run_finished(result):
+            print("preference accuracy", result.metrics.get("after"))
+    """
+
+
+@hookspec
+def pivot_card_sections(result: "Result") -> str | None:
+    """Return markdown to be added to the model card, or None.
+
+    Called when a card is written. Sections are added in the order of registration; one that raises is named in a
+    warning and left out.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_card_sections(result):
+            return "## Hardware\\n\\nTrained on one workstation."
+    """
+
+
+@hookspec
+def pivot_commands(cli: "typer.Typer") -> None:
+    """Add subcommands to the `pivot` command.
+
+    Called when the command line starts. All plugins are called; one that raises is named on standard error.
+
+    Example:
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_commands(cli):
+            cli.command("hello")(lambda: print("hello"))
+    """

@@ -1,0 +1,287 @@
+"""One pass over all rows of a preference set, and a report of every defect with its rows.
+
+Errors are rows that teach nothing or the wrong thing; warnings are what is worth knowing before training.
+"""
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+
+from pivot_plugin.errors import DataError, ModelError
+
+from .images import MAX_PIXELS
+from .pairs import PairDataset, load
+from .records import RowRecord, inspect_rows
+
+Severity = Literal["error", "warning"]
+ROWS_SHOWN = 8
+EXAMPLES_KEPT = 3
+# a sign test this unlikely by chance, and a share of at least this, is a bias worth naming
+BIAS_P, BIAS_SHARE = 1e-3, 0.6
+MOST_SPECIAL = 20
+
+
+@dataclass
+class Defect:
+    """One kind of defect.
+
+    Attributes:
+        kind: what is wrong, a few words.
+        severity: "error" where the rows should not be trained on.
+        rows: numbers of the rows that have it.
+        examples: the first few findings, as sentences.
+        remedy: what to do.
+    """
+
+    kind: str
+    severity: Severity
+    rows: Sequence[int]
+    examples: list[str]
+    remedy: str
+
+
+@dataclass
+class CheckReport:
+    """What one pass over a preference set found.
+
+    Attributes:
+        name: of the data.
+        rows: how many there are.
+        defects: by kind, errors first.
+        statistics: counts, lengths and biases by name.
+    """
+
+    name: str
+    rows: int
+    defects: list[Defect] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> int:
+        """Rows with at least one error."""
+        return len({row for defect in self.defects if defect.severity == "error" for row in defect.rows})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, every row number included."""
+        defects = [asdict(defect) | {"rows": list(defect.rows)} for defect in self.defects]
+        return {
+            "name": self.name,
+            "rows": self.rows,
+            "rows_with_errors": self.errors,
+            "defects": defects,
+            "statistics": self.statistics,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.rows:,} pairs, {self.errors:,} with errors"]
+        for defect in self.defects:
+            shown = ", ".join(map(str, defect.rows[:ROWS_SHOWN])) + (", ..." if len(defect.rows) > ROWS_SHOWN else "")
+            lines.append(f"  {defect.severity}: {defect.kind}: {len(defect.rows):,} (rows {shown})")
+            lines += [f"      {example}" for example in defect.examples]
+            lines.append(f"      {defect.remedy}")
+        lines += [f"  {name.replace('_', ' ')}: {_shown(value)}" for name, value in self.statistics.items()]
+        return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items()) or "none"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def check(source: object, processor: Any = None, max_pixels: int = MAX_PIXELS, **options: Any) -> CheckReport:
+    """Look at every pair of a source and report every defect.
+
+    Args:
+        source: as for `load`, with random access.
+        processor: of a model; tokens per pair and per image are counted for it.
+        max_pixels: larger images are reported.
+        **options: as for `load`: `split`, `columns`, `allow_urls`, `name`.
+
+    Returns:
+        the report; its `errors` is 0 where every row can be trained on.
+
+    Raises:
+        DataError: if the source cannot be read at all, or is a stream.
+        ModelError: if the processor is none.
+    """
+    pairs = load(source, max_pixels=max_pixels, **options)
+    if not isinstance(pairs, PairDataset):
+        raise DataError(
+            "A stream of pairs cannot be checked as a whole.",
+            "Give a data set with random access; a stream's rows are checked as they pass.",
+        )
+    found = _Found()
+    for row, record in enumerate(
+        inspect_rows(pairs, pairs.name, None if processor is None else _TokenCounter(processor))
+    ):
+        found.add(row, record)
+    return CheckReport(pairs.name, len(pairs), found.defects(), found.statistics())
+
+
+@dataclass
+class _TokenCounter:
+    """Counts the tokens of a pair as a model's processor makes them; goes to worker processes."""
+
+    processor: Any
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.processor, "image_token") or not hasattr(self.processor, "tokenizer"):
+            raise ModelError(
+                f"The processor is a {type(self.processor).__name__}, without image token or tokenizer.",
+                "Pass AutoProcessor.from_pretrained(<an MLLM>).",
+            )
+
+    def __call__(self, pair: dict[str, Any]) -> tuple[int, int, int]:
+        images = pair["images"]
+        messages = {
+            "prompt": prepare_multimodal_messages(pair["prompt"], images=list(images)),
+            "chosen": prepare_multimodal_messages(pair["chosen"]),
+            "rejected": prepare_multimodal_messages(pair["rejected"]),
+        }
+        text = apply_chat_template(messages, self.processor)
+        # one list of images per text: where they are several, some processors split none of them into tiles
+        ids = self.processor(images=[images] if images else None, text=[text["prompt"]], add_special_tokens=False)[
+            "input_ids"
+        ][0]
+        marker = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        prompt, image_tokens = len(ids), sum(int(token) == marker for token in ids)
+        sides = [
+            len(self.processor.tokenizer(text[side], add_special_tokens=False)["input_ids"])
+            for side in ("chosen", "rejected")
+        ]
+        return prompt + sides[0], prompt + sides[1], image_tokens
+
+
+class _Found:
+    """What records add up to: a few numbers per row, in flat arrays."""
+
+    def __init__(self) -> None:
+        self._bad: dict[str, tuple[array[int], list[str], str]] = {}
+        self._near: array[int] = array("q")
+        self._keys: array[int] = array("Q")
+        self._rows: array[int] = array("q")
+        self._pairs: array[int] = array("q")
+        self._turned: array[int] = array("b")
+        self._lengths: tuple[array[int], array[int]] = (array("q"), array("q"))
+        self._images: Counter[int] = Counter()
+        self._special: dict[str, array[int]] = defaultdict(lambda: array("q"))
+        self._tokens: tuple[array[int], array[int], array[int]] = (array("q"), array("q"), array("q"))
+
+    def add(self, row: int, record: RowRecord) -> None:
+        if record.error is not None:
+            finding, remedy, kind = record.error
+            rows, examples, _ = self._bad.setdefault(kind, (array("q"), [], remedy))
+            rows.append(row)
+            if len(examples) < EXAMPLES_KEPT:
+                examples.append(finding)
+            return
+        self._rows.append(row)
+        self._pairs.append(record.pair)
+        self._turned.append(record.turned)
+        self._images[record.images] += 1
+        if record.key:
+            self._keys.append(int(record.key[:16], 16))
+        for lengths, length in zip(self._lengths, (record.chosen, record.rejected), strict=True):
+            lengths.append(length)
+        if record.near:
+            self._near.append(row)
+        for token in record.special:
+            if token in self._special or len(self._special) < MOST_SPECIAL:
+                self._special[token].append(row)
+        for counts, count in zip(self._tokens, record.tokens or (), strict=False):
+            counts.append(count)
+
+    def defects(self) -> list[Defect]:
+        found = [
+            Defect(kind, "error", rows, examples, remedy)
+            for kind, (rows, examples, remedy) in sorted(self._bad.items())
+        ]
+        duplicated, contradictory = self._repeated()
+        if contradictory:
+            remedy = "One of the two is wrong: drop one, or both."
+            said = "The same two answers to the same question stand both ways round."
+            found.append(Defect("contradictory pairs", "error", contradictory, [said], remedy))
+        if duplicated:
+            remedy = "Each counts again: drop the repeats unless that is meant."
+            said = "The same images, prompt, chosen and rejected stood in an earlier row."
+            found.append(Defect("duplicated pairs", "warning", duplicated, [said], remedy))
+        if len(self._near):
+            remedy = "Such pairs teach spelling; drop them unless that is meant."
+            said = "Chosen and rejected differ only in case, spaces or punctuation."
+            found.append(Defect("near-equal answers", "warning", self._near, [said], remedy))
+        longer, probability = self._length_bias()
+        if probability < BIAS_P and max(longer, 1 - longer) >= BIAS_SHARE:
+            side, share = ("chosen", longer) if longer > 0.5 else ("rejected", 1 - longer)
+            said = f"The {side} answer is the longer one in {share:.0%} of the pairs with unequal lengths."
+            remedy = "A model can learn length instead of content: balance the pairs, or use a length-averaged loss."
+            found.append(Defect("length bias", "warning", [], [said], remedy))
+        for token, rows in self._special.items():
+            remedy = "Fine where the chat template means it; otherwise it is text of another model's format."
+            found.append(Defect(f"special token {token}", "warning", rows, [], remedy))
+        return found
+
+    def _repeated(self) -> tuple[list[int], list[int]]:
+        """Rows that repeat an earlier pair, and rows whose pair stands both ways round."""
+        pairs, turned, rows = (np.asarray(values) for values in (self._pairs, self._turned, self._rows))
+        order = np.argsort(pairs, kind="stable")
+        starts = np.flatnonzero(np.diff(pairs[order])) + 1
+        duplicated: list[int] = []
+        contradictory: list[int] = []
+        for group in np.split(order, starts):
+            if len(group) < 2:
+                continue
+            if turned[group].min() != turned[group].max():
+                contradictory += rows[group].tolist()
+            for way in (0, 1):
+                duplicated += rows[group[turned[group] == way]][1:].tolist()
+        return sorted(duplicated), sorted(contradictory)
+
+    def _length_bias(self) -> tuple[float, float]:
+        """Share of unequal pairs whose chosen answer is longer, and how probable so uneven a share is by chance."""
+        chosen, rejected = (np.asarray(lengths) for lengths in self._lengths)
+        longer, unequal = int((chosen > rejected).sum()), int((chosen != rejected).sum())
+        if not unequal:
+            return 0.5, 1.0
+        deviation = abs(longer - unequal / 2) / (unequal / 4) ** 0.5
+        return longer / unequal, 2 * (1 - NormalDist().cdf(deviation))
+
+    def statistics(self) -> dict[str, Any]:
+        longer, _ = self._length_bias()
+        _, sharing = np.unique(np.asarray(self._keys), return_counts=True)
+        numbers: dict[str, Any] = {
+            "usable_pairs": len(self._rows),
+            "images_per_pair": {str(count): pairs for count, pairs in sorted(self._images.items())},
+            "distinct_image_sets": len(sharing),
+            "pairs_that_share_an_image": int(sharing[sharing > 1].sum()),
+            "most_pairs_on_one_image": int(sharing.max(initial=0)),
+            "characters_chosen": _spread(self._lengths[0]),
+            "characters_rejected": _spread(self._lengths[1]),
+            "chosen_is_longer": round(longer, 4),
+        }
+        if len(self._tokens[0]):
+            names = ("tokens_prompt_and_chosen", "tokens_prompt_and_rejected", "image_tokens_per_pair")
+            numbers |= {name: _spread(counts) for name, counts in zip(names, self._tokens, strict=True)}
+            images = sum(count * pairs for count, pairs in self._images.items())
+            numbers["image_tokens_per_image"] = round(sum(self._tokens[2]) / images, 2) if images else 0
+        return numbers
+
+
+def _spread(values: "array[int]") -> dict[str, float]:
+    if not len(values):
+        return {}
+    numbers = np.asarray(values)
+    low, middle, high = np.percentile(numbers, (5, 50, 95))
+    return {
+        "mean": round(float(numbers.mean()), 2),
+        "median": float(middle),
+        "5%": float(low),
+        "95%": float(high),
+        "most": float(numbers.max()),
+    }

@@ -1,0 +1,164 @@
+"""Conversations about images, as people have them for supervised fine-tuning of MLLMs, in one normal form."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pivot_plugin.errors import DataError
+from pivot_plugin.hooks.types import Layout
+
+from .layout import IMAGE_MARKER, images_of, messages_of, text_of, with_markers
+from .rows import RowDataset
+from .sources import open_source
+
+# who speaks, in the words of LLaVA's files and those that follow them
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+CAPTION_COLUMNS = ("caption", "text")
+LAYOUTS = (
+    "conversations (LLaVA's: 'from' and 'value'), messages (role and content), caption or text, question and answer, "
+    "or prompt and completion; with image or images"
+)
+
+
+class ConversationDataset(RowDataset):
+    """Conversations with random access. Images stay encoded until a row is read; text-only rows are welcome.
+
+    Args:
+        rows: in a layout of `LAYOUTS`, or an opened source.
+        folder: what relative image paths start from.
+        name: of the data, for errors.
+
+    Raises:
+        DataError: if there are none. Rows that cannot be used are found by `verify`, or when they are read.
+    """
+
+    def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
+        return None
+
+    def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return normalise_conversation(row, where)
+
+
+def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Bring a row to the normal form of a conversation.
+
+    As LLaVA does: what an assistant says before anybody asks, and what is asked without being answered, is left out; an
+    only image comes before the words of its turn.
+
+    Args:
+        row: in a layout of `LAYOUTS`.
+        where: names the row in errors.
+
+    Returns:
+        `id`, `images` (sources) and `messages` (with structured content, one image part per image).
+
+    Raises:
+        DataError: for an unknown layout or speaker, no answer, or images and markers that do not agree.
+    """
+    # an empty path stands for no image
+    images = [image for image in images_of(row) if not (image is None or image == "")]
+    messages = messages_of(_turns(row, where), "user", where, "conversations")
+    if len(images) == 1:
+        messages = [_image_first(message) for message in messages]
+    asked = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    messages = [m for index, m in enumerate(messages) if index >= asked or m["role"] == "system"]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or not any(text_of([answer]).strip() for answer in answers):
+        raise DataError(f"{where} has no answer.", "Give each conversation at least one, or drop it.", "empty answer")
+    if any(part["type"] == "image" for answer in answers for part in answer["content"]):
+        raise DataError(
+            f"{where}: an answer holds an image marker.",
+            f"Take {IMAGE_MARKER} out of the answers; images belong to the questions.",
+            "image marker in an answer",
+        )
+    given = row.get("id")
+    return {
+        "id": str(where if given is None or given == "" else given),
+        "images": images,
+        "messages": with_markers(messages, len(images), where),
+    }
+
+
+def _turns(row: Mapping[str, Any], where: str) -> list[Any]:
+    """What is said in a row, in whatever layout, as messages."""
+    said = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    if said is not None:
+        if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
+            raise DataError(
+                f"{where}: conversations is {type(said).__name__} {str(said)[:60]!r}.",
+                "Give a list of turns, each with 'from' and 'value', or 'role' and 'content'.",
+                "wrong type",
+            )
+        return [_turn(turn, where) for turn in said]
+    asked = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
+    answered = next((row[name] for name in ("completion", "answer") if row.get(name) is not None), None)
+    if answered is not None and asked is not None:
+        return [*_as_list(asked, "user"), *_as_list(answered, "assistant")]
+    caption = next((row[name] for name in CAPTION_COLUMNS if row.get(name) is not None), None)
+    if caption is not None:
+        return [*_as_list("" if asked is None else asked, "user"), *_as_list(caption, "assistant")]
+    raise DataError(
+        f"{where} is no conversation; it has the columns {', '.join(sorted(map(str, row))) or 'none'}.",
+        f"Give one of these: {LAYOUTS}.",
+        "unknown layout",
+    )
+
+
+def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    speaker = turn.get("from", turn.get("role"))
+    if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+        raise DataError(
+            f"{where}: a turn is by {speaker!r}.", f"Speakers are {', '.join(SPEAKERS)}.", "unknown speaker"
+        )
+    content = turn.get("value") if "value" in turn else turn.get("content")
+    return {"role": SPEAKERS[speaker.lower()], "content": content}
+
+
+def _as_list(said: object, role: str) -> list[Any]:
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
+
+
+def _image_first(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn with its image in front of its words, without the line breaks that stood between."""
+    parts = message["content"]
+    images = [part for part in parts if part["type"] == "image"]
+    if not images:
+        return message
+    words = [part["text"].strip("\n ") for part in parts if part["type"] == "text"]
+    text = " ".join(word for word in words if word)
+    return {**message, "content": [*images, *([{"type": "text", "text": text}] if text else [])]}
+
+
+def load_conversations(
+    source: object, name: str = "conversations", image_folder: str | Path | None = None, **options: Any
+) -> ConversationDataset:
+    """Conversations about images from what people bring, lazily.
+
+    Args:
+        source: a list of dicts, a `datasets.Dataset`, a Hub id, or the path of a .json, .jsonl, .parquet, .arrow or
+            .zip file or of a folder with such files; rows in a layout of `LAYOUTS`: LLaVA-Pretrain, LLaVA-OneVision,
+            Cambrian and the like. Images as paths, bytes or PIL.
+        name: of the data, for errors.
+        image_folder: what relative image paths start from; the data's own folder where None.
+        **options: `split`, `allow_urls`, `max_pixels` as for `load`.
+
+    Raises:
+        DataError: if the source cannot be read or is a stream.
+    """
+    if isinstance(source, ConversationDataset):
+        return source
+    opened = open_source(source, name, **options)
+    if image_folder is not None:
+        opened = replace(opened, access=replace(opened.access, folder=Path(image_folder)))
+    return ConversationDataset(opened, name=name)

@@ -1,0 +1,273 @@
+"""One row, whatever its layout, as a pair or a question in the normal form.
+
+Images stay encoded; a row is checked for everything that can be seen without decoding them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trl.data_utils import extract_prompt
+
+from pivot_plugin.errors import DataError, SettingsError, unknown
+from pivot_plugin.hooks import ask
+from pivot_plugin.hooks.types import Layout
+
+IMAGE_MARKER = "<image>"
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+# what a layout needs beside its images, for the message about a row in none of them
+KNOWN = {
+    "TRL's pairs": ("prompt", "chosen", "rejected"),
+    "TRL's pairs with implicit prompt": ("chosen", "rejected"),
+    "RLAIF-V and MMPR": ("question", "chosen", "rejected"),
+    "scored completions": ("prompt", "completions", "scores"),
+    "ranked candidates": ("prompt", "ranked"),
+}
+
+
+def recognise(example: Mapping[str, Any], name: str, columns: Mapping[str, str] | None = None) -> Layout | None:
+    """How the rows of a data set become pairs, by its first row.
+
+    Args:
+        example: the first row.
+        name: of the data, for errors.
+        columns: our names to the data's own, for layouts nobody knows: {"prompt": "instruction"}.
+
+    Returns:
+        a function from a row to one of TRL's layouts, or None where rows are in one of those already.
+
+    Raises:
+        DataError: if no layout fits, with the columns found and the nearest layout.
+        SettingsError: if `columns` names a column that is not there.
+    """
+    if columns:
+        return _renamed(example, name, dict(columns))
+    names = [str(column) for column in example]
+    layout: Layout | None = ask("pivot_preference_layout", columns=names, example=example)  # type: ignore[assignment]
+    if layout is not None or {"chosen", "rejected"} <= example.keys():
+        return layout
+    nearest = min(KNOWN, key=lambda known: (sum(c not in example for c in KNOWN[known]), -len(KNOWN[known])))
+    lacking = [column for column in KNOWN[nearest] if column not in example]
+    raise DataError(
+        f"The rows of {name} have the columns {', '.join(names) or 'none'}, which is no known layout: row 0 of {name} "
+        f"has no {' and no '.join(map(repr, lacking))}. The nearest is {nearest} ({', '.join(KNOWN[nearest])}, with "
+        "image or images).",
+        "Say which columns they are, for example columns={'prompt': 'instruction', 'chosen': 'better', 'rejected': "
+        "'worse', 'images': 'picture'}, or write a plugin with the hook pivot_preference_layout.",
+        "unknown layout",
+    )
+
+
+def _renamed(example: Mapping[str, Any], name: str, columns: dict[str, str]) -> Layout:
+    allowed = (*PAIR_COLUMNS, "images", "image", "id", "source", "score_chosen", "score_rejected")
+    for ours, theirs in columns.items():
+        if ours not in allowed:
+            raise SettingsError(f"columns names {ours!r}.", f"Its keys are {', '.join(allowed)}.")
+        if theirs not in example:
+            finding = f"columns[{ours!r}] is {theirs!r}, but the rows of {name} have {', '.join(map(str, example))}."
+            raise unknown("column", theirs, example, finding)
+
+    def layout(row: Mapping[str, object]) -> Mapping[str, object]:
+        kept = {column: value for column, value in row.items() if column not in columns}
+        return kept | {ours: row.get(theirs) for ours, theirs in columns.items()}
+
+    return layout
+
+
+def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Bring a row of TRL's layouts to the normal form of a pair.
+
+    Args:
+        row: with `chosen` and `rejected` (text or messages), `prompt` unless the answers contain it, and `images` (a
+            list) or `image`.
+        where: names the row in errors.
+
+    Returns:
+        `id`, `images` (sources), `prompt`, `chosen`, `rejected` (messages with structured content), and `source`,
+        `score_chosen` and `score_rejected` where the row has them.
+
+    Raises:
+        DataError: for a missing column, an empty answer, equal answers, or images and markers that do not agree.
+    """
+    if row.get("prompt") is None and row.get("chosen") is not None and row.get("rejected") is not None:
+        row = {**row, **_without_prompt(row, where)}
+    if missing := [name for name in PAIR_COLUMNS if row.get(name) is None]:
+        raise DataError(
+            f"{where} has no {' and no '.join(repr(name) for name in missing)}; it has "
+            f"{', '.join(sorted(map(str, row)))}.",
+            "A pair needs prompt, chosen and rejected, and images (a list) or image.",
+            "missing column",
+        )
+    pair: dict[str, Any] = {
+        **normalise_question(row, where),
+        "chosen": messages_of(row["chosen"], "assistant", where, "chosen"),
+        "rejected": messages_of(row["rejected"], "assistant", where, "rejected"),
+    }
+    for side in ("chosen", "rejected"):
+        if not text_of(pair[side]).strip():
+            raise DataError(
+                f"{where}: the {side} answer is empty.", "Give both answers some text, or drop the row.", "empty answer"
+            )
+        if any(part["type"] == "image" for message in pair[side] for part in message["content"]):
+            raise DataError(
+                f"{where}: the {side} answer holds an image marker.",
+                f"Take {IMAGE_MARKER} out of the answers; images belong to the prompt.",
+                "image marker in an answer",
+            )
+    if text_of(pair["chosen"]) == text_of(pair["rejected"]):
+        raise DataError(
+            f"{where}: chosen and rejected are equal ({text_of(pair['chosen'])[:60]!r}).",
+            "Nothing can be learnt from such a pair; drop it.",
+            "equal answers",
+        )
+    for name in ("score_chosen", "score_rejected"):
+        if row.get(name) is not None:
+            pair[name] = _number(row[name], where, name)
+    if row.get("source") is not None:
+        pair["source"] = str(row["source"])
+    return pair
+
+
+def normalise_question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Bring the images and the prompt of a row to the normal form.
+
+    Args:
+        row: with `prompt` or `question` (text or messages), and `images` (a list) or `image`.
+        where: names the row in errors.
+
+    Returns:
+        `id`, `images` (sources) and `prompt` (messages with structured content, one image part per image).
+
+    Raises:
+        DataError: for a missing prompt, or images and markers that do not agree.
+    """
+    prompt = row.get("prompt") if row.get("prompt") is not None else row.get("question")
+    if prompt is None:
+        raise DataError(
+            f"{where} has no prompt and no question; it has {', '.join(sorted(map(str, row))) or 'nothing'}.",
+            "A question needs prompt or question, and images (a list) or image.",
+            "missing column",
+        )
+    images = images_of(row)
+    messages = messages_of(prompt, "user", where, "prompt")
+    given = row.get("id")
+    return {
+        "id": str(where if given is None or given == "" else given),
+        "images": images,
+        "prompt": with_markers(messages, len(images), where),
+    }
+
+
+def _without_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Split off the beginning that two conversations share, as TRL does."""
+    for name in ("chosen", "rejected"):
+        answer = row[name]
+        if not isinstance(answer, str) and not (
+            isinstance(answer, list) and len(answer) > 1 and all(isinstance(message, Mapping) for message in answer)
+        ):
+            raise DataError(
+                f"{where} has no 'prompt', and its {name} answer holds none either ({str(answer)[:60]!r}).",
+                "Give a prompt, or whole conversations as chosen and rejected.",
+                "missing column",
+            )
+        if not answer:
+            raise DataError(
+                f"{where}: the {name} answer is empty.", "Give both answers some text, or drop the row.", "empty answer"
+            )
+    if type(row["chosen"]) is not type(row["rejected"]):
+        raise DataError(
+            f"{where}: chosen is a {type(row['chosen']).__name__} and rejected a {type(row['rejected']).__name__}.",
+            "Give both as text or both as messages.",
+            "wrong type",
+        )
+    if row["chosen"] == row["rejected"]:
+        raise DataError(
+            f"{where}: chosen and rejected are equal.",
+            "Nothing can be learnt from such a pair; drop it.",
+            "equal answers",
+        )
+    return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    sources = row["images"] if row.get("images") is not None else row.get("image")
+    if sources is None:
+        return []
+    return list(sources) if isinstance(sources, list | tuple) else [sources]
+
+
+def _number(value: object, where: str, column: str) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: {column} is {type(value).__name__} {str(value)[:60]!r}.", "Give a number.", "wrong type"
+        ) from error
+
+
+def messages_of(value: object, role: str, where: str, column: str) -> list[dict[str, Any]]:
+    """Text or messages as messages with structured content."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in value
+    ):
+        raise DataError(
+            f"{where}: {column} is {type(value).__name__} {str(value)[:60]!r}.",
+            "Give a string, or a list of messages with 'role' and 'content'.",
+            "wrong type",
+        )
+    return [{"role": message["role"], "content": _parts(message.get("content"), where, column)} for message in value]
+
+
+def _parts(content: object, where: str, column: str) -> list[dict[str, Any]]:
+    """Message content as a list of text and image parts; markers in text become image parts."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise DataError(
+            f"{where}: the content of a message in {column} is a {type(content).__name__}.",
+            "Give text, or a list of parts with 'type'.",
+            "wrong type",
+        )
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
+            raise DataError(
+                f"{where}: {column} has a content part {str(part)[:60]!r}.",
+                "Parts are {'type': 'text', 'text': ...} or {'type': 'image'}.",
+                "wrong type",
+            )
+        if part["type"] == "image":
+            parts.append({"type": "image"})
+            continue
+        for index, text in enumerate(str(part.get("text") or "").split(IMAGE_MARKER)):
+            if index:
+                parts.append({"type": "image"})
+            if text:
+                parts.append({"type": "text", "text": text})
+    return parts
+
+
+def with_markers(prompt: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
+    """A prompt with one image part per image: as given, or all in front of the first user turn where it has none."""
+    markers = sum(part["type"] == "image" for message in prompt for part in message["content"])
+    if markers == images:
+        return prompt
+    users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
+    if markers or not users:
+        raise DataError(
+            f"{where} has {images} image(s) and {markers} image marker(s) in its prompt.",
+            f"Give one {IMAGE_MARKER} or one {{'type': 'image'}} part per image, or none at all to have the images "
+            "put before the first user turn.",
+            "images and markers differ",
+        )
+    first = users[0]
+    content = [{"type": "image"}] * images + prompt[first]["content"]
+    return [*prompt[:first], {**prompt[first], "content": content}, *prompt[first + 1 :]]
+
+
+def text_of(messages: list[dict[str, Any]]) -> str:
+    """The text of messages with structured content, without image parts."""
+    return "".join(part.get("text", "") for message in messages for part in message["content"])

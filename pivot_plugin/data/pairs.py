@@ -1,0 +1,145 @@
+"""Preference pairs as data sets: with random access, or as streams that are checked as they pass."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.hooks.types import Layout
+
+from .images import MAX_PIXELS, ImageAccess
+from .layout import normalise, recognise
+from .records import inspect_row
+from .rows import OnBadRow, RowDataset, as_mapping, normalised
+from .skipped import SKIPPED_FILE, SkippedRows
+from .sources import open_source
+
+
+class PairDataset(RowDataset):
+    """Preference pairs with random access. Images stay encoded until a pair is read.
+
+    Args:
+        rows: pairs in any known layout, or an opened source.
+        folder: what relative image paths start from.
+        name: of the data, for errors.
+        columns: our column names to the data's own, for an unknown layout.
+
+    Raises:
+        DataError: if there are none, or their layout is unknown.
+    """
+
+    def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
+        return recognise(first, self._name, columns)
+
+    def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return normalise(row, where)
+
+
+class PairStream:
+    """Preference pairs that arrive one by one; each is checked when it arrives.
+
+    Args:
+        rows: as for `PairDataset`, in order.
+        name: of the data, for errors.
+        columns: as for `PairDataset`.
+        access: to the images.
+        on_bad_row, skipped: as for `PairDataset.verify`.
+
+    Raises:
+        DataError: when iterated: for a row that cannot be used, if there are no rows, or if an iterator that can be
+            read only once is read again.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        name: str = "prefs",
+        columns: Mapping[str, str] | None = None,
+        access: ImageAccess | None = None,
+        on_bad_row: OnBadRow = "raise",
+        skipped: str | Path | None = None,
+    ) -> None:
+        self._rows = rows
+        self._name = name
+        self._columns = columns
+        self._access = access or ImageAccess()
+        self._skipped = skipped
+        self._skips = on_bad_row == "skip"
+        self._used_up = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._used_up:
+            raise DataError(
+                f"{self._name} is a generator that was read to its end already.",
+                "Give a list, a data set, or datasets.IterableDataset.from_generator, which can be read again.",
+            )
+        # an iterator is its own iterator, and gives its rows once
+        self._used_up = iter(self._rows) is self._rows
+        index, layout = -1, None
+        with SkippedRows(self._name, self._skipped if self._skips else None) as left_out:
+            for index, row in enumerate(self._rows):
+                where = f"row {index} of {self._name}"
+                try:
+                    if index == 0:
+                        layout = recognise(as_mapping(row, where), self._name, self._columns)
+                    pair = normalised(row, layout, normalise, where)
+                    pair["image_key"] = inspect_row(pair, self._access, where).key
+                    pair["images"] = [self._access.open(source, where) for source in pair["images"]]
+                except DataError as error:
+                    if index == 0 or not self._skips:
+                        raise
+                    left_out.add(index, error)
+                    continue
+                yield pair
+        if index < 0:
+            raise DataError(f"{self._name} has no pairs.", "Give at least one pair.")
+
+
+def load(
+    source: object,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "raise",
+    skipped: str | Path = SKIPPED_FILE,
+    streaming: bool = False,
+    allow_urls: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "prefs",
+) -> PairDataset | PairStream:
+    """Preference pairs from what people bring, lazily: a row is read when it is needed, an image decoded when it is.
+
+    Args:
+        source: a list of dicts, a generator, a `datasets.Dataset`, `DatasetDict` or `IterableDataset`, a Hub id, the
+            path of a .jsonl, .json, .parquet, .arrow or .zip file or of a folder with such files, or pairs that are
+            loaded already. Rows in the layouts of TRL, RLAIF-V, RLHF-V, MMPR, VLFeedback and the like, scored
+            completions or ranked candidates; others by `columns` or a plugin.
+        split: of a data set that has several; "train" where not given.
+        columns: our column names to the data's own: {"prompt": "instruction"}.
+        on_bad_row: "raise" names a row that cannot be used when it is read (or all are verified, as training does);
+            "skip" looks at all rows now and leaves bad ones out.
+        skipped: file that lists what was left out and why, a line of JSON each.
+        streaming: read a Hub data set as a stream.
+        allow_urls: fetch images given by http(s) address.
+        max_pixels: refuse larger images.
+        name: of the data, for errors.
+
+    Returns:
+        pairs with `id`, `images` (RGB), `prompt`, `chosen`, `rejected` (messages), `image_key`, and where there are any
+        `source`, `score_chosen`, `score_rejected`.
+
+    Raises:
+        DataError: if the source cannot be read or its layout is unknown.
+        SettingsError: for an option that does not exist.
+    """
+    if on_bad_row not in ("raise", "skip"):
+        raise SettingsError(f"on_bad_row is {on_bad_row!r}.", "Choose 'raise' or 'skip'.")
+    if isinstance(source, PairDataset):
+        return source.verify("skip", skipped) if on_bad_row == "skip" else source
+    if isinstance(source, PairStream):
+        return source
+    opened = open_source(source, name, split, streaming, allow_urls, max_pixels)
+    if opened.is_stream:
+        return PairStream(opened.rows, opened.name, columns, opened.access, on_bad_row, skipped)
+    pairs = PairDataset(opened, columns=columns)
+    return pairs.verify("skip", skipped) if on_bad_row == "skip" else pairs

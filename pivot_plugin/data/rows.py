@@ -1,0 +1,170 @@
+"""Rows in a normal form with random access, whatever they are rows of."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from datasets import Dataset
+
+from pivot_plugin.errors import DataError, PivotError
+from pivot_plugin.hooks.types import Layout
+
+from .images import KEY_LENGTH, ImageAccess
+from .records import inspect_row, inspect_rows
+from .skipped import SkippedRows
+from .sources import Source, open_source
+
+OnBadRow = Literal["raise", "skip"]
+
+
+Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
+
+
+class RowDataset:
+    """Rows in a normal form with random access. Images stay encoded until a row is read.
+
+    Args:
+        rows: in whatever layout, or an opened source.
+        folder: what relative image paths start from.
+        name: of the data, for errors.
+
+    Raises:
+        DataError: if there are none. Rows that cannot be used are found by `verify`, or when they are read.
+    """
+
+    def __init__(
+        self,
+        rows: Source | Sequence[Mapping[str, Any]] | Dataset,
+        folder: Path | None = None,
+        name: str = "prefs",
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        source = rows if isinstance(rows, Source) else open_source(rows, name)
+        if source.is_stream or not isinstance(source.rows, Sequence):
+            raise DataError(f"{name} is a stream.", "Give rows with random access: a list or a datasets.Dataset.")
+        self.access = source.access if folder is None else ImageAccess(folder)
+        self._rows = source.rows
+        self._name = source.name
+        self._indices = np.arange(len(source.rows))
+        self._keys: np.ndarray | None = None
+        self._layout = self._recognise(as_mapping(self._rows[0], self.where(0)), columns)
+
+    def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
+        raise NotImplementedError
+
+    def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Of the data, for errors."""
+        return self._name
+
+    def where(self, position: int) -> str:
+        """What a row is called in errors: its number in the source."""
+        return f"row {self._indices[position]} of {self._name}"
+
+    def plain(self, position: int) -> dict[str, Any]:
+        """A row in the normal form, its images as they stand in the source.
+
+        Raises:
+            DataError: if the row cannot be used.
+        """
+        where = self.where(position)
+        return normalised(self._rows[int(self._indices[position])], self._layout, self._normal, where)
+
+    def verify(self, on_bad_row: OnBadRow = "raise", skipped: str | Path | None = None) -> Self:
+        """Look at every row once, decoding its images, so that training meets no bad one. Done once.
+
+        Args:
+            on_bad_row: "raise" stops at the first bad row; "skip" leaves bad rows out.
+            skipped: file that gets a line of JSON for each row left out.
+
+        Raises:
+            DataError: for a bad row, or if all rows are bad.
+        """
+        if self._keys is not None:
+            return self
+        keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
+        bad: list[int] = []
+        with SkippedRows(self._name, skipped if on_bad_row == "skip" else None) as left_out:
+            for position, record in enumerate(inspect_rows(self, self._name)):
+                if record.error is None:
+                    keys[position] = record.key.encode()
+                elif on_bad_row == "raise":
+                    raise DataError(*record.error)
+                else:
+                    bad.append(position)
+                    left_out.add(int(self._indices[position]), DataError(*record.error))
+        if len(bad) == len(self):
+            raise DataError(
+                f"All {len(bad)} rows of {self._name} are bad; the last: {left_out.last}", "Check the data's layout."
+            )
+        self._indices = np.delete(self._indices, bad)
+        self._keys = np.delete(keys, bad)
+        return self
+
+    @property
+    def image_keys(self) -> np.ndarray:
+        """(rows,) for each row the key of its image set as bytes, empty for none; the first use verifies the rows."""
+        keys = self.verify()._keys
+        assert keys is not None
+        return keys
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row, where = self.plain(position), self.where(position)
+        if self._keys is None:
+            row["image_key"] = inspect_row(row, self.access, where).key
+        else:
+            row["image_key"] = self._keys[position].decode()
+        row["images"] = [self.access.open(source, where) for source in row["images"]]
+        return row
+
+    def select(self, positions: Sequence[int]) -> Self:
+        """The rows at some positions, as a data set that shares the source."""
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(self.__dict__)
+        wanted = np.asarray(positions, dtype=np.int64)
+        chosen._indices = self._indices[wanted]
+        chosen._keys = None if self._keys is None else self._keys[wanted]
+        return chosen
+
+    def content_key(self, position: int) -> str:
+        """A key that is equal for rows with equal images and texts."""
+        row = self.plain(position)
+        texts = [row[name] for name in ("prompt", "chosen", "rejected", "messages") if name in row]
+        return hashlib.sha256(json.dumps([self.image_keys[position].decode(), texts]).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """A key that is equal for data sets with equal rows in equal order."""
+        digest = hashlib.sha256()
+        for position in range(len(self)):
+            digest.update(self.content_key(position).encode())
+        return digest.hexdigest()
+
+
+def as_mapping(row: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is a {type(row).__name__}.", "Give rows as dicts.", "wrong type")
+    return row
+
+
+def normalised(row: object, layout: Layout | None, normal: Normal, where: str) -> dict[str, Any]:
+    found = as_mapping(row, where)
+    if layout is not None:
+        try:
+            found = as_mapping(layout(found), f"{where}, as its layout gives it,")
+        except PivotError as error:
+            raise DataError(f"{where}: {error.finding}", error.remedy) from error
+        # layouts are foreign code that meets foreign rows
+        except Exception as error:
+            raise DataError(
+                f"{where}: its layout raised {type(error).__name__}: {error}.", "Mend the row or the plugin."
+            ) from error
+    return normal(found, where)

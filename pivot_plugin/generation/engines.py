@@ -1,0 +1,204 @@
+"""Where completions come from: transformers in this process, or a vLLM server."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.models.image_features import repeated_features
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        n: completions per question.
+        temperature: 0 takes the most probable token each time.
+        top_p: share of the probability mass to draw from.
+        max_new_tokens: longest completion.
+    """
+
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise SettingsError(
+                f"{self} cannot be sampled.", "n and max_new_tokens are at least 1, temperature 0, top_p in (0, 1]."
+            )
+        if self.temperature == 0 and self.n > 1:
+            raise SettingsError(
+                f"temperature is 0 and n is {self.n}: all completions would be equal.", "Raise the temperature."
+            )
+
+
+class Engine(Protocol):
+    """Draws completions. The same questions, settings and seed give the same completions."""
+
+    def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
+        """n texts per question; questions have `prompt` (messages) and `images` (PIL)."""
+        ...
+
+
+class TransformersEngine:
+    """Generates with transformers; the images of a question are encoded once for its n completions.
+
+    Args:
+        model: an MLLM, on the device to use.
+        processor: its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        self.model = model
+        self.processor = processor
+
+    def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
+        completions = self.processor.tokenizer.batch_decode(
+            self._generated(questions, sampling, seed).sequences, skip_special_tokens=True
+        )
+        return [completions[start : start + sampling.n] for start in range(0, len(completions), sampling.n)]
+
+    def steps(
+        self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the model predicted while it drew the completions, token by token.
+
+        Args:
+            questions, sampling, seed: as for a call.
+
+        Returns:
+            for each position (questions * n, V) logits, and (questions * n,) whether a completion still went on.
+        """
+        drawn = self._generated(questions, sampling, seed, output_logits=True)
+        ends = self.model.generation_config.eos_token_id
+        ends = [self.processor.tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else ends
+        going = torch.ones(len(drawn.sequences), dtype=torch.bool, device=drawn.sequences.device)
+        for position, logits in enumerate(drawn.logits):
+            yield logits, going
+            going = going & ~torch.isin(drawn.sequences[:, position], torch.tensor(ends, device=going.device))
+
+    @torch.no_grad()
+    def _generated(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int, **asked: bool) -> Any:
+        """What `generate` returns, the prompt cut off."""
+        texts = [
+            self.processor.apply_chat_template(_with_images(question), add_generation_prompt=True, tokenize=False)
+            for question in questions
+        ]
+        images = [question["images"] for question in questions]
+        inputs = self.processor(
+            images=images if any(images) else None,
+            text=texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).to(self.model.device)
+        marker = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        counts = (inputs["input_ids"] == marker).sum(dim=1)
+        shown = counts[counts > 0].tolist()
+        about_images = {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value
+            for name, value in inputs.items()
+            if name not in ("input_ids", "attention_mask")
+        }
+        training = self.model.training
+        self.model.eval()
+        gpus = [self.model.device.index or 0] if self.model.device.type == "cuda" else []
+        try:
+            with (
+                torch.random.fork_rng(devices=gpus),
+                self._encoded_once(shown, sampling.n, about_images),
+            ):
+                torch.manual_seed(seed)
+                generated = self.model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    **about_images,
+                    **self._settings(sampling),
+                    return_dict_in_generate=True,
+                    **asked,
+                )
+        finally:
+            self.model.train(training)
+        generated.sequences = generated.sequences[:, inputs["input_ids"].shape[1] :]
+        return generated
+
+    def _encoded_once(
+        self, token_counts: list[int], n: int, about_images: dict[str, torch.Tensor]
+    ) -> AbstractContextManager[None]:
+        # a recent `generate` encodes before it repeats the questions, and reads the signature of what would be wrapped
+        if getattr(self.model, "_supports_mm_encoder_outputs", lambda: False)():
+            return nullcontext()
+        shown_by = [index for index in range(len(token_counts)) for _ in range(n)]
+        return repeated_features(self.model, token_counts, shown_by, about_images)
+
+    def _settings(self, sampling: Sampling) -> dict[str, Any]:
+        tokenizer = self.processor.tokenizer
+        drawn = (
+            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            if sampling.temperature > 0
+            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        )
+        padding = self.model.generation_config.pad_token_id
+        return drawn | {
+            "max_new_tokens": sampling.max_new_tokens,
+            "num_return_sequences": sampling.n,
+            "pad_token_id": tokenizer.pad_token_id if padding is None else padding,
+        }
+
+
+class VLLMEngine:
+    """Asks a vLLM server (`vllm serve MODEL`) by TRL's client, which sends images along with the messages.
+
+    Args:
+        client: a `trl.generation.vllm_client.VLLMClient`, or the server's address.
+        processor: of the model that the server holds.
+
+    Raises:
+        SettingsError: if vLLM is not installed or no server answers.
+    """
+
+    def __init__(self, client: Any, processor: ProcessorMixin) -> None:
+        if isinstance(client, str):
+            from trl.generation.vllm_client import VLLMClient
+
+            try:
+                client = VLLMClient(base_url=client)
+            except (ImportError, ConnectionError) as error:
+                raise SettingsError(
+                    f"No vLLM server can be asked at {client!r}: {error}",
+                    'Install vLLM (pip install "trl[vllm]") and start `vllm serve`, or leave out engine=.',
+                ) from error
+        self.client = client
+        self.processor = processor
+
+    def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
+        answers = self.client.chat(
+            [_with_images(question) for question in questions],
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            logprobs=None,
+            generation_kwargs={"seed": seed},
+        )["completion_ids"]
+        if len(answers) != len(questions) * sampling.n:
+            raise TrainingError(
+                f"The vLLM server returned {len(answers)} completions for {len(questions)} questions of {sampling.n}.",
+                "Update vLLM or trl to versions that belong together.",
+            )
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [texts[start : start + sampling.n] for start in range(0, len(texts), sampling.n)]
+
+
+def _with_images(question: dict[str, Any]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = prepare_multimodal_messages(question["prompt"], images=list(question["images"]))
+    return messages

@@ -1,0 +1,35 @@
+"""Questions asked once, greedily, and their answers judged by rewards."""
+
+from collections.abc import Iterator
+
+from pivot_plugin.data.questions import QuestionDataset
+from pivot_plugin.rewards.guard import Scorer
+
+from .engines import Engine, Sampling
+
+
+def graded(
+    engine: Engine, scorer: Scorer, questions: QuestionDataset, max_new_tokens: int, batch_size: int, seed: int = 0
+) -> Iterator[tuple[int, str, float]]:
+    """Ask every question and judge the most probable answer.
+
+    Args:
+        engine: answers.
+        scorer: judges; an answer that no reward judges scores 0.
+        questions: with the columns that the rewards need.
+        max_new_tokens: longest answer.
+        batch_size: questions at once.
+        seed: of an engine that draws all the same.
+
+    Returns:
+        position, answer and score of each question in turn.
+    """
+    sampling = Sampling(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
+    for start in range(0, len(questions), batch_size):
+        rows = [questions[position] for position in range(start, min(start + batch_size, len(questions)))]
+        texts = [drawn[0] for drawn in engine(rows, sampling, seed)]
+        said = [[{"role": "assistant", "content": text}] for text in texts]
+        beside = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        scores = scorer([row["prompt"] for row in rows], said, **beside)
+        for offset, (text, score) in enumerate(zip(texts, scores, strict=True)):
+            yield start + offset, text, float(score or 0.0)

@@ -1,0 +1,70 @@
+"""The adapter of a model's family, and whether a processor belongs to a model."""
+
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.errors import ModelError
+from pivot_plugin.hooks import ask
+
+
+def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter:
+    """The adapter of a model's family, from the newest plugin that knows it.
+
+    Args:
+        model: the MLLM.
+        encoder: whether a stand-alone encoder will do.
+
+    Raises:
+        ModelError: if no plugin knows the model, or it is an encoder where an MLLM is wanted.
+        PluginError: if a plugin raises.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"The model is a {type(model).__name__}, not a transformers PreTrainedModel.",
+            "Load it with a transformers class such as LlavaForConditionalGeneration.",
+        )
+    adapter = ask("pivot_adapter", model=model)
+    if adapter is None:
+        raise ModelError(
+            f"No adapter knows {type(model).__name__}.", "Install a plugin for its family; `pivot adapters` lists them."
+        )
+    if not isinstance(adapter, VisionAdapter):
+        raise ModelError(
+            f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
+            "It should return a VisionAdapter or None.",
+        )
+    if not adapter.tower_path and not encoder:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder by itself and has no language model.",
+            "Pass a multimodal model such as LlavaForConditionalGeneration.",
+        )
+    return adapter
+
+
+def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAdapter) -> None:
+    """Refuse a processor that does not belong to a model.
+
+    Raises:
+        ModelError: naming what does not fit.
+    """
+    remedy = "Pass the processor the model was published with: AutoProcessor.from_pretrained(<same id>)."
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise ModelError(f"The processor is a {type(processor).__name__}, without an image processor.", remedy)
+    marker = getattr(processor, "image_token", None)
+    token = processor.tokenizer.convert_tokens_to_ids(marker) if marker else None
+    if token != adapter.image_token_id:
+        raise ModelError(
+            f"{type(processor).__name__} does not belong to {type(model).__name__}: its image token {marker!r} is "
+            f"{token}, the model's is {adapter.image_token_id}.",
+            remedy,
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(processor.tokenizer) > embeddings:
+        raise ModelError(
+            f"The tokenizer of {type(processor).__name__} has {len(processor.tokenizer)} tokens, "
+            f"{type(model).__name__} embeds only {embeddings}.",
+            remedy,
+        )

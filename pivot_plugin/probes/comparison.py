@@ -1,0 +1,200 @@
+"""Encoders side by side: every probe on every one of them, and which differences are beyond noise."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from pivot_plugin.errors import SettingsError
+from pivot_plugin.files import write_whole
+
+from .lookup import needs_mllm, runners
+from .scores import Difference, ProbeResult, apart, difference, holm
+from .subjects import Subject, name_of, subject
+
+logger = logging.getLogger(__name__)
+
+COMPARISON_FILE = "comparison.json"
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One score of one of the compared against the first's.
+
+    Attributes:
+        probe, score: which.
+        name: of the compared.
+        difference: its score minus the first's.
+        p: of the paired permutation test, adjusted for all tests of the comparison (Holm 1979); None where samples are
+            not paired.
+        beyond_noise: p below 0.05; where samples are not paired, intervals that do not touch.
+    """
+
+    probe: str
+    score: str
+    name: str
+    difference: Difference
+    p: float | None
+    beyond_noise: bool
+
+
+@dataclass
+class Comparison:
+    """What probes found.
+
+    Attributes:
+        results: by name of the compared and label of the probe; the first is what the others are held against.
+    """
+
+    results: dict[str, dict[str, ProbeResult]] = field(default_factory=dict)
+    # a test draws thousands of times, and is asked for by every table
+    _tested: dict[tuple[str, str, str], Difference] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the compared, in order."""
+        return list(self.results)
+
+    def contrasts(self) -> list[Contrast]:
+        """Every main and named score of all but the first, held against the first's; spreads are left out."""
+        if not self.results:
+            return []
+        base, *others = self.results
+        found: list[tuple[str, str, str, Difference]] = []
+        for name in others:
+            for label, result in self.results[name].items():
+                first = self.results[base].get(label)
+                shared = [s for s in result.scores if first and s in first.scores and not s.endswith("/spread")]
+                found += [(label, s, name, self._difference(label, s, name)) for s in shared]
+        tested = [index for index, (*_, gap) in enumerate(found) if gap.p is not None]
+        adjusted = dict(zip(tested, holm([found[i][3].p or 0.0 for i in tested]), strict=True))
+        return [
+            Contrast(label, score, name, gap, adjusted.get(i), self._beyond(label, score, name, gap, adjusted.get(i)))
+            for i, (label, score, name, gap) in enumerate(found)
+        ]
+
+    def _difference(self, label: str, score: str, name: str) -> Difference:
+        """Tested once: a result does not change."""
+        key = (label, score, name)
+        if key not in self._tested:
+            first, second = (self.results[n][label].scores[score] for n in (self.names[0], name))
+            self._tested[key] = difference(first, second)
+        return self._tested[key]
+
+    def _beyond(self, label: str, score: str, name: str, gap: Difference, p: float | None) -> bool:
+        if p is not None:
+            return p < SIGNIFICANT
+        first, second = (self.results[n][label].scores[score] for n in (self.names[0], name))
+        return apart(first, second)
+
+    def table(self) -> str:
+        """Scores by row, the compared by column, as markdown; a star marks a difference beyond noise."""
+        marked = {(c.probe, c.score, c.name) for c in self.contrasts() if c.beyond_noise}
+        lines = [f"| score | {' | '.join(self.names)} |", "|---" * (len(self.names) + 1) + "|"]
+        for label, score in self.rows():
+            cells = []
+            for name, results in self.results.items():
+                known = results[label].scores.get(score) if label in results else None
+                star = " *" if (label, score, name) in marked else ""
+                cells.append("" if known is None else f"{known}{star}")
+            lines.append(f"| {label} {score} | {' | '.join(cells)} |")
+        note = "95 % intervals in brackets."
+        if len(self.names) > 1:
+            note += f" * differs from {self.names[0]} beyond noise (paired permutation test, Holm-adjusted p < 0.05)."
+        return "\n".join([*lines, "", note])
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Every (label, score) there is, in order."""
+        return list(
+            dict.fromkeys(
+                (label, score)
+                for results in self.results.values()
+                for label, result in results.items()
+                for score in result.scores
+            )
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "compared": {
+                name: {label: result.as_dict() for label, result in results.items()}
+                for name, results in self.results.items()
+            },
+            "against": self.names[0] if self.names else None,
+            "contrasts": [asdict(contrast) for contrast in self.contrasts()],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, as a whole or not at all.
+
+        Args:
+            path: of the file, or a folder, which gets `comparison.json`.
+        """
+        path = Path(path) / COMPARISON_FILE if Path(path).is_dir() else Path(path)
+        write_whole(path, json.dumps(self.as_dict(), indent=1, default=str))
+        return path
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def compare(
+    examined: Mapping[str, object] | Sequence[object],
+    probes: Mapping[str, object],
+    *,
+    processor: ProcessorMixin | None = None,
+    mllm: object | None = None,
+    output: str | Path | None = None,
+) -> Comparison:
+    """Run probes on several models or encoders, and tell which differences are beyond noise.
+
+    All get the same data in the same order, so that differences are tested sample by sample.
+
+    Args:
+        examined: what to compare, the one the others are held against first: models, encoders, folders or Hub ids of
+            either, folders of runs, results; or a mapping that names them.
+        probes: by label a `probes.Probing`; or data, the label naming the probe ("linear", "prototype", "segmentation",
+            "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a `probes.Subject`.
+        processor: of loaded models that have no name.
+        mllm: an MLLM into a copy of which encoders are grafted, for probes that need one.
+        output: JSON file, or folder, that gets the results, also those of a comparison that fails halfway.
+
+    Raises:
+        SettingsError: if there is nothing to compare, two have one name, or a probe is unknown.
+        DataError, ModelError, EncoderError: for data or models that cannot be used.
+    """
+    named = _named(examined)
+    if not named:
+        raise SettingsError("There is nothing to compare.", "Give at least one model, encoder or folder.")
+    run = runners(probes)
+    whole = [label for label, given in probes.items() if needs_mllm(label, given)]
+    around = subject(mllm, processor) if mllm is not None else None
+    comparison = Comparison()
+    for name, one in named.items():
+        who = subject(one, processor, name, around)
+        if whole:
+            who.mllm(f"Probe {whole[0]!r}")
+        comparison.results[name] = {}
+        for label, probe in run.items():
+            logger.info("%s: %s", name, label)
+            comparison.results[name][label] = probe(who)
+            if output is not None:
+                comparison.save(output)
+    return comparison
+
+
+def _named(examined: Mapping[str, object] | Sequence[object]) -> dict[str, object]:
+    if isinstance(examined, Mapping):
+        return dict(examined)
+    if isinstance(examined, str | Path):
+        raise SettingsError(f"{str(examined)!r} stands alone.", "Give a list of what to compare.")
+    names = [one.name if isinstance(one, Subject) else name_of(one) for one in examined]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"Two are called {twice[0]!r}.", "Name them: compare({'before': ..., 'after': ...}, ...).")
+    return dict(zip(names, examined, strict=True))

@@ -1,0 +1,1 @@
+"""Where a run comes from, in words that may be published: no path of the machine it ran on."""

@@ -1,0 +1,194 @@
+"""What a finished run has: the model, its encoder, what was measured; saved, published, reported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel, ProcessorMixin
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.encoders import Publication, publish, save_encoder, save_lora
+from pivot_plugin.encoders.record import versions
+from pivot_plugin.encoders.store import SHARD
+from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.hooks import collect
+from pivot_plugin.probes.comparison import Comparison
+from pivot_plugin.probes.kept import kept
+from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.report import saliency_sheet, write_report
+from pivot_plugin.training.cost import Cost
+
+Weights = Literal["encoder", "lora"]
+
+
+@dataclass
+class PivotResult:
+    """A finished run.
+
+    Attributes:
+        model: the MLLM with the trained tower, LoRA merged.
+        processor: the one it was trained with.
+        output_dir: the run's folder.
+        metrics: "before" and "after", on the held-out rows: preference_accuracy, margin, logps_chosen, logps_rejected
+            of pairs, reward and each reward alone of questions; empty where none were held out.
+        history: the trainer's log, a dict per entry; the watch's findings under names that begin with "watch/".
+        weight_change: relative change of the tower's weights, per block.
+        trained: per part, parameters that trained and parameters there are.
+        settings: what the run was given.
+        adapter: of the model's family.
+        cost: time, memory and floating-point operations.
+        origin: model, data and versions, as they may be published.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    output_dir: Path
+    metrics: dict[str, dict[str, float]]
+    history: list[dict[str, float]]
+    weight_change: dict[str, float]
+    trained: dict[str, tuple[int, int]]
+    settings: dict[str, Any]
+    adapter: VisionAdapter
+    cost: Cost = field(default_factory=Cost)
+    origin: dict[str, Any] = field(default_factory=dict)
+    _encoder: PreTrainedModel | None = field(default=None, repr=False)
+    _lora: tuple[LoraConfig, dict[str, torch.Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def family(self) -> str:
+        """Name of the model's family."""
+        return self.adapter.family
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The trained tower as a stand-alone transformers model; a copy, made once."""
+        if self._encoder is None:
+            self._encoder = self.adapter.extract()
+        return self._encoder
+
+    def save(
+        self,
+        folder: str | Path,
+        weights: Weights = "encoder",
+        *,
+        licence: str | None = None,
+        picture: bool = True,
+        max_shard_size: str = SHARD,
+    ) -> Path:
+        """Write the encoder with its projector, provenance and card.
+
+        Args:
+            folder: to write; replaced as a whole if it holds an encoder already.
+            weights: "encoder", a stand-alone transformers model; or "lora", a PEFT folder for the base encoder.
+            licence: for the card; that of the base model where None, "other" where that is not known.
+            picture: put saliency maps of four held-out pairs, and so their images, into the card.
+            max_shard_size: of weight files, as transformers takes it.
+
+        Raises:
+            EncoderError: if the folder holds something else, cannot be written, or there is no LoRA to save.
+            SettingsError: for unknown weights.
+        """
+        if weights not in get_args(Weights):
+            raise SettingsError(f"weights is {weights!r}.", f"Choose {' or '.join(map(repr, get_args(Weights)))}.")
+        record = {
+            "base": self.origin.get("base"),
+            "data": self.origin.get("data"),
+            "cost": self.origin.get("cost"),
+            "versions": self.origin.get("versions") or versions(),
+            "settings": self.settings,
+            "metrics": self.metrics,
+            "probes": _before_and_after(self.probes),
+            "weight_change": self.weight_change,
+            "license": licence or (self.origin.get("base") or {}).get("licence") or "other",
+        }
+        sections = [str(text) for _, text in collect("pivot_card_sections", tolerant=True, result=self)]
+        shown = saliency_sheet(self.probes) if picture else None
+        if weights == "encoder":
+            return save_encoder(
+                *(self.adapter, self.processor, folder, record),
+                sections=sections,
+                picture=shown,
+                max_shard_size=max_shard_size,
+            )
+        if self._lora is None:
+            raise EncoderError("This run trained the weights themselves.", 'Save the encoder: weights="encoder".')
+        return save_lora(self.adapter, *self._lora, folder, record, sections=sections, picture=shown)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        weights: Weights = "encoder",
+        licence: str | None = None,
+        picture: bool = True,
+        max_shard_size: str = SHARD,
+        private: bool | None = None,
+        revision: str = "main",
+        tag: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        exist_ok: bool = False,
+        dry_run: bool = False,
+    ) -> Publication:
+        """Save the encoder in the run's folder and publish it in one commit.
+
+        Args:
+            repo_id: "owner/name".
+            weights, licence, picture, max_shard_size: as for `save`.
+            private, revision, tag, token, commit_message, create_pr, exist_ok, dry_run: as for `pivot.publish`.
+
+        Raises:
+            EncoderError: as `save`.
+            PublishError: as `pivot.publish`.
+        """
+        folder = self.save(
+            self.output_dir / weights, weights, licence=licence, picture=picture, max_shard_size=max_shard_size
+        )
+        return publish(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            tag=tag,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            exist_ok=exist_ok,
+            dry_run=dry_run,
+        )
+
+    @property
+    def probes(self) -> dict[str, dict[int, ProbeResult]]:
+        """What probes found during the run, by label and step."""
+        return kept(self.output_dir)
+
+    def report(self, path: str | Path, comparison: Comparison | None = None) -> Path:
+        """Write one self-contained HTML page about the run.
+
+        Args:
+            path: of the file.
+            comparison: of encoders, to be shown in it.
+
+        Raises:
+            SettingsError: if the file cannot be written.
+        """
+        return write_report(path, [self.output_dir], comparison)
+
+
+def _before_and_after(probes: Mapping[str, Mapping[int, ProbeResult]]) -> dict[str, Any]:
+    """Scores of probes before the first step and after the last, by label and name."""
+    found: dict[str, Any] = {}
+    for label, steps in probes.items():
+        first, last = steps.get(0), steps[max(steps)]
+        found[label] = {
+            name: {
+                "before": first.scores[name].as_dict() if first and name in first.scores else None,
+                "after": score.as_dict() if last is not first else None,
+            }
+            for name, score in last.scores.items()
+        }
+    return found

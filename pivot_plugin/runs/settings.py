@@ -1,0 +1,123 @@
+"""From the options of a run to TRL's configuration: objective, defaults, and the watch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from pivot_plugin.config import InstructConfig, PivotConfig, PivotGRPOConfig, PivotRLOOConfig, TowerConfig, Train
+from pivot_plugin.errors import PivotError, SettingsError, unknown
+from pivot_plugin.objectives import learning_rate, resolve
+
+CONFIGS: dict[object, type[TowerConfig]] = {None: PivotConfig, "grpo": PivotGRPOConfig, "rloo": PivotRLOOConfig}
+# share of a run between two looks at the held-out rows
+EVALUATE_EVERY = 0.1
+# of TRL's SFTConfig: what is settled where images are
+DECIDED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "packing", "padding_free")
+
+
+def configuration(
+    settings: dict[str, Any], folder: Path, objective: str | Sequence[str], train: Train, lora: bool, held_out: bool
+) -> TowerConfig:
+    """The configuration of a run.
+
+    Args:
+        settings: the user's, by the names of TRL's configuration.
+        folder: of the run.
+        objective: as for `objectives.resolve`.
+        train: which parts train.
+        lora: whether LoRA trains.
+        held_out: whether rows are held out, so that the run is watched.
+
+    Raises:
+        SettingsError: for an option that does not exist or cannot be used.
+    """
+    preset = dict(resolve(objective))
+    kind = CONFIGS[preset.pop("trainer", None)]
+    _known(kind, settings, f"optimize with objective={objective!r}")
+    if "loss_type" in settings and "loss_type" in preset and objective != "dpo":
+        raise SettingsError(
+            f"Both objective={objective!r} and loss_type={settings['loss_type']!r} are given.", "Give one of them."
+        )
+    watched = watch_defaults(settings, kind is PivotConfig) if held_out else {}
+    given = {"learning_rate": learning_rate(objective, lora), **preset, **watched, **settings}
+    return _made(kind, folder, train, given)
+
+
+def instruct_configuration(
+    defaults: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, train: Train, held_out: bool, batch: int
+) -> InstructConfig:
+    """The configuration of an alignment or instruction.
+
+    Args:
+        defaults: of this kind of run.
+        settings: the user's, by the names of TRL's configuration.
+        folder: of the run.
+        train: which parts train.
+        held_out: whether rows are held out, so that the run is watched.
+        batch: conversations of an optimiser step, over all processes, where `gradient_accumulation_steps` is not given.
+
+    Raises:
+        SettingsError: for an option that does not exist or cannot be used.
+    """
+    _known(InstructConfig, settings, "This run")
+    if decided := [name for name in DECIDED if name in settings]:
+        raise SettingsError(
+            f"{decided[0]}={settings[decided[0]]!r} is given.",
+            "Leave it out: answers alone are in the loss, and conversations with images are not packed.",
+        )
+    watched = watch_defaults(dict(settings), on_pairs=True) if held_out else {}
+    config = _made(InstructConfig, folder, train, {**defaults, **watched, **settings})
+    assert isinstance(config, InstructConfig)
+    if "gradient_accumulation_steps" not in settings:
+        config.gradient_accumulation_steps = max(1, round(batch / (config.train_batch_size * config.world_size)))
+    return config
+
+
+def _known(kind: type[TowerConfig], settings: Mapping[str, Any], who: str) -> None:
+    """Make sure that every option exists."""
+    known = {field.name for field in fields(kind)}
+    if absent := [name for name in settings if name not in known]:
+        raise unknown("option", absent[0], known, f"{who} has no option {absent[0]!r}.")
+
+
+def _made(kind: type[TowerConfig], folder: Path, train: Train, given: Mapping[str, Any]) -> TowerConfig:
+    try:
+        return kind(output_dir=str(folder), train=train, **given)
+    except PivotError:
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise SettingsError(f"The settings cannot be used: {error}", "Change the option it names.") from error
+
+
+def watch_defaults(settings: dict[str, Any], on_pairs: bool) -> dict[str, Any]:
+    """How a run with held-out rows is watched, where its settings do not say: ten looks, and the best checkpoint kept.
+
+    Args:
+        settings: the user's.
+        on_pairs: whether the run trains on pairs; then the best has the lowest held-out loss, else the highest reward.
+    """
+    if "eval_strategy" in settings:
+        return {}
+    every = settings.get("eval_steps", settings.get("save_steps", EVALUATE_EVERY))
+    watch: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
+    best = {"metric_for_best_model": "loss" if on_pairs else "reward", "greater_is_better": not on_pairs}
+    saves = settings.get("save_strategy", "steps")
+    if saves in ("steps", "best") and settings.get("save_steps", every) == every:
+        return (
+            watch
+            | best
+            | {"save_strategy": saves, "save_steps": every, "save_total_limit": 2}
+            | {"load_best_model_at_end": True}
+        )
+    return watch | best
+
+
+def unwatched(config: TowerConfig) -> None:
+    """Switch the watch off, for a run that turns out to hold nothing out."""
+    config.eval_strategy = IntervalStrategy.NO
+    config.load_best_model_at_end = False
+    if config.save_strategy == SaveStrategy.BEST:
+        config.save_strategy = SaveStrategy.STEPS

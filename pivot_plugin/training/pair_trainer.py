@@ -1,0 +1,359 @@
+"""`PivotTrainer`: TRL's DPOTrainer over the prefix forest, with a cached reference and an eye on the vision tower.
+
+Overrides, and why each is needed:
+    __init__                  rows become checked pairs, and the collator builds forests
+    _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
+    _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
+    _get_train_sampler        pairs that share an image come together
+    compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
+
+What it shares with the trainers on roll-outs stands in tower.py.
+
+Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
+"""
+
+import copy
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from torch.utils.data import Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.config import PivotConfig
+from pivot_plugin.data.pairs import PairDataset, PairStream, load
+from pivot_plugin.errors import ModelError, SettingsError
+from pivot_plugin.files import cache_folder
+from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
+
+from .batch import ForestBatch, ForestCollator
+from .plan import unwrapped
+from .reference import ReferenceCache
+from .sampler import ImageGroupSampler
+from .tower import TowerTraining
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_PARTS = 20.0
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probabilities of some pairs under one model.
+
+    Attributes:
+        chosen, rejected: (pairs,) natural logarithms, summed over the tokens of an answer.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """Preference accuracy (share with chosen above rejected), mean margin and mean log-probabilities."""
+        margin = self.chosen - self.rejected
+        return {
+            "preference_accuracy": (margin > 0).float().mean().item(),
+            "margin": margin.mean().item(),
+            "logps_chosen": self.chosen.mean().item(),
+            "logps_rejected": self.rejected.mean().item(),
+        }
+
+
+class PivotTrainer(TowerTraining, DPOTrainer):
+    """Preference optimisation of an MLLM's vision tower.
+
+    Args:
+        model: the MLLM, loaded; or a peft model around it, whose LoRA is then trained as it is.
+        args: settings.
+        train_dataset: pairs in any form `pivot_plugin.preferences.load` takes.
+        eval_dataset: held-out pairs, in the same forms.
+        processing_class: the model's processor.
+        lora: a LoRA rank, a peft config, or None to train weights themselves.
+        adapter: of the model's family; asked from the plugins where not given.
+        **kwargs: passed on to `DPOTrainer`; `ref_model=` replaces the model before training as the reference.
+
+    Raises:
+        DataError: for pairs that cannot be used.
+        ModelError: for a model no adapter knows, or a processor that does not belong to it.
+        SettingsError: for settings that exclude each other.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: PivotConfig,
+        train_dataset: object,
+        eval_dataset: object | None = None,
+        processing_class: ProcessorMixin | None = None,
+        lora: int | LoraConfig | None = 16,
+        adapter: VisionAdapter | None = None,
+        **kwargs: Any,
+    ) -> None:
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        assert processing_class is not None
+        pairs = load(train_dataset)
+        held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
+        # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
+        args.precompute_ref_log_probs = isinstance(pairs, PairDataset) and not isinstance(model, PeftModel)
+        if isinstance(pairs, PairStream) and self.plan and self.plan.lora is None and kwargs.get("ref_model") is None:
+            raise SettingsError(
+                "A stream of pairs with lora=None needs a reference model.",
+                "Pass ref_model= (a second copy of the model), use LoRA, or give the pairs as a data set.",
+            )
+        self._reference = (
+            {
+                "model": model_fingerprint(kwargs.get("ref_model") or unwrapped(model)),
+                "processor": processor_fingerprint(processing_class),
+                "max_length": args.max_length,
+                "ld_alpha": args.ld_alpha,
+                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(unwrapped(model).dtype),
+            }
+            if args.precompute_ref_log_probs
+            else {}
+        )
+        self._collator = _PairCollator(
+            ForestCollator(processing_class, self.adapter.image_token_id, not self._no_trees, args.max_length), []
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._rows(pairs),
+            eval_dataset=None if held_out is None else self._rows(held_out),
+            processing_class=processing_class,
+            data_collator=self._collator,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self._answer_from_forest()
+        self._watch_training()
+
+    def _answer_from_forest(self) -> None:
+        if self._answers_from_forest:
+            return
+        super()._answer_from_forest()
+        if self._collator.sources:
+            self._check_forest(self._collator.sources[0][0])
+
+    @torch.no_grad()
+    def _check_forest(self, pair: dict[str, Any]) -> None:
+        """Compare one pair through the forest with the plain forward pass, and refuse a model where they differ."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.to(self.accelerator.device).eval()
+        plain = self._prepare_inputs(DataCollatorForVisionPreference(self.processing_class)([_as_trl(pair)]).data)
+        mask = plain.pop("completion_mask")
+        labels = plain["input_ids"].masked_fill(mask == 0, -100)
+        ours = self._prepare_inputs(replace(self._collator.collator, max_length=None)([pair]))
+        with self.accelerator.autocast():
+            expected = model(**plain, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1)
+            found = model(forest=ours["forest"]).log_probs.float().sum(dim=1)
+        model.train(training)
+        per_token = ((found - expected).abs() / mask.sum(dim=1)).max().item()
+        exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        if per_token > (1e-4 if exact else 0.05):
+            raise ModelError(
+                f"{type(unwrapped(model)).__name__} gives other log-probabilities through the prefix forest than in a "
+                f"plain forward pass: {per_token:.2g} per token apart on pair {pair.get('id')!r}.",
+                f"The adapter of family {self.adapter.family!r} does not describe its attention or positions; write "
+                "one that does (see VisionAdapter.positions), or train it with TRL's DPOTrainer.",
+            )
+
+    # The seams of DPOTrainer
+
+    def _rows(self, pairs: PairDataset | PairStream) -> Dataset | IterableDataset:
+        """Pairs as TRL wants a data set: rows that say where a pair is, so that images load in the collator."""
+        if isinstance(pairs, PairStream):
+            return IterableDataset.from_generator(_items_of, gen_kwargs={"stream": pairs})
+        self._collator.sources.append(pairs)
+        source = len(self._collator.sources) - 1
+        return Dataset.from_dict({"source": [source] * len(pairs), "position": list(range(len(pairs)))})
+
+    def _pairs_of(self, rows: Dataset) -> PairDataset:
+        return self._collator.sources[rows[0]["source"]]
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = isinstance(dataset, IterableDataset) or (
+            isinstance(dataset, Dataset) and {"source", "position"} <= set(dataset.column_names)
+        )
+        return dataset if ours else self._rows(load(dataset))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._answer_from_forest()
+        pairs = self._pairs_of(dataset)
+        cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
+        keys = [pairs.content_key(position) for position in range(len(pairs))]
+        known = cache.read()
+        # shares are cut from what is missing, so that no process may write before all have read
+        self.accelerator.wait_for_everyone()
+        missing = list({key: position for position, key in enumerate(keys) if key not in known}.values())
+        if missing:
+            self._fill(cache, pairs, missing, keys, name, batch_size)
+            known = cache.read()
+        return dataset.add_column("ref_chosen_logps", [known[key][0] for key in keys]).add_column(
+            "ref_rejected_logps", [known[key][1] for key in keys]
+        )
+
+    def _fill(
+        self, cache: ReferenceCache, pairs: PairDataset, missing: list[int], keys: list[str], name: str, size: int
+    ) -> None:
+        """Compute missing reference log-probabilities, each process its share, and keep them every few seconds."""
+        by_image: dict[str, list[int]] = defaultdict(list)
+        for position in missing:
+            by_image[pairs.image_keys[position]].append(position)
+        ordered = [position for group in by_image.values() for position in group]
+        share = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        model.to(self.accelerator.device).eval()
+        fresh: list[tuple[str, tuple[float, float]]] = []
+        written = time.monotonic()
+        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
+        try:
+            for start in range(0, len(share), size):
+                positions = share[start : start + size]
+                batch = self._collator.collator([pairs[position] for position in positions])
+                scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+                chosen, rejected = (side.float().tolist() for side in scores)
+                fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
+                if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
+                    cache.add(fresh)
+                    fresh, written = [], time.monotonic()
+                bar.update(len(positions))
+        finally:
+            # what was computed before an interruption is paid for
+            cache.add(fresh)
+            bar.close()
+        self.accelerator.wait_for_everyone()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.group_by_image and isinstance(rows, Dataset):
+            return ImageGroupSampler(self._pairs_of(rows).image_keys.tolist(), self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with self._policy_outputs(model) as outputs:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if self.args.sft_average == "sequence" and "sft" in self.loss_types:
+            loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
+        batch: ForestBatch = inputs["forest"]
+        loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
+        return (loss, result[1]) if return_outputs else loss
+
+    @contextmanager
+    def _policy_outputs(self, model: Any) -> Iterator[list[Any]]:
+        """What the policy answers meanwhile; TRL keeps it to itself."""
+        seen: list[Any] = []
+        hook = self.accelerator.unwrap_model(model).register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        )
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    def _sft_weight(self) -> float:
+        weights = self.loss_weights or [1.0] * len(self.loss_types)
+        return float(sum(weight for kind, weight in zip(self.loss_types, weights, strict=True) if kind == "sft"))
+
+    # What is measured beside the loss
+
+    @torch.no_grad()
+    def score(self, pairs: PairDataset) -> PairScores:
+        """Log-probabilities of pairs under the model as it is now.
+
+        Args:
+            pairs: to score, in batches of `per_device_eval_batch_size`.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.to(self.accelerator.device).eval()
+        chosen, rejected = [], []
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(pairs), size):
+            batch = self._collator.collator(
+                [pairs[position] for position in range(start, min(start + size, len(pairs)))]
+            )
+            inputs = self._prepare_inputs(batch)
+            with self.accelerator.autocast():
+                logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
+            first, second = logps.cpu().chunk(2)
+            chosen.append(first)
+            rejected.append(second)
+        model.train(training)
+        return PairScores(torch.cat(chosen), torch.cat(rejected))
+
+    def score_of(self, pairs: PairDataset) -> float:
+        """Preference accuracy on some pairs."""
+        return self.score(pairs).metrics()["preference_accuracy"]
+
+    def held_out_metrics(self, before: bool) -> dict[str, float]:
+        """What is measured on the held-out pairs.
+
+        Args:
+            before: whether training has not begun; the policy is the reference then.
+        """
+        scores = self.reference_scores() if before else self.score(self._pairs_of(self.eval_dataset))
+        return scores.metrics()
+
+    def reference_scores(self) -> PairScores:
+        """Log-probabilities of the held-out pairs under the reference: read from the cache, or scored now."""
+        rows = self.eval_dataset
+        if "ref_chosen_logps" not in rows.column_names:
+            return self.score(self._pairs_of(rows))
+        return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
+
+
+@dataclass
+class _PairCollator:
+    """Collates rows of the data sets given to TRL: looks their pairs up and loads the images, in the worker."""
+
+    collator: ForestCollator
+    sources: list[PairDataset]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return self.collator([self._pair(item) for item in items])
+
+    def _pair(self, item: dict[str, Any]) -> dict[str, Any]:
+        if "pair" in item:
+            return item["pair"]
+        where = ("source", "position")
+        pair = self.sources[item["source"]][item["position"]]
+        return {**pair, **{name: value for name, value in item.items() if name not in where}}
+
+
+def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """What to add to TRL's mean over all chosen tokens to get the mean over chosen answers of their means.
+
+    Args:
+        logps: (S, C) of all completions, chosen ones first, zero for padding.
+        completion_mask: (S, 1 + C).
+    """
+    chosen, mask = logps.chunk(2)[0], completion_mask[:, 1:].chunk(2)[0]
+    tokens = mask.sum(dim=1)
+    of_sequence = chosen.sum(dim=1) / tokens.clamp(min=1)
+    return chosen.sum() / tokens.sum().clamp(min=1) - of_sequence.mean()
+
+
+def _as_trl(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair with the columns TRL's own collator knows; it changes what it is given."""
+    return {name: copy.copy(pair[name]) for name in ("images", "prompt", "chosen", "rejected")}
+
+
+def _items_of(stream: PairStream) -> Iterator[dict[str, Any]]:
+    for pair in stream:
+        yield {"pair": pair}

@@ -1,0 +1,405 @@
+"""`PivotGRPOTrainer` and `PivotRLOOTrainer`: TRL's trainers on a model's own roll-outs, over the prefix forest.
+
+The G roll-outs of a prompt share its image encoding and its tokens, in generation (the image) and in the policy's, the
+old policy's and the reference's log-probabilities. Overrides, and why each is needed:
+    __init__                              rows become checked questions; rewards are guarded; the reference is the model
+                                          before training, where TRL would load it anew by name
+    _generate_and_score_completions       images are looked up late, and processed once per image set
+    _tokenize_prompts                     a prompt without images may stand beside others with some
+    _generate_single_turn                 the tower encodes each distinct image once
+    _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
+    _prepare_inputs                       the roll-outs of a prompt come in one batch
+    compute_loss                          a non-finite loss names its questions
+
+Sampling, rewards, advantages, losses, metrics, checkpoints and distribution are TRL's.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import GRPOTrainer, RLOOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, split_tensor_dict
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.config import RolloutConfig
+from pivot_plugin.data.questions import QuestionDataset, load_questions
+from pivot_plugin.generation.engines import TransformersEngine
+from pivot_plugin.generation.grading import graded
+from pivot_plugin.models.image_features import repeated_features
+from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
+
+from . import forward
+from .batch import ForestBatch, ForestCollator
+from .forest import build_forest
+from .plan import unwrapped
+from .tower import TowerTraining
+
+logger = logging.getLogger(__name__)
+
+Rewards = str | Callable[..., Any] | nn.Module | Sequence[str | Callable[..., Any] | nn.Module]
+# generation batches in a row in which every group scored alike, before it is said
+SILENT_BATCHES = 3
+ABOUT_IMAGES = (
+    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"),
+    *("mm_token_type_ids", "image_position_ids", "num_images", "num_tiles"),
+)
+
+
+@dataclass
+class _Shown:
+    """The distinct images of one generation batch.
+
+    Attributes:
+        collator: processes images.
+        questions: for each row the number of its question, equal for roll-outs of one prompt.
+        names: of the rows, for errors.
+        sets: for each row its image set, -1 for none.
+        images: of each set.
+    """
+
+    collator: ForestCollator
+    questions: list[int]
+    names: list[str]
+    sets: list[int]
+    images: list[list[Any]]
+    _processed: dict[tuple[int, ...], tuple[dict[str, torch.Tensor], list[list[int]]]] = field(default_factory=dict)
+
+    def processed(self, sets: Sequence[int]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        """Processor outputs about the images of some sets, together, and for each set the image tokens of its images.
+
+        How an image is cut and padded depends on those beside it, so that shares cannot be taken from a larger batch.
+        """
+        key = tuple(sets)
+        if key not in self._processed:
+            inputs, expansions = self.collator.process_images([self.images[number] for number in sets])
+            token = self.collator.image_token_id
+            self._processed[key] = inputs, [[part.count(token) for part in parts] for parts in expansions]
+        return self._processed[key]
+
+
+class Rollouts(TowerTraining):
+    """Training on a model's own roll-outs. Stands in front of TRL's GRPOTrainer or RLOOTrainer.
+
+    Args:
+        model: the MLLM, loaded; or a peft model around it.
+        reward_funcs: names, functions with TRL's signature, reward models or their ids, or a list of these.
+        args: settings.
+        train_dataset: questions in any form `pivot_plugin.preferences.load_questions` takes, with what rewards need.
+        eval_dataset: held-out questions.
+        processing_class: the model's processor.
+        lora: a LoRA rank, a peft config, or None to train weights themselves.
+        adapter: of the model's family; asked from the plugins where not given.
+        **kwargs: passed on to TRL's trainer.
+
+    Raises:
+        DataError: for questions that cannot be used, or that lack the answer a reward needs.
+        ModelError: for a model no adapter knows, or a processor that does not belong to it.
+        SettingsError: for an unknown reward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reward_funcs: Rewards,
+        args: RolloutConfig,
+        train_dataset: object,
+        eval_dataset: object | None = None,
+        processing_class: ProcessorMixin | None = None,
+        lora: int | LoraConfig | None = 16,
+        adapter: VisionAdapter | None = None,
+        **kwargs: Any,
+    ) -> None:
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        assert processing_class is not None
+        functions = resolve_rewards(reward_funcs)  # type: ignore[arg-type]
+        asked = load_questions(train_dataset).verify()
+        held_out = None if eval_dataset is None else load_questions(eval_dataset, "eval_questions").verify()
+        for questions in (asked, held_out):
+            if questions is not None:
+                needs_answer(functions, questions)
+        self._sources = [asked] if held_out is None else [asked, held_out]
+        self._forest_collator = ForestCollator(processing_class, self.adapter.image_token_id, not self._no_trees)
+        self._shown: dict[str, _Shown] = {}
+        self._rows_now: list[int] | None = None
+        self._silent, self._told = 0, False
+        beta, reference = args.beta, None
+        if beta and peft_config is None and not isinstance(model, PeftModel):
+            # TRL would load it by the model's name, which need not be the model that was given
+            reference, args.beta = copy.deepcopy(model), 0.0
+        super().__init__(
+            model=model,
+            reward_funcs=[_guarded(function, args.reward_time_limit) for function in functions],
+            args=args,
+            train_dataset=_numbered(0, asked),
+            eval_dataset=None if held_out is None else _numbered(1, held_out),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.beta = args.beta = beta
+        if reference is not None:
+            self.ref_model = self._prepared_reference(reference)
+        self._answer_from_forest()
+        self._watch_training()
+
+    def _prepared_reference(self, reference: PreTrainedModel) -> Any:
+        """The reference as TRL prepares the one that it loads."""
+        reference.requires_grad_(False)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, temperature=self.temperature)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def score_of(self, questions: QuestionDataset) -> float:
+        """Mean reward of greedy answers to some questions, weighted; reward models are left out."""
+        engine = TransformersEngine(unwrapped(self.accelerator.unwrap_model(self.model)), self.processing_class)
+        functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
+        weights = [float(w) for w, f in zip(self.reward_weights, self.reward_funcs, strict=True) if f in functions]
+        scorer = Scorer(functions, weights, self.args.reward_time_limit)
+        size = self.args.per_device_eval_batch_size
+        longest = self.max_completion_length
+        scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
+        return sum(scores) / len(scores)
+
+    @torch.no_grad()
+    def held_out_metrics(self, before: bool) -> dict[str, float]:
+        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone.
+
+        Args:
+            before: whether training has not begun.
+        """
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        # measuring must not change what training draws
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.args.seed)
+            measured = self.evaluate()
+        names = {"eval_reward": "reward"} | {
+            name: name.removeprefix("eval_").removesuffix("/mean")
+            for name in measured
+            if name.startswith("eval_rewards/") and name.endswith("/mean")
+        }
+        return {short: float(measured[name]) for name, short in names.items()}
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    # The seams of TRL's trainers
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = self._mode
+        rows = self._looked_up(inputs)
+        self._rows_now = list(range(len(rows)))
+        try:
+            output = super()._generate_and_score_completions(rows)
+        finally:
+            self._rows_now = None
+        for name in ABOUT_IMAGES:
+            output.pop(name, None)
+        output["row"] = torch.arange(len(rows), device=output["advantages"].device)
+        if mode == "train":
+            self._listen(self._metrics[mode]["frac_reward_zero_std"][-1])
+        return output
+
+    def _looked_up(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The questions that TRL's rows stand for, each read once; their images are processed once."""
+        read: dict[tuple[int, int], dict[str, Any]] = {}
+        image_sets: dict[str, list[Any]] = {}
+        for row in inputs:
+            place = row["source"], row["position"]
+            if place not in read:
+                read[place] = self._sources[place[0]][place[1]]
+                if read[place]["images"]:
+                    image_sets.setdefault(read[place]["image_key"], read[place]["images"])
+        places = [(row["source"], row["position"]) for row in inputs]
+        rows = [dict(read[place]) for place in places]
+        numbers = {key: number for number, key in enumerate(image_sets)}
+        order = {place: number for number, place in enumerate(read)}
+        self._shown[self._mode] = _Shown(
+            self._forest_collator,
+            questions=[order[place] for place in places],
+            names=[f"question {row['id']}" for row in rows],
+            sets=[numbers.get(row.pop("image_key"), -1) for row in rows],
+            images=list(image_sets.values()),
+        )
+        return rows
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        # processors take no None for a prompt without images beside others with some
+        return prompt_ids, images and [of_prompt or [] for of_prompt in images], fields
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        shown = self._shown[self._mode]
+        wanted = [number for number in shown.sets if number >= 0]
+        model = unwrapped(self.accelerator.unwrap_model(self.model))
+        inputs, tokens = shown.processed(range(len(shown.images)))
+        about = {name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()}
+        once = repeated_features(model, [sum(counts) for counts in tokens], wanted, about)
+        with once if wanted and not self.use_vllm else nullcontext():
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **about_images: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As the parent's, from the forest. The images come from the generation batch, processed once per set."""
+        assert self._rows_now is not None
+        asked = {"output_router_logits": True} if compute_aux_loss else {}
+        size = batch_size or len(input_ids)
+        logps, entropies, aux_losses = [], [], []
+        for start in range(0, len(input_ids), size):
+            part = slice(start, start + size)
+            batch = self._forest(self._rows_now[part], input_ids[part], attention_mask[part], logits_to_keep)
+            if not len(batch.forest.edge_token):
+                nothing = torch.zeros(len(input_ids[part]), logits_to_keep, device=input_ids.device)
+                logps.append(nothing)
+                entropies.append(nothing)
+                continue
+            with self.accelerator.autocast():
+                outputs = model(forest=batch, **asked)
+            logps.append(_wide(outputs.log_probs, logits_to_keep))
+            if compute_entropy:
+                entropies.append(_wide(outputs.entropy, logits_to_keep))
+            if compute_aux_loss:
+                aux_losses.append(outputs.aux_loss)
+        return (
+            torch.cat(logps),
+            torch.cat(entropies) if compute_entropy else None,
+            torch.stack(aux_losses).mean() if aux_losses else None,
+        )
+
+    def _forest(self, rows: list[int], ids: torch.Tensor, mask: torch.Tensor, completion_width: int) -> ForestBatch:
+        """The forest of some roll-outs: prompts padded on the left, completions of that width on the right."""
+        shown = self._shown[self._mode]
+        real = mask.bool().cpu()
+        sequences = [tokens[keep].tolist() for tokens, keep in zip(ids.cpu(), real, strict=True)]
+        starts = real[:, :-completion_width].sum(dim=1).tolist()
+        groups: dict[object, list[int]] = {}
+        for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            group = self._forest_collator.group(index, sequence, shown.sets[row])
+            groups.setdefault(group, []).append(index)
+        wanted = sorted({shown.sets[row] for row in rows} - {-1})
+        inputs, tokens = shown.processed(wanted)
+        images_of: dict[int, list[int]] = {-1: []}
+        for number, counts in zip(wanted, tokens, strict=True):
+            first = sum(map(len, images_of.values()))
+            images_of[number] = list(range(first, first + len(counts)))
+        return ForestBatch(
+            build_forest(list(groups.values()), sequences, starts),
+            inputs,
+            [count for counts in tokens for count in counts],
+            [images_of[shown.sets[rows[group[0]]]] for group in groups.values()],
+            [shown.names[row] for row in rows],
+        )
+
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        buffered = self._buffered_inputs
+        if self._mode == "eval" or buffered is None or buffered is before or not self.args.group_rollouts:
+            return inputs
+        self._buffered_inputs = _together(buffered, self._shown["train"].questions)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        shown = self._shown[self._mode]
+        rows: list[int] = inputs["row"].tolist()
+        with self._of(rows):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # roll-outs that all scored alike give no gradient, whatever they show
+        images = any(shown.sets[row] >= 0 for row in rows) and bool(inputs["advantages"].any())
+        return self._checked(loss, model, [shown.names[row] for row in rows], images)
+
+    @contextmanager
+    def _of(self, rows: list[int]) -> Iterator[None]:
+        self._rows_now = rows
+        try:
+            yield
+        finally:
+            self._rows_now = None
+
+    def _listen(self, share_alike: float) -> None:
+        """Say once that rewards tell no roll-outs apart, where they do not for some batches in a row."""
+        self._silent = self._silent + 1 if share_alike == 1.0 else 0
+        if self._silent == SILENT_BATCHES and not self._told:
+            self._told = True
+            logger.warning(
+                "In %d batches in a row all roll-outs of each question scored alike, so nothing is learnt from them. "
+                "The questions are too hard or too easy for the model, or the rewards too coarse: sample more "
+                "roll-outs (num_generations), raise the temperature, or add a finer reward.",
+                SILENT_BATCHES,
+            )
+
+
+class PivotGRPOTrainer(Rollouts, GRPOTrainer):
+    """Group-relative policy optimisation of an MLLM's vision tower; arguments as `Rollouts`.
+
+    Source: Shao et al. 2024 (GRPO); TRL's GRPOTrainer.
+    """
+
+
+class PivotRLOOTrainer(Rollouts, RLOOTrainer):
+    """REINFORCE leave-one-out on an MLLM's vision tower; arguments as `Rollouts`.
+
+    Source: Ahmadian et al. 2024 (RLOO); TRL's RLOOTrainer.
+    """
+
+
+def _numbered(source: int, questions: QuestionDataset) -> Dataset:
+    """Questions as TRL wants a data set: rows that say where a question is, so that images load late."""
+    return Dataset.from_dict({"source": [source] * len(questions), "position": list(range(len(questions)))})
+
+
+def _guarded(function: object, time_limit: float) -> object:
+    is_model = isinstance(function, str | nn.Module)
+    return function if is_model or not callable(function) else GuardedReward(function, time_limit)
+
+
+def _wide(values: torch.Tensor, width: int) -> torch.Tensor:
+    return nn.functional.pad(values, (0, width - values.shape[1]))
+
+
+def _together(batches: Sequence[Mapping[str, Any]], questions: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of some batches, split anew so that those of a question stand together.
+
+    Args:
+        batches: of equal size; tensors by row, or single numbers.
+        questions: for each row of the generation batch the number of its question.
+    """
+    rows = torch.cat([batch["row"] for batch in batches]).tolist()
+    # in the order in which a shuffled batch meets the questions
+    turn: dict[int, int] = {}
+    for row in rows:
+        turn.setdefault(questions[row], len(turn))
+    order = sorted(range(len(rows)), key=lambda index: turn[questions[rows[index]]])
+    merged = {
+        name: value if value is None or value.ndim == 0 else torch.cat([batch[name] for batch in batches])[order]
+        for name, value in batches[0].items()
+    }
+    return list(split_tensor_dict(merged, len(batches)))

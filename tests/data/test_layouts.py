@@ -1,0 +1,111 @@
+"""Layouts of published sets, unknown ones, and columns named by the user."""
+
+from typing import Any
+
+import datasets
+import pytest
+
+from pivot_plugin.data.layout import text_of
+from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.preferences import PairDataset
+
+ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+
+
+def vlfeedback(*ratings: tuple[str, str, str]) -> dict[str, Any]:
+    completions = [
+        {
+            "annotations": {
+                name: {"Rating": value, "Rationale": ""} for name, value in zip(ASPECTS, given, strict=True)
+            },
+            "model": f"m{number}",
+            "response": f"answer {number}",
+        }
+        for number, given in enumerate(ratings)
+    ]
+    return {"id": "x", "prompt": "what?", "completions": completions}
+
+
+def answers(row: dict[str, Any]) -> tuple[str, str]:
+    pair = PairDataset([row])[0]
+    return text_of(pair["chosen"]), text_of(pair["rejected"])
+
+
+def test_vlfeedback_is_ranked_by_the_mean_of_its_aspects() -> None:
+    row = vlfeedback(("3", "5", "1"), ("5", "5", "N/A"), ("2", "2", "4"))
+    assert answers(row) == ("answer 1", "answer 2")
+    pair = PairDataset([row])[0]
+    assert (pair["score_chosen"], pair["score_rejected"]) == (5.0, pytest.approx(8 / 3))
+
+
+def test_scored_completions_keep_their_form_in_a_table() -> None:
+    row = vlfeedback(("3", "5", "1"), ("5", "5", "4"))
+    table = datasets.Dataset.from_list([row])
+    assert PairDataset(table)[0]["chosen"] == PairDataset([row])[0]["chosen"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"completions": ["a", "b", "c"], "scores": [0.5, 0.1, 0.9]},
+        {"responses": [{"text": "a"}, {"text": "b"}, {"text": "c"}], "ratings": [5, 1, "9"]},
+        {"candidates": [{"content": t, "score": s} for t, s in (("a", 0), ("b", -1), ("c", 1))]},
+        {"ranked": ["c", "a", "b"]},
+    ],
+)
+def test_scored_and_ranked_candidates_give_the_best_and_the_worst(row: dict[str, Any]) -> None:
+    assert answers({"question": "?", **row}) == ("c", "b")
+
+
+def test_rlhf_v_keeps_its_pair_in_a_string() -> None:
+    text = '{"question": "what?", "chosen": "good", "rejected": "bad"}'
+    assert answers({"ds_name": "RLHF-V", "text": text, "idx": 3}) == ("good", "bad")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "?", "completions": ["a"], "scores": [1]}, "fewer than two completions"),
+        ({"prompt": "?", "completions": ["a", "b"], "scores": [1]}, "2 completions and 1 scores"),
+        ({"prompt": "?", "completions": ["a", "b"], "scores": [1, None]}, "A score is NoneType"),
+        ({"prompt": "?", "completions": ["a", "b"], "scores": [1, float("nan")]}, "A score is float"),
+        ({"prompt": "?", "completions": ["a", "b"], "scores": [1, 1]}, "have the score 1"),
+        ({"prompt": "?", "completions": ["a", 3], "scores": [1, 2]}, "A completion is a int"),
+        ({"prompt": "?", "ranked": "abc"}, "ranked is str"),
+        ({"text": '{"chosen": "a"'}, "not JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_scored_row_is_said(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=f"row 0 of prefs: .*{said}"):
+        PairDataset([row]).verify()
+
+
+def test_an_unknown_layout_is_told_from_the_nearest_known() -> None:
+    with pytest.raises(DataError) as caught:
+        PairDataset([{"question": "?", "chosen": "a", "worse": "b", "picture": "x.png"}])
+    said = str(caught.value)
+    assert "columns question, chosen, worse, picture" in said
+    assert "no 'rejected'" in said
+    assert "The nearest is RLAIF-V and MMPR" in said
+    assert "columns={" in said
+
+
+def test_columns_can_be_named() -> None:
+    row = {"ask": "<image>what?", "good": "a", "bad": "b", "pic": [], "n": 3}
+    named = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match="0 image"):
+        PairDataset([row], columns=named).verify()
+    pair = PairDataset([{**row, "ask": "what?"}], columns={**named, "images": "pic"})[0]
+    assert (text_of(pair["prompt"]), text_of(pair["chosen"])) == ("what?", "a")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"prompt": "instrction"}, "Did you mean 'instruction'"),
+        ({"promt": "instruction"}, "columns names 'promt'. Its keys are prompt, chosen"),
+    ],
+)
+def test_a_typo_in_columns_is_said(columns: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        PairDataset([{"instruction": "?", "chosen": "a", "rejected": "b"}], columns=columns)

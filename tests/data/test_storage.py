@@ -1,0 +1,121 @@
+"""Pairs on disk and on the Hub come back as they were."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from pivot_plugin.data import storage
+from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.preferences import PairDataset, load, save
+
+from .. import hub_server
+from ..conftest import picture, row
+
+
+def test_saved_pairs_are_loaded_unchanged(rows: Any, tmp_path: Path) -> None:
+    rows[0] |= {"source": "mine", "score_chosen": 2.0, "score_rejected": 0.5, "id": "first"}
+    picture(33, 21, 7).save(tmp_path / "photo.jpg")
+    rows.append(row("a file?", "yes", "no") | {"images": [str(tmp_path / "photo.jpg")]})
+    pairs = PairDataset(rows)
+    report = save(pairs, tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert isinstance(again, PairDataset)
+    assert report.rows == len(again) == len(pairs)
+    for position in range(len(pairs)):
+        first, second = pairs[position], again[position]
+        assert [image.tobytes() for image in first.pop("images")] == [image.tobytes() for image in second.pop("images")]
+        # a PIL image has no file; its key is that of its pixels until it is saved
+        first.pop("image_key"), second.pop("image_key")
+        if position:
+            assert (first.pop("id"), second.pop("id")) == (pairs.plain(position)["id"], pairs.plain(position)["id"])
+        assert first == second
+
+
+def test_image_files_are_kept_as_they_are(tmp_path: Path) -> None:
+    picture(33, 21, 7).save(tmp_path / "photo.jpg", quality=50)
+    save(PairDataset([row("?", "a", "b") | {"images": [str(tmp_path / "photo.jpg")]}]), tmp_path / "saved")
+    table = datasets.Dataset.from_parquet(str(tmp_path / "saved" / "data" / "train-00000.parquet"))
+    encoded = table.cast_column("images", datasets.List(datasets.Image(decode=False)))[0]["images"][0]["bytes"]
+    assert encoded == (tmp_path / "photo.jpg").read_bytes()
+
+
+def test_datasets_and_trl_read_the_folder(rows: Any, tmp_path: Path) -> None:
+    """The folder is an ordinary data set: `load_dataset` gives rows that TRL's own collator takes."""
+    save(PairDataset(rows), tmp_path / "saved")
+    loaded = datasets.load_dataset(str(tmp_path / "saved"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded) == len(rows)
+    assert loaded[2]["images"][1].size == (48, 100)
+    assert loaded[0]["chosen"][0]["role"] == "assistant"
+
+
+def test_large_sets_are_split_into_files(rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SHARD_ROWS", 3)
+    save(PairDataset(rows), tmp_path / "saved")
+    assert [file.name for file in sorted((tmp_path / "saved" / "data").iterdir())] == [
+        f"train-{number:05d}.parquet" for number in range(3)
+    ]
+    again = load(tmp_path / "saved")
+    assert isinstance(again, PairDataset)
+    assert len(again) == 8
+
+
+def test_the_card_says_how_the_pairs_were_built_and_what_is_wrong_with_them(rows: Any, tmp_path: Path) -> None:
+    rows[0]["source"] = "rank by accuracy, best-worst"
+    save(PairDataset([*rows, rows[0]]), tmp_path / "saved", "Sampled from a model.")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    for text in (
+        "Sampled from a model.",
+        "| rank by accuracy, best-worst | 2 |",
+        "duplicated pairs",
+        "path: data/train-*",
+    ):
+        assert text in card
+
+
+def test_a_folder_with_something_else_is_left_alone(rows: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SettingsError, match="holds something else"):
+        save(PairDataset(rows), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_saving_again_replaces_and_a_failure_leaves_what_was_there(rows: Any, tmp_path: Path) -> None:
+    save(PairDataset(rows), tmp_path / "saved")
+    save(PairDataset(rows[:2]), tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert isinstance(again, PairDataset)
+    assert len(again) == 2
+    with pytest.raises(DataError, match="row 1"):
+        save(PairDataset([rows[0], row("?", "", "b")]), tmp_path / "saved")
+    assert len(load(tmp_path / "saved")) == 2  # type: ignore[arg-type]
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_pairs_go_to_the_hub_in_one_commit(rows: Any, tmp_path: Path) -> None:
+    save(PairDataset(rows), tmp_path / "saved")
+    code = f"from pivot_plugin.preferences import push; print(push({str(tmp_path / 'saved')!r}, 'tester/pairs'))"
+    with hub_server.serving() as server:
+        for _ in range(2):
+            run = server.run(code)
+            assert run.returncode == 0, run.stderr
+            assert "datasets/tester/pairs/commit" in run.stdout
+        # the commit that made the repository, and one each
+        assert len(server.repos["datasets/tester/pairs"].commits) == 3
+        files = server.files("datasets/tester/pairs")
+    assert {name for name in files if not name.startswith(".")} == {"README.md", "data/train-00000.parquet"}
+    assert files["data/train-00000.parquet"] == (tmp_path / "saved" / "data" / "train-00000.parquet").read_bytes()
+
+
+def test_a_hub_that_refuses_is_said(rows: Any, tmp_path: Path) -> None:
+    save(PairDataset(rows), tmp_path / "saved")
+    code = f"from pivot_plugin.preferences import push; push({str(tmp_path / 'saved')!r}, 'tester/pairs')"
+    with hub_server.serving() as server:
+        server.faults.append(hub_server.Fault("commit", "status", 403))
+        run = server.run(code)
+        assert "The pairs could not be put on the Hub as 'tester/pairs'" in run.stderr
+        assert server.run(code, HF_TOKEN="hf_wrong").returncode == 1
+        assert len(server.repos["datasets/tester/pairs"].commits) == 1
+    with pytest.raises(DataError, match="holds no saved pairs"):
+        storage.push(tmp_path, "tester/pairs")

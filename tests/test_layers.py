@@ -1,0 +1,138 @@
+"""Imports run one way, as they are written and as they happen."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# from top to bottom; a module imports from its own room and from those below
+LAYERS = (
+    ("cli",),
+    ("quickstart", "testing"),
+    ("recipes",),
+    ("runs",),
+    ("report",),
+    ("probes",),
+    ("encoders", "training"),
+    ("preferences",),
+    ("generation",),
+    ("data",),
+    ("rewards",),
+    ("models",),
+    ("objectives",),
+    ("adapters",),
+    ("hooks",),
+    ("config",),
+    ("files", "extras"),
+    ("errors",),
+)
+HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package, below `pivot_plugin`, and its file."""
+    found = {}
+    for base in (ROOT / "pivot_plugin", ROOT / "hooks", ROOT / "adapters"):
+        above = base if base.name == "pivot_plugin" else ROOT
+        for file in base.rglob("*.py"):
+            found[".".join(file.relative_to(above).with_suffix("").parts).removesuffix(".__init__")] = file
+    return found
+
+
+def imports(module: str, file: Path) -> Iterator[tuple[int, str]]:
+    """Line and target, below `pivot_plugin`, of every import that runs; those for type checkers do not."""
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    tree = ast.parse(file.read_text())
+    for_checkers = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_checkers:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(["pivot_plugin", *package[: len(package) - node.level + 1], *filter(None, [base])])
+            for alias in node.names:
+                if base == "pivot_plugin":
+                    yield node.lineno, alias.name
+                elif base.startswith("pivot_plugin."):
+                    yield node.lineno, f"{base.removeprefix('pivot_plugin.')}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("pivot_plugin."):
+                    yield node.lineno, alias.name.removeprefix("pivot_plugin.")
+
+
+def test_every_room_has_its_place_in_the_list() -> None:
+    rooms = {module.split(".")[0] for module in sources()} - {"__init__"}
+    assert rooms == set(HEIGHT)
+
+
+def test_imports_run_one_way() -> None:
+    upward = [
+        f"{file.relative_to(ROOT)}:{line} imports {target}: {room} stands below {target.split('.')[0]}"
+        for module, file in sources().items()
+        if (room := module.split(".")[0]) in HEIGHT
+        for line, target in imports(module, file)
+        if HEIGHT.get(target.split(".")[0], HEIGHT[room]) > HEIGHT[room]
+        or (target.split(".")[0] != room and HEIGHT.get(target.split(".")[0]) == HEIGHT[room])
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def loaded_by(code: str) -> list[str]:
+    """Names of all modules that a piece of code loads, in a process of its own."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    names: list[str] = json.loads(run.stdout.splitlines()[-1])
+    return names
+
+
+def own(modules: list[str], room: str = "") -> list[str]:
+    prefix = f"pivot_plugin.{room}".rstrip(".")
+    return [name for name in modules if name == prefix or name.startswith(f"{prefix}.")]
+
+
+FIND = """
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
+small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+model = CLIPVisionModel(CLIPVisionConfig(**small, image_size=8, patch_size=4))
+from pivot_plugin.models.find import find_adapter
+assert find_adapter(model, encoder=True) is not None
+"""
+
+
+def test_finding_an_adapter_loads_the_adapters_and_no_probe_and_no_trainer() -> None:
+    modules = loaded_by(FIND)
+    assert own(modules, "adapters.llava")
+    for room in ("probes", "training", "data", "rewards", "quickstart", "recipes", "runs", "objectives", "encoders"):
+        assert not own(modules, room), room
+    assert "trl" not in modules
+
+
+@pytest.mark.parametrize("names", ["__name__", "load_encoder, graft"])
+def test_the_encoders_load_no_trl_and_few_modules_of_ours(names: str) -> None:
+    modules = loaded_by(f"from pivot_plugin.encoders import {names}")
+    assert "trl" not in modules
+    ours = own(modules)
+    assert len(ours) < 20, ours
+
+
+@pytest.mark.parametrize("hook", ["pivot_rewards", "pivot_objectives", "pivot_probes", "pivot_sources"])
+def test_a_built_in_plugin_loads_when_its_hook_is_first_asked(hook: str) -> None:
+    modules = loaded_by(f"from pivot_plugin import hooks\nassert hooks.offered({hook!r})")
+    from pivot_plugin.hooks.manager import BUILT_IN
+
+    for plugin in BUILT_IN.values():
+        if plugin.hook == hook:
+            assert plugin.module in modules
+    assert not own(modules, "adapters.qwen_vl")
