@@ -82,8 +82,8 @@ def unknown(what: str, name: object, known: Iterable[object], finding: str = "")
         finding: said instead of "There is no <what> <name>.".
     """
     names = [str(other) for other in known]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    listed = ", ".join(sorted(names)[:LISTED]) + (", ..." if len(names) > LISTED else "")
+    near = difflib.get_close_matches(str(name), names, n=3)
+    listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
     return SettingsError(
         finding or f"There is no {what} {name!r}.",
         f"Did you mean {' or '.join(near)}?" if near else f"There are {listed or 'none'}.",

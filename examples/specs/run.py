@@ -17,7 +17,7 @@ import torch
 import pivot_plugin as pivot
 from pivot_plugin.preferences import sample
 from pivot_plugin.quickstart import scenes, world
-from pivot_plugin.recipes import cold_start as specs
+from pivot_plugin.recipes import specs
 from pivot_plugin.rewards import resolve_rewards
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "Answer:", "think", "first"]

@@ -20,7 +20,7 @@ RUN = textwrap.dedent("""
     from pathlib import Path
     import pivot_plugin as pivot
     from pivot_plugin.testing import build
-    from pivot_plugin.training import trainer
+    from pivot_plugin.training import pair_trainer as trainer
     sys.path.insert(0, sys.argv[2])
     from tests.conftest import picture, row
 
