@@ -228,7 +228,16 @@ class VisionAdapter:
             start: index of the first image wanted.
             stop: index after the last.
         """
-        return {name: value[start:stop] for name, value in inputs.items()}
+        shares = {}
+        grids = inputs.get("image_grid_thw")
+        for name, value in inputs.items():
+            if grids is not None and len(value) == int(grids.prod(dim=1).sum()) != len(grids):
+                # one row per patch
+                ends = [0, *grids.prod(dim=1).cumsum(0).tolist()]
+                shares[name] = value[ends[start] : ends[stop]]
+            else:
+                shares[name] = value[start:stop]
+        return shares
 
     def positions(self, tokens: torch.Tensor, images: ImageInputs) -> torch.Tensor | None:
         """Position ids of one whole sequence, or None where they simply count up.
@@ -238,9 +247,19 @@ class VisionAdapter:
             images: processor outputs about this sequence's images.
 
         Returns:
-            (L,) or, for multi-axis rotary embeddings, (axes, L) integers; None for 0, 1, ..., L-1.
+            (L,) or, for multi-axis rotary embeddings, (axes, L) integers; None for 0, 1, ..., L-1. Where the model
+            counts positions by itself (`get_rope_index`), it is asked.
         """
-        return None
+        count = getattr(self.model.base_model, "get_rope_index", None)
+        if count is None:
+            return None
+        wanted = inspect.signature(count).parameters
+        is_image = (tokens == self.image_token_id).long()[None]
+        available = {"input_ids": tokens[None], "attention_mask": torch.ones_like(is_image), **images}
+        # what tells images from text is called mm_token_type_ids by most
+        available |= {name: is_image for name in wanted if name.endswith("token_type_ids")}
+        positions = count(**{name: available[name] for name in wanted if name in available})[0]
+        return positions[0] if positions.ndim == 2 else positions[:, 0]
 
     def patch_features(self, inputs: ImageInputs, tower: PreTrainedModel | None = None) -> list[ImageFeatures]:
         """Features of every image on its patch grid, as the projector reads them.

@@ -7,50 +7,69 @@ picked out, and TRL's own fused head scores exactly those.
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.models.image_features import repeated_features
 
+from .attention import TAKE_MASKS, AttentionPattern, NotATree, patterns_of, tree_attention
 from .batch import ForestBatch
-from .forest import Forest, attention_mask, block_mask, per_sequence
+from .forest import Forest, per_sequence
 
 # what a caller may ask of the model beside the forest; the rest of TRL's call the forest stands for
 HANDED_ON = ("output_router_logits",)
 
 
-def takes_trees(model: PreTrainedModel) -> str | None:
-    """Whether a model's attention can follow a tree.
+@dataclass(frozen=True)
+class ForestReading:
+    """How a model reads a forest.
 
-    Returns:
-        None where it can, else the reason why not, as a clause.
+    Attributes:
+        patterns: who sees whom, by kind of layer; empty where it takes no trees.
+        no_trees: why it takes none, as a clause: each sequence then has a row of its own, and the model makes its own
+            masks and positions.
+        own_head: whether its own head scores the tokens, because TRL's computes something else.
+        temperature: that logits are divided by.
+    """
+
+    patterns: Mapping[str, AttentionPattern]
+    no_trees: str | None = None
+    own_head: bool = False
+    temperature: float = 1.0
+
+
+def reading_of(model: PreTrainedModel) -> ForestReading:
+    """How a model reads a forest, as far as its configuration tells; what it does with images is seen when it runs.
+
+    Args:
+        model: the MLLM.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"its layers use {', '.join(sorted(kinds - {'full_attention'}))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"its attention looks back only {config.sliding_window} tokens"
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
-    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
-        return f"its attention implementation {config._attn_implementation!r} takes no tree mask"
-    return None
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return ForestReading({}, "it is an encoder-decoder model")
+    if config._attn_implementation not in TAKE_MASKS:
+        return ForestReading({}, f"its attention implementation {config._attn_implementation!r} takes no tree mask")
+    try:
+        return ForestReading(patterns_of(config))
+    except NotATree as reason:
+        return ForestReading({}, str(reason))
 
 
-def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
+def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading) -> None:
     """Let a model that has TRL's fused head answer calls with `forest=`.
 
     Args:
         model: after `trl.trainer.utils.add_fused_lm_head`; its `forward` is replaced on the instance.
         adapter: of the model's family, for position ids.
+        reading: how the model reads a forest.
     """
     fused_forward = model.forward
 
@@ -60,18 +79,20 @@ def install(model: PreTrainedModel, adapter: VisionAdapter) -> None:
         if forest is None:
             return fused_forward(*args, **kwargs)
         asked = {name: kwargs[name] for name in HANDED_ON if name in kwargs}
-        return _forest_forward(model, adapter, fused_forward, forest.to(model.device), asked)
+        reader = _Reader(model, adapter, reading, fused_forward)
+        return reader.read(forest.to(model.device), asked)
 
     model.forward = forward
 
 
 @contextmanager
-def answering(model: PreTrainedModel, adapter: VisionAdapter) -> Iterator[None]:
+def answering(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading) -> Iterator[None]:
     """Have a model answer calls with `forest=` meanwhile, in eval mode; one that a trainer holds does so already.
 
     Args:
         model: without a peft model around it; LoRA inside it is used as it is.
         adapter: of its family.
+        reading: how the model reads a forest.
     """
     answers = "forest" in inspect.signature(model.forward, follow_wrapped=False).parameters
     own = model.__dict__.get("forward")
@@ -80,7 +101,7 @@ def answering(model: PreTrainedModel, adapter: VisionAdapter) -> Iterator[None]:
     try:
         if not answers:
             add_fused_lm_head(model)
-            install(model, adapter)
+            install(model, adapter, reading)
         yield
     finally:
         if not answers:
@@ -92,45 +113,124 @@ def answering(model: PreTrainedModel, adapter: VisionAdapter) -> Iterator[None]:
             module.training = training.get(name, False)
 
 
-def _forest_forward(
-    model: PreTrainedModel, adapter: VisionAdapter, fused_forward: Any, batch: ForestBatch, asked: dict[str, Any]
-) -> FusedCausalLMOutput:
-    """The fields TRL's losses read, (S, C) each, zero for padding."""
-    forest = batch.forest
-    inputs = {name: as_model_takes(value, model) for name, value in batch.image_inputs.items()}
-    wanted = [image for images in batch.tree_images for image in images]
-    with repeated_features(model, batch.image_tokens, wanted), _scored_states_only(model, forest):
-        scored = fused_forward(
-            input_ids=forest.tokens,
-            attention_mask=_mask(model, forest),
-            position_ids=position_ids(forest, adapter, batch),
-            shift_labels=forest.edge_token[None],
-            fused_lm_head=True,
-            **inputs,
-            **asked,
+@dataclass(frozen=True)
+class _Reader:
+    """A model with all it takes to answer from a forest."""
+
+    model: PreTrainedModel
+    adapter: VisionAdapter
+    reading: ForestReading
+    fused_forward: Callable[..., Any]
+
+    def read(self, batch: ForestBatch, asked: Mapping[str, Any]) -> FusedCausalLMOutput:
+        """The fields TRL's losses read, (S, C) each, zero for padding."""
+        forest, model = batch.forest, self.model
+        inputs = {name: as_model_takes(value, model) for name, value in batch.image_inputs.items()}
+        wanted = [image for images in batch.tree_images for image in images]
+        with (
+            repeated_features(model, batch.image_tokens, wanted),
+            _scored_states_only(model, forest),
+            _routed(model, bool(asked.get("output_router_logits"))) as routed,
+        ):
+            scored = self._scored(forest, input_ids=forest.tokens, **self._order(batch), **inputs)
+        per_token = {}
+        for field in fields(scored):
+            value = getattr(scored, field.name)
+            if isinstance(value, torch.Tensor) and value.shape == (1, len(forest.edge_token)):
+                per_token[field.name] = per_sequence(value[0], forest.edge_of)
+        loss, aux_loss = scored.loss, None
+        if routed:
+            aux_loss = _load_balancing_loss(model, routed[-1], forest)
+            loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedCausalLMOutput(loss=loss, aux_loss=aux_loss, **per_token)
+
+    def _order(self, batch: ForestBatch) -> dict[str, Any]:
+        """Masks and positions."""
+        if self.reading.no_trees is not None:
+            # padding stands behind each sequence, and the model finds masks and positions by itself
+            return {
+                "attention_mask": batch.forest.is_node.long(),
+            }
+        return {
+            "attention_mask": self._masks(batch.forest),
+            "position_ids": position_ids(batch.forest, self.adapter, batch),
+        }
+
+    def _masks(self, forest: Forest) -> object:
+        """One mask for all layers, or one for each kind where they differ."""
+        patterns = self.reading.patterns
+        forms = {pattern: self._mask(pattern, forest) for pattern in set(patterns.values())}
+        return next(iter(forms.values())) if len(forms) == 1 else {kind: forms[p] for kind, p in patterns.items()}
+
+    def _mask(self, pattern: AttentionPattern, forest: Forest) -> object:
+        attention = tree_attention(pattern, forest, self.adapter.image_token_id)
+        kind = self.model.config.get_text_config()._attn_implementation
+        if kind == "flex_attention":
+            return attention.block_mask()
+        mask = attention.mask()
+        if kind == "eager":
+            lowest = torch.finfo(self.model.dtype).min
+            return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, lowest)
+        return mask
+
+    def _scored(self, forest: Forest, **inputs: Any) -> FusedCausalLMOutput:
+        """Log-probabilities of the edges, (1, E)."""
+        if not self.reading.own_head:
+            if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+                # TRL's head would ask for them and take the tree's mask for one of padding
+                inputs["output_router_logits"] = False
+            fused = self.fused_forward(**inputs, shift_labels=forest.edge_token[None], fused_lm_head=True)
+            assert isinstance(fused, FusedCausalLMOutput)
+            return fused
+        logits = self.fused_forward(**inputs, use_cache=False).logits.float() / self.reading.temperature
+        every = logits.log_softmax(-1)
+        log_probs = every.gather(-1, forest.edge_token[None, :, None])[..., 0]
+        probs = every.exp()
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / max(1, log_probs.numel()),
+            log_probs=log_probs,
+            entropy=-(probs * every).sum(-1),
+            log_sum_sq_probs=(2 * every).logsumexp(-1),
+            mean_logits=logits.mean(-1),
+            is_top1=logits.argmax(-1) == forest.edge_token[None],
         )
-    per_token = {}
-    for field in fields(scored):
-        value = getattr(scored, field.name)
-        if isinstance(value, torch.Tensor) and value.shape == (1, len(forest.edge_token)):
-            per_token[field.name] = per_sequence(value[0], forest.edge_of)
-    return FusedCausalLMOutput(loss=scored.loss, aux_loss=scored.aux_loss, **per_token)
+
+
+@contextmanager
+def _routed(model: PreTrainedModel, wanted: bool) -> Iterator[list[Any]]:
+    """Router logits of a mixture of experts; asked of the backbone, because TRL's head would count a tree mask."""
+    router_logits: list[Any] = []
+    if not wanted:
+        yield router_logits
+        return
+
+    def ask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"output_router_logits": True}
+
+    hooks = [
+        model.base_model.register_forward_pre_hook(ask, with_kwargs=True),
+        model.base_model.register_forward_hook(lambda _, args, output: router_logits.append(output.router_logits)),
+    ]
+    try:
+        yield router_logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _load_balancing_loss(model: PreTrainedModel, router_logits: Any, forest: Forest) -> torch.Tensor:
+    """The auxiliary loss of all sequences: a node counts as often as there are sequences that it belongs to."""
+    config = model.config.get_text_config()
+    counts = torch.zeros(forest.tokens.shape, device=forest.tokens.device)
+    for tree, path in zip(forest.sequence_tree.tolist(), forest.paths, strict=True):
+        counts[tree, path.to(counts.device)] += 1
+    loss: torch.Tensor = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, counts)
+    return loss
 
 
 def as_model_takes(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """A processor's output in the precision of the model."""
     return value.to(model.dtype) if value.is_floating_point() else value
-
-
-def _mask(model: PreTrainedModel, forest: Forest) -> object:
-    kind = model.config.get_text_config()._attn_implementation
-    if kind == "flex_attention":
-        return block_mask(forest.end)
-    mask = attention_mask(forest.end)
-    if kind == "eager":
-        lowest = torch.finfo(model.dtype).min
-        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return mask
 
 
 def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> torch.Tensor:

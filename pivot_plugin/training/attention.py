@@ -1,0 +1,225 @@
+"""Who sees whom in the layers of a decoder, and how that is said of token trees.
+
+A sequence knows three relations beside plain causality: a window (a token sees itself and the `window - 1` before it),
+image blocks (the tokens of one run of image tokens see each other in both directions), and a prompt block (so do all
+tokens of the prompt). Layers of one model may differ. Which relations a model has is read off the masks that its own
+forward pass makes (`observed`), never off its name; a tree's masks are made of the same relations, with the depth of a
+node as its position (`tree_attention`).
+
+Notation: L tokens of a sequence; B trees, N nodes of the largest tree.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .forest import Forest
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TAKE_MASKS = ("sdpa", "eager", "flex_attention")
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Who sees whom in one kind of layer.
+
+    Attributes:
+        window: tokens that a token sees at most, itself included; None for all before it.
+        image_blocks: tokens of one run of image tokens see each other.
+        prompt_block: tokens of the prompt see each other.
+    """
+
+    window: int | None = None
+    image_blocks: bool = False
+    prompt_block: bool = False
+
+
+def patterns_of(config: PreTrainedConfig) -> dict[str, AttentionPattern]:
+    """The patterns of a decoder by kind of layer, as far as its configuration tells them.
+
+    Args:
+        config: of the language model.
+
+    Raises:
+        NotATree: for a kind of layer in which no tree can be computed, such as linear attention.
+    """
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        slides = window is not None and getattr(config, "use_sliding_window", True)
+        return {FULL: AttentionPattern(window if slides else None)}
+    patterns = {}
+    for kind in dict.fromkeys(kinds):
+        if kind == FULL:
+            patterns[kind] = AttentionPattern()
+        elif kind == SLIDING and window is not None:
+            patterns[kind] = AttentionPattern(window)
+        else:
+            raise NotATree(f"its layers use {kind}")
+    return patterns
+
+
+def take_masks(model: PreTrainedModel) -> str | None:
+    """Have a model's decoder take masks of one's own: attention that takes none, such as flash attention, becomes SDPA.
+
+    The tower keeps what it has. Whoever trains a model that belongs to somebody else puts it back afterwards
+    (`snapshot`).
+
+    Args:
+        model: the MLLM, without a peft model around it.
+
+    Returns:
+        what the decoder had where it was switched, else None.
+    """
+    configs = [model.config.get_text_config()]
+    configs += [module.config for module in model.get_decoder().modules() if isinstance(module, PreTrainedModel)]
+    earlier = None
+    for config in configs:
+        if config._attn_implementation in TAKE_MASKS:
+            continue
+        earlier = config._attn_implementation
+        # not by set_attn_implementation, which would look for the package of flash attention on the way back
+        config._attn_implementation_internal = "sdpa" if model.get_decoder()._supports_sdpa else "eager"
+    return earlier
+
+
+class NotATree(Exception):
+    """A model whose attention cannot follow a tree; its text says why, as a clause."""
+
+
+def sequence_mask(pattern: AttentionPattern, is_image: torch.Tensor, prompt: int) -> torch.Tensor:
+    """What a pattern says of one sequence.
+
+    Args:
+        pattern: of a layer.
+        is_image: (L,) whether a token stands for an image feature.
+        prompt: tokens of the prompt.
+
+    Returns:
+        (L, L) booleans: whether the token of the row sees that of the column.
+    """
+    position = torch.arange(len(is_image), device=is_image.device)
+    sees = position[None] <= position[:, None]
+    if pattern.image_blocks:
+        block = image_blocks(is_image)
+        sees = sees | ((block[:, None] == block[None]) & (block[:, None] >= 0))
+    if pattern.prompt_block:
+        sees = sees | ((position[:, None] < prompt) & (position[None] < prompt))
+    if pattern.window is not None:
+        sees = sees & (position[:, None] - position[None] < pattern.window)
+    return sees
+
+
+def image_blocks(is_image: torch.Tensor) -> torch.Tensor:
+    """(L,) number of the run of image tokens that a token belongs to, -1 for all others."""
+    begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:-1]
+    return torch.where(is_image, begins.long().cumsum(0) - 1, -1)
+
+
+def observed(
+    pattern: AttentionPattern, masks: Sequence[torch.Tensor], is_image: Sequence[torch.Tensor], prompts: Sequence[int]
+) -> AttentionPattern:
+    """The pattern that explains the masks which a model made for some sequences.
+
+    Args:
+        pattern: as the configuration tells it.
+        masks: (L, L) booleans of each sequence, as a layer got them.
+        is_image: (L,) of each sequence.
+        prompts: tokens of each prompt.
+
+    Raises:
+        NotATree: if no pattern explains them, or an answer is not causal in itself.
+    """
+    for mask, prompt in zip(masks, prompts, strict=True):
+        if mask.triu(1)[prompt:].any() or mask.triu(1)[:, prompt:].any():
+            raise NotATree("tokens of its answers see what follows them")
+    candidates = [pattern, replace(pattern, image_blocks=True), replace(pattern, prompt_block=True)]
+    for candidate in candidates:
+        if all(
+            torch.equal(mask, sequence_mask(candidate, images, prompt))
+            for mask, images, prompt in zip(masks, is_image, prompts, strict=True)
+        ):
+            return candidate
+    raise NotATree("its attention is neither causal, nor sliding, nor both with two-way attention inside an image")
+
+
+@dataclass(frozen=True)
+class TreeAttention:
+    """Who sees whom in token trees under one pattern: a node sees of its own sequence what a token would.
+
+    Attributes:
+        end: (B, N) index after the last descendant of each node.
+        depth: (B, N) position of each node in its sequence.
+        block: (B, N) number of the block a node belongs to, in which all see each other, -1 for none; None where there
+            are no blocks.
+        window: as for `AttentionPattern`.
+    """
+
+    end: torch.Tensor
+    depth: torch.Tensor
+    block: torch.Tensor | None
+    window: int | None
+
+    def sees(self, tree: torch.Tensor, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether a node sees another, in the form FlexAttention asks it.
+
+        Args:
+            tree, query, key: indices that broadcast against each other.
+            head: all are alike.
+        """
+        allowed = (key <= query) & (query < self.end[tree, key])
+        if self.block is not None:
+            same = self.block[tree, query] == self.block[tree, key]
+            allowed = allowed | (same & (self.block[tree, query] >= 0))
+        if self.window is not None:
+            allowed = allowed & (self.depth[tree, query] - self.depth[tree, key] < self.window)
+        return allowed
+
+    def mask(self) -> torch.Tensor:
+        """(B, 1, N, N) booleans, queries in the third dimension, keys in the last."""
+        trees, nodes = self.end.shape
+        node = torch.arange(nodes, device=self.end.device)
+        tree = torch.arange(trees, device=self.end.device)
+        return self.sees(tree[:, None, None], None, node[None, :, None], node[None, None])[:, None]
+
+    def block_mask(self) -> object:
+        """The same as a FlexAttention block mask, which skips the blocks where nobody sees anybody."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        trees, nodes = self.end.shape
+
+        # a plain function: bound methods are refused
+        def sees(tree: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return self.sees(tree, head, query, key)
+
+        return create_block_mask(sees, trees, None, nodes, nodes, device=self.end.device)
+
+
+def tree_attention(pattern: AttentionPattern, forest: Forest, image_token_id: int) -> TreeAttention:
+    """A pattern on the trees of a forest.
+
+    Args:
+        pattern: of a layer.
+        forest: the trees. With image blocks the sequences of a tree must have all their image tokens in common, with a
+            prompt block the whole prompt.
+        image_token_id: the token that stands for an image feature.
+    """
+    block = None
+    if pattern.image_blocks or pattern.prompt_block:
+        block = torch.full_like(forest.depth, -1)
+        completions = (forest.edge_of >= 0).sum(dim=1).tolist()
+        for tree, path, completion in zip(forest.sequence_tree.tolist(), forest.paths, completions, strict=True):
+            nodes = path.to(block.device)
+            if pattern.image_blocks:
+                block[tree, nodes] = image_blocks(forest.tokens[tree, nodes] == image_token_id)
+            else:
+                block[tree, nodes[: len(nodes) - completion]] = 0
+    return TreeAttention(forest.end, forest.depth, block, pattern.window)
+
+
+def uniform(patterns: Mapping[str, AttentionPattern]) -> AttentionPattern | None:
+    """The one pattern of all layers, None where they differ."""
+    distinct = set(patterns.values())
+    return distinct.pop() if len(distinct) == 1 else None

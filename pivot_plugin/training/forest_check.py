@@ -1,0 +1,247 @@
+"""The check before training: a forest is what the model itself computes, shown on some of the user's rows.
+
+Every sequence of these rows also goes through the model's own forward pass, as its own processor prepares it, and its
+own head. Compared are, in this order:
+
+    tokens       of the prompt, images expanded                     exactly
+    inputs       of the decoder's layers: positions and masks       exactly, in whatever precision the model is
+                 and embeddings                                     up to rounding
+    log-probabilities of every scored token                         up to rounding, computed in float32 where memory
+                                                                    allows it, so that half precision hides nothing
+
+Who sees whom is read off the plain passes on the way (attention.py). A model that differs in its trees gets one
+sequence per row instead, which is compared in the same way; a model that differs there too is refused.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.errors import ModelError
+from pivot_plugin.models.evaluating import evaluating
+
+from .attention import NotATree, observed
+from .batch import ForestBatch
+from .decoder_inputs import DecoderInputs, recorded
+from .forward import ForestReading, answering, as_model_takes, reading_of
+
+logger = logging.getLogger(__name__)
+
+# per token, natural logarithms
+EXACT, ROUNDED = 1e-4, 0.05
+# of an embedding's length
+EMBEDDING_EXACT, EMBEDDING_ROUNDED = 1e-4, 0.06
+
+
+@dataclass(frozen=True)
+class CheckedSequence:
+    """A sequence as the model's own processor and forward pass take it.
+
+    Attributes:
+        name: of its row, for errors.
+        inputs: of the model: `input_ids` (1, L), and whatever the processor gives beside them.
+        prompt: tokens of the prompt.
+    """
+
+    name: str
+    inputs: Mapping[str, torch.Tensor]
+    prompt: int
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(L,) token ids."""
+        return self.inputs["input_ids"][0]
+
+
+@dataclass(frozen=True)
+class _PlainPass:
+    """What a model computed of one sequence by itself.
+
+    Attributes:
+        sequence: that it was given.
+        decoder: inputs of its decoder's layers, one row.
+        logps: (C,) of the tokens of the completion, by the model's own head.
+        fused: (C,) the same by TRL's fused head.
+    """
+
+    sequence: CheckedSequence
+    decoder: DecoderInputs
+    logps: torch.Tensor
+    fused: torch.Tensor
+
+
+@torch.no_grad()
+def read_forest(
+    model: PreTrainedModel,
+    adapter: VisionAdapter,
+    sequences: Sequence[CheckedSequence],
+    batch_of: Any,
+) -> ForestReading:
+    """How a model reads a forest, shown on some sequences.
+
+    Args:
+        model: the MLLM, without a peft model around it, on the device that it trains on.
+        adapter: of its family.
+        sequences: of some rows, in the order in which `batch_of` has them.
+        batch_of: makes the forest batch of the same rows; called with whether sequences may share trees.
+
+    Raises:
+        ModelError: if the model computes something else of a forest than of the sequences, naming what differs.
+    """
+    with evaluating(model), _in_float32(model) as exact:
+        reading = reading_of(model)
+        with answering(model, adapter, reading):
+            passes = [_plain(model, sequence) for sequence in sequences]
+        reading = replace(_with_observed(model, adapter, reading, passes), own_head=_own_head(passes, exact))
+        differences = {}
+        readings = [reading] if reading.no_trees is not None else [reading, replace(reading, patterns={}, no_trees="")]
+        for candidate in readings:
+            trees = candidate.no_trees is None
+            differences[trees] = _difference(model, adapter, candidate, passes, batch_of(trees), exact)
+            if differences[trees] is None:
+                if trees or reading.no_trees is not None:
+                    return candidate
+                return replace(candidate, no_trees=f"through trees {differences[True]}")
+    raise ModelError(
+        f"{type(model).__name__} computes something else in training than by itself: {differences[False]}.",
+        f"The adapter of family {adapter.family!r} does not describe how it takes its images, positions or masks; "
+        "write one that does (see VisionAdapter; `pivot check` tells more), or train it with TRL's own trainer.",
+    )
+
+
+def _plain(model: PreTrainedModel, sequence: CheckedSequence) -> _PlainPass:
+    inputs = {name: as_model_takes(value.to(model.device), model) for name, value in sequence.inputs.items()}
+    with recorded(model) as decoder:
+        logits = model(**inputs, use_cache=False).logits[0].float()
+    tokens = sequence.tokens.to(logits.device)
+    logps = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None])[sequence.prompt - 1 :, 0]
+    labels = tokens.clone()
+    labels[: sequence.prompt] = -100
+    fused = model(**inputs, labels=labels[None], use_cache=False, fused_lm_head=True).log_probs[0].float()
+    return _PlainPass(sequence, decoder, logps, fused[sequence.prompt - 1 :])
+
+
+def _with_observed(
+    model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading, passes: Sequence[_PlainPass]
+) -> ForestReading:
+    """The reading with what the plain passes show of who sees whom."""
+    patterns = {}
+    for kind, pattern in reading.patterns.items():
+        shown = [one for one in passes if kind in one.decoder.masks]
+        try:
+            patterns[kind] = observed(
+                pattern,
+                [one.decoder.masks[kind][0].cpu() for one in shown],
+                [one.sequence.tokens == adapter.image_token_id for one in shown],
+                [one.sequence.prompt for one in shown],
+            )
+        except NotATree as reason:
+            return replace(reading, patterns={}, no_trees=str(reason))
+    return replace(reading, patterns=patterns)
+
+
+def _own_head(passes: Sequence[_PlainPass], exact: bool) -> bool:
+    """Whether TRL's fused head computes something else than the model's own."""
+    gaps = [(one.logps - one.fused).abs().max().item() for one in passes if len(one.logps)]
+    return max(gaps, default=0.0) > (EXACT if exact else ROUNDED)
+
+
+def _difference(
+    model: PreTrainedModel,
+    adapter: VisionAdapter,
+    reading: ForestReading,
+    passes: Sequence[_PlainPass],
+    batch: ForestBatch,
+    exact: bool,
+) -> str | None:
+    """What differs between the plain passes and the same sequences in a forest, as a clause; None for nothing."""
+    forest = batch.forest
+    for one, tree, path in zip(passes, forest.sequence_tree.tolist(), forest.paths, strict=True):
+        expected = one.sequence.tokens.tolist()
+        if forest.tokens[tree, path].tolist() != expected:
+            return f"the tokens of {one.sequence.name} are not those that its processor makes"
+    try:
+        with answering(model, adapter, reading), recorded(model) as decoder:
+            logps = model(forest=batch).log_probs.float()
+    # whatever a foreign forward pass raises of inputs it was not made for is a finding here
+    except Exception as error:
+        return f"its forward pass raises {type(error).__name__}: {error}"
+    for index, (one, tree, path) in enumerate(zip(passes, forest.sequence_tree.tolist(), forest.paths, strict=True)):
+        found = _layer_difference(one, decoder, tree, path.to(model.device), exact)
+        if found is not None:
+            return f"{found} of {one.sequence.name}"
+        gap = (logps[index, : len(one.logps)] - one.logps).abs()
+        if len(gap) and gap.max().item() > (EXACT if exact else ROUNDED):
+            return (
+                f"the log-probability of a token is {gap.max().item():.2g} apart in the answer of {one.sequence.name}"
+            )
+    return None
+
+
+def _layer_difference(
+    one: _PlainPass, decoder: DecoderInputs, tree: int, path: torch.Tensor, exact: bool
+) -> str | None:
+    """What differs in the inputs of the decoder's layers, as a clause."""
+    for name in one.decoder.per_token.keys() & decoder.per_token.keys():
+        plain, forest = one.decoder.of_row(name, 0), decoder.of_row(name, tree)[path]
+        if plain.shape != forest.shape:
+            continue
+        differs = (plain != forest) if not plain.is_floating_point() else (plain - forest).abs() > 1e-2
+        tokens = differs.flatten(1).any(1) if differs.ndim > 1 else differs
+        if tokens.any():
+            token = int(tokens.nonzero()[0])
+            return f"{name} differs at token {token} ({_shown(forest[token])}, by itself {_shown(plain[token])})"
+    for kind, plain in one.decoder.masks.items():
+        if kind not in decoder.masks:
+            continue
+        sees = decoder.masks[kind][tree, path]
+        if not torch.equal(sees[:, path], plain[0]) or not torch.equal(sees.sum(1), plain[0].sum(1)):
+            return f"who sees whom differs in its layers of {kind}"
+    assert one.decoder.embeddings is not None and decoder.embeddings is not None
+    plain, forest = one.decoder.embeddings[0].float(), decoder.embeddings[tree, path].float()
+    gap = (plain - forest).norm(dim=1) / plain.norm(dim=1).clamp(min=1e-6)
+    if gap.max().item() > (EMBEDDING_EXACT if exact else EMBEDDING_ROUNDED):
+        return f"the embedding of token {int(gap.argmax())} is {gap.max().item():.2g} of its length apart"
+    return None
+
+
+def _shown(value: torch.Tensor) -> str:
+    numbers = value.flatten().tolist()
+    return ", ".join(f"{number:g}" for number in numbers[:4]) + (", ..." if len(numbers) > 4 else "")
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[bool]:
+    """A half-precision model in float32 meanwhile, where memory allows; yields whether it is.
+
+    The tensors themselves are put back, not copies of them.
+    """
+    halves = [
+        tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
+    needed = sum(tensor.numel() for tensor in halves) * 4
+    if halves and not _has_room(model.device, needed):
+        logger.warning("The check before training runs in %s: float32 copies of the weights do not fit.", model.dtype)
+        yield False
+        return
+    kept = [(tensor, tensor.data) for tensor in halves]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield True
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _has_room(device: torch.device, needed: int) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return free > 1.5 * needed

@@ -1,0 +1,183 @@
+"""Who sees whom: patterns by plain enumeration, trees by their sequences, and what a model's own masks say."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM, PretrainedConfig
+
+from pivot_plugin.training.attention import (
+    AttentionPattern,
+    NotATree,
+    image_blocks,
+    observed,
+    patterns_of,
+    sequence_mask,
+    take_masks,
+    tree_attention,
+)
+from pivot_plugin.training.decoder_inputs import recorded, seen
+from pivot_plugin.training.forest import build_forest
+
+IMAGE = 9
+PATTERNS = [
+    AttentionPattern(window, image_blocks, prompt_block)
+    for window in (None, 1, 2, 4)
+    for image_blocks, prompt_block in ((False, False), (True, False), (False, True))
+]
+
+
+def enumerated(pattern: AttentionPattern, tokens: list[int], prompt: int) -> list[list[bool]]:
+    """The definition, token by token."""
+
+    def same_image(query: int, key: int) -> bool:
+        low, high = sorted((query, key))
+        return all(token == IMAGE for token in tokens[low : high + 1])
+
+    def sees(query: int, key: int) -> bool:
+        allowed = key <= query
+        allowed |= pattern.image_blocks and same_image(query, key)
+        allowed |= pattern.prompt_block and query < prompt and key < prompt
+        return allowed and (pattern.window is None or query - key < pattern.window)
+
+    return [[sees(query, key) for key in range(len(tokens))] for query in range(len(tokens))]
+
+
+@given(st.lists(st.sampled_from([1, 2, IMAGE]), min_size=1, max_size=8), st.integers(0, 8), st.sampled_from(PATTERNS))
+def test_a_sequence_s_mask_is_the_definition(tokens: list[int], prompt: int, pattern: AttentionPattern) -> None:
+    mask = sequence_mask(pattern, torch.tensor(tokens) == IMAGE, prompt)
+    assert mask.tolist() == enumerated(pattern, tokens, prompt)
+
+
+def test_runs_of_image_tokens_are_told_apart() -> None:
+    is_image = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1]).bool()
+    assert image_blocks(is_image).tolist() == [0, 0, -1, 1, -1, -1, 2, 2]
+
+
+@given(
+    st.lists(st.sampled_from([1, 2, IMAGE]), min_size=1, max_size=5),
+    st.lists(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.sampled_from(PATTERNS),
+)
+def test_a_node_sees_of_its_sequence_what_a_token_sees_and_nothing_else(
+    prompt: list[int], answers: list[list[int]], pattern: AttentionPattern
+) -> None:
+    sequences = [prompt + answer for answer in answers]
+    forest = build_forest([list(range(len(sequences)))], sequences, [len(prompt)] * len(sequences))
+    mask = tree_attention(pattern, forest, IMAGE).mask()[0, 0]
+    for sequence, path in zip(sequences, forest.paths, strict=True):
+        assert mask[path][:, path].tolist() == enumerated(pattern, sequence, len(prompt))
+        outside = [node for node in range(mask.shape[1]) if node not in path]
+        assert not mask[path][:, outside].any()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:6], ids=str)
+def test_a_flex_attention_mask_says_the_same(pattern: AttentionPattern) -> None:
+    sequences = [[1, IMAGE, IMAGE, 2, 5, 6], [1, IMAGE, IMAGE, 2, 5, 7, 8], [1, IMAGE, IMAGE, 2, 4]]
+    forest = build_forest([[0, 1, 2]], sequences, [4, 4, 4])
+    attention = tree_attention(pattern, forest, IMAGE)
+    block_mask = attention.block_mask()
+    shown = seen(block_mask, 1, forest.tokens.shape[1], torch.device("cpu"))
+    assert torch.equal(shown, attention.mask()[:, 0])
+
+
+def test_a_pattern_is_found_by_the_masks_it_makes() -> None:
+    tokens = torch.tensor([1, IMAGE, IMAGE, 2, 3, 4, 5])
+    for pattern in PATTERNS:
+        mask = sequence_mask(pattern, tokens == IMAGE, 4)
+        start = AttentionPattern(pattern.window)
+        found = observed(start, [mask], [tokens == IMAGE], [4])
+        # a window of one shows nothing else
+        assert found == pattern or torch.equal(sequence_mask(found, tokens == IMAGE, 4), mask)
+
+
+def test_masks_that_no_pattern_explains_are_no_tree() -> None:
+    tokens = torch.tensor([1, IMAGE, IMAGE, 2, 3])
+    chunked = torch.ones(5, 5).tril().bool()
+    chunked[3:, :3] = False
+    with pytest.raises(NotATree, match="neither causal, nor sliding"):
+        observed(AttentionPattern(), [chunked], [tokens == IMAGE], [3])
+
+
+def test_answers_that_see_what_follows_are_no_tree() -> None:
+    everything = torch.ones(5, 5).bool()
+    with pytest.raises(NotATree, match="answers see what follows"):
+        observed(AttentionPattern(), [everything], [torch.zeros(5).bool()], [3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"full_attention": AttentionPattern()}),
+        ({"sliding_window": 4}, {"full_attention": AttentionPattern(4)}),
+        ({"sliding_window": 4, "use_sliding_window": False}, {"full_attention": AttentionPattern()}),
+        (
+            {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+            {"sliding_attention": AttentionPattern(4), "full_attention": AttentionPattern()},
+        ),
+    ],
+)
+def test_a_configuration_tells_windows(settings: dict[str, object], expected: dict[str, AttentionPattern]) -> None:
+    assert patterns_of(PretrainedConfig(**settings)) == expected
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "conv", "chunked_attention"])
+def test_layers_that_are_no_attention_are_no_tree(kind: str) -> None:
+    with pytest.raises(NotATree, match=kind):
+        patterns_of(PretrainedConfig(layer_types=["full_attention", kind]))
+
+
+LAYERS = ["sliding_attention", "full_attention"]
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_what_layers_are_given_is_recorded_in_every_form_of_mask(family: str, attention: str) -> None:
+    if family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=3, attn_implementation=attention))
+    else:
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(**SMALL, sliding_window=3, layer_types=LAYERS, attn_implementation=attention)
+        )
+    ids = torch.arange(1, 8)[None]
+    with torch.no_grad(), recorded(model) as inputs:
+        model(ids)
+    assert inputs.embeddings is not None
+    assert inputs.embeddings.shape == (1, 7, 16)
+    nothing = torch.zeros(7).bool()
+    for kind, pattern in patterns_of(model.config).items():
+        assert torch.equal(inputs.masks[kind][0], sequence_mask(pattern, nothing, 7)), kind
+    windows = {pattern.window for pattern in patterns_of(model.config).values()}
+    assert windows == ({3} if family == "mistral" else {3, None})
+    rotary = [name for name in inputs.per_token if name.startswith("position_embeddings")]
+    assert rotary
+    for name in rotary:
+        assert inputs.of_row(name, 0).shape[0] == 7
+
+
+def test_attention_that_takes_no_masks_is_switched_in_the_decoder_alone(llava: object) -> None:
+    model = llava[0]  # type: ignore[index]
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config._attn_implementation_internal = "flash_attention_2"
+    assert take_masks(model) == "flash_attention_2"
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    assert model.get_decoder().config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "flash_attention_2"
+    assert take_masks(model) is None
+
+
+def test_all_patterns_differ_somewhere() -> None:
+    tokens = torch.tensor([1, 2, IMAGE, IMAGE, 3, 4, 5, 6])
+    masks = [sequence_mask(pattern, tokens == IMAGE, 5) for pattern in PATTERNS if pattern.window != 1]
+    assert all(not torch.equal(a, b) for (i, a), (j, b) in product(enumerate(masks), repeat=2) if i != j)
