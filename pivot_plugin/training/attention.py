@@ -94,7 +94,7 @@ def sequence_mask(pattern: AttentionPattern, is_image: torch.Tensor, prompt: int
 
     Args:
         pattern: of a layer.
-        is_image: (L,) whether a token stands for an image feature.
+        is_image: (L,) whether a token is part of an image.
         prompt: tokens of the prompt.
 
     Returns:
@@ -197,14 +197,14 @@ class TreeAttention:
         return create_block_mask(sees, trees, None, nodes, nodes, device=self.end.device)
 
 
-def tree_attention(pattern: AttentionPattern, forest: Forest, image_token_id: int) -> TreeAttention:
+def tree_attention(pattern: AttentionPattern, forest: Forest, is_image: torch.Tensor) -> TreeAttention:
     """A pattern on the trees of a forest.
 
     Args:
         pattern: of a layer.
         forest: the trees. With image blocks the sequences of a tree must have all their image tokens in common, with a
             prompt block the whole prompt.
-        image_token_id: the token that stands for an image feature.
+        is_image: (B, N) whether a node is part of an image.
     """
     block = None
     if pattern.image_blocks or pattern.prompt_block:
@@ -213,7 +213,7 @@ def tree_attention(pattern: AttentionPattern, forest: Forest, image_token_id: in
         for tree, path, completion in zip(forest.sequence_tree.tolist(), forest.paths, completions, strict=True):
             nodes = path.to(block.device)
             if pattern.image_blocks:
-                block[tree, nodes] = image_blocks(forest.tokens[tree, nodes] == image_token_id)
+                block[tree, nodes] = image_blocks(is_image[tree, nodes])
             else:
                 block[tree, nodes[: len(nodes) - completion]] = 0
     return TreeAttention(forest.end, forest.depth, block, pattern.window)

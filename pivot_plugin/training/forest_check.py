@@ -14,7 +14,7 @@ sequence per row instead, which is compared in the same way; a model that differ
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.evaluating import evaluating
+from pivot_plugin.models.image_tokens import SEQUENCE, ImageTokens
 
 from .attention import NotATree, observed
 from .batch import ForestBatch
 from .decoder_inputs import DecoderInputs, recorded
-from .forward import ForestReading, answering, as_model_takes, reading_of
+from .forward import ForestReading, TokenTypes, answering, on_model, reading_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +46,74 @@ class CheckedSequence:
 
     Attributes:
         name: of its row, for errors.
-        inputs: of the model: `input_ids` (1, L), and whatever the processor gives beside them.
-        prompt: tokens of the prompt.
+        outputs: of the processor, for the prompt with its images.
+        completion: token ids of the answer.
     """
 
     name: str
-    inputs: Mapping[str, torch.Tensor]
-    prompt: int
+    outputs: Mapping[str, Any]
+    completion: Sequence[int]
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.outputs["input_ids"].shape[1])
 
     @property
     def tokens(self) -> torch.Tensor:
         """(L,) token ids."""
-        return self.inputs["input_ids"][0]
+        return torch.cat([self.outputs["input_ids"][0], torch.tensor(self.completion, dtype=torch.long)])
+
+    @property
+    def types(self) -> dict[str, torch.Tensor]:
+        """What the processor says of each token of the prompt beside its id, by name: (P,) integers."""
+        shape = self.outputs["input_ids"].shape
+        return {
+            name: value[0]
+            for name, value in self.outputs.items()
+            if name not in SEQUENCE and getattr(value, "shape", None) == shape and not value.is_floating_point()
+        }
+
+    def inputs(self, answer_type: int) -> dict[str, Any]:
+        """What the model is given of the sequence.
+
+        Args:
+            answer_type: what is said of the tokens of the answer where the processor says something of each token.
+        """
+        length = len(self.completion)
+        per_token = {
+            "input_ids": self.tokens,
+            "attention_mask": torch.ones(self.prompt + length, dtype=torch.long),
+            **{
+                name: torch.nn.functional.pad(values, (0, length), value=answer_type)
+                for name, values in self.types.items()
+            },
+        }
+        return {**self.outputs, **{name: values[None] for name, values in per_token.items()}}
+
+
+def checked_sequence(
+    image_tokens: ImageTokens, name: str, images: Sequence[Any], prompt: str, answer: str
+) -> CheckedSequence:
+    """A sequence as the processor makes it of the whole prompt.
+
+    Args:
+        image_tokens: of the processor.
+        name: of the row, for errors.
+        images: PIL.
+        prompt, answer: in the words of the chat template.
+    """
+    processor = image_tokens.processor
+    settings: dict[str, Any] = {"text": [prompt], "return_tensors": "pt", "add_special_tokens": False}
+    if images:
+        outputs = processor(images=[list(images)], **settings)
+    else:
+        try:
+            outputs = processor(**settings)
+        # some processors take no text without images, though their models do
+        except (ValueError, TypeError, AttributeError):
+            outputs = processor.tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
+    return CheckedSequence(name, dict(outputs), image_tokens.tokens(answer))
 
 
 @dataclass(frozen=True)
@@ -81,7 +138,7 @@ def read_forest(
     model: PreTrainedModel,
     adapter: VisionAdapter,
     sequences: Sequence[CheckedSequence],
-    batch_of: Any,
+    batch_of: Callable[[ForestReading], ForestBatch],
 ) -> ForestReading:
     """How a model reads a forest, shown on some sequences.
 
@@ -89,25 +146,23 @@ def read_forest(
         model: the MLLM, without a peft model around it, on the device that it trains on.
         adapter: of its family.
         sequences: of some rows, in the order in which `batch_of` has them.
-        batch_of: makes the forest batch of the same rows; called with whether sequences may share trees.
+        batch_of: makes the forest batch of the same rows for a reading.
 
     Raises:
         ModelError: if the model computes something else of a forest than of the sequences, naming what differs.
     """
     with evaluating(model), _in_float32(model) as exact:
-        reading = reading_of(model)
-        with answering(model, adapter, reading):
-            passes = [_plain(model, sequence) for sequence in sequences]
-        reading = replace(_with_observed(model, adapter, reading, passes), own_head=_own_head(passes, exact))
+        reading, passes = _observed(model, adapter, sequences)
+        reading = replace(reading, own_head=_own_head(passes, exact))
         differences = {}
-        readings = [reading] if reading.no_trees is not None else [reading, replace(reading, patterns={}, no_trees="")]
-        for candidate in readings:
+        by_row = replace(reading, patterns={}, no_trees=reading.no_trees or "")
+        for candidate in [by_row] if reading.no_trees is not None else [reading, by_row]:
             trees = candidate.no_trees is None
-            differences[trees] = _difference(model, adapter, candidate, passes, batch_of(trees), exact)
+            differences[trees] = _difference(model, adapter, candidate, passes, batch_of(candidate), exact)
             if differences[trees] is None:
                 if trees or reading.no_trees is not None:
                     return candidate
-                return replace(candidate, no_trees=f"through trees {differences[True]}")
+                return replace(candidate, no_trees=f"in a tree {differences[True]}")
     raise ModelError(
         f"{type(model).__name__} computes something else in training than by itself: {differences[False]}.",
         f"The adapter of family {adapter.family!r} does not describe how it takes its images, positions or masks; "
@@ -115,8 +170,65 @@ def read_forest(
     )
 
 
-def _plain(model: PreTrainedModel, sequence: CheckedSequence) -> _PlainPass:
-    inputs = {name: as_model_takes(value.to(model.device), model) for name, value in sequence.inputs.items()}
+def _observed(
+    model: PreTrainedModel, adapter: VisionAdapter, sequences: Sequence[CheckedSequence]
+) -> tuple[ForestReading, list[_PlainPass]]:
+    """How a model reads a forest, as its plain passes show, and these passes."""
+    reading = reading_of(model)
+    names = sorted({name for sequence in sequences for name in sequence.types})
+    # what is said of an answer's tokens is that they are text; a few models call them something else than the prompt's
+    for answer_type in (0, 1) if names else (0,):
+        types = {name: TokenTypes(_by_token(name, sequences), answer_type) for name in names}
+        reading = replace(reading, token_types=types)
+        with answering(model, adapter, reading):
+            passes = [_plain(model, sequence, answer_type) for sequence in sequences]
+        if _is_causal(passes):
+            return _with_patterns(reading, adapter, passes), passes
+    raise ModelError(
+        f"In {type(model).__name__} the tokens of an answer see what follows them, so that their probabilities say "
+        "nothing of what it would write.",
+        "Use a model that reads its answers from left to right.",
+    )
+
+
+def _with_patterns(reading: ForestReading, adapter: VisionAdapter, passes: Sequence[_PlainPass]) -> ForestReading:
+    """A reading with who sees whom in each kind of layer, as the plain passes show it."""
+    patterns = {}
+    for kind, pattern in reading.patterns.items():
+        shown = [one for one in passes if kind in one.decoder.masks]
+        try:
+            patterns[kind] = observed(
+                pattern,
+                [one.decoder.masks[kind][0].cpu() for one in shown],
+                [reading.is_image(one.sequence.tokens, adapter.image_token_id) for one in shown],
+                [one.sequence.prompt for one in shown],
+            )
+        except NotATree as reason:
+            return replace(reading, patterns={}, no_trees=str(reason))
+    return replace(reading, patterns=patterns)
+
+
+def _is_causal(passes: Sequence[_PlainPass]) -> bool:
+    """Whether no token of an answer sees, or is seen by, what stands before it in the wrong direction."""
+    return not any(
+        mask[0].triu(1)[one.sequence.prompt :].any() or mask[0].triu(1)[:, one.sequence.prompt :].any()
+        for one in passes
+        for mask in one.decoder.masks.values()
+    )
+
+
+def _by_token(name: str, sequences: Sequence[CheckedSequence]) -> dict[int, int]:
+    """What the processor says of tokens, by their ids, where it is not 0."""
+    by_token: dict[int, int] = {}
+    for sequence in sequences:
+        if name in sequence.types:
+            pairs = zip(sequence.tokens.tolist(), sequence.types[name].tolist(), strict=False)
+            by_token.update({token: value for token, value in pairs if value})
+    return by_token
+
+
+def _plain(model: PreTrainedModel, sequence: CheckedSequence, answer_type: int) -> _PlainPass:
+    inputs = {name: on_model(value, model) for name, value in sequence.inputs(answer_type).items()}
     with recorded(model) as decoder:
         logits = model(**inputs, use_cache=False).logits[0].float()
     tokens = sequence.tokens.to(logits.device)
@@ -125,25 +237,6 @@ def _plain(model: PreTrainedModel, sequence: CheckedSequence) -> _PlainPass:
     labels[: sequence.prompt] = -100
     fused = model(**inputs, labels=labels[None], use_cache=False, fused_lm_head=True).log_probs[0].float()
     return _PlainPass(sequence, decoder, logps, fused[sequence.prompt - 1 :])
-
-
-def _with_observed(
-    model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading, passes: Sequence[_PlainPass]
-) -> ForestReading:
-    """The reading with what the plain passes show of who sees whom."""
-    patterns = {}
-    for kind, pattern in reading.patterns.items():
-        shown = [one for one in passes if kind in one.decoder.masks]
-        try:
-            patterns[kind] = observed(
-                pattern,
-                [one.decoder.masks[kind][0].cpu() for one in shown],
-                [one.sequence.tokens == adapter.image_token_id for one in shown],
-                [one.sequence.prompt for one in shown],
-            )
-        except NotATree as reason:
-            return replace(reading, patterns={}, no_trees=str(reason))
-    return replace(reading, patterns=patterns)
 
 
 def _own_head(passes: Sequence[_PlainPass], exact: bool) -> bool:

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_features import repeated_features
 
 from .attention import TAKE_MASKS, AttentionPattern, NotATree, patterns_of, tree_attention
@@ -26,6 +27,19 @@ from .forest import Forest, per_sequence
 
 # what a caller may ask of the model beside the forest; the rest of TRL's call the forest stands for
 HANDED_ON = ("output_router_logits",)
+
+
+@dataclass(frozen=True)
+class TokenTypes:
+    """What a processor says of each token beside its id, such as whether it stands for an image.
+
+    Attributes:
+        by_token: of a prompt's tokens, by their ids; those that are not named have 0.
+        answer: of the tokens of an answer.
+    """
+
+    by_token: Mapping[int, int]
+    answer: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,12 +52,24 @@ class ForestReading:
             masks and positions.
         own_head: whether its own head scores the tokens, because TRL's computes something else.
         temperature: that logits are divided by.
+        token_types: inputs by name that say something of each token, handed on where a sequence has its own row.
     """
 
     patterns: Mapping[str, AttentionPattern]
     no_trees: str | None = None
     own_head: bool = False
     temperature: float = 1.0
+    token_types: Mapping[str, TokenTypes] = field(default_factory=dict)
+
+    def is_image(self, tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:
+        """Which tokens the model takes for part of an image: those its processor marks, else those of image features.
+
+        Args:
+            tokens: ids of any shape.
+            image_token_id: the token that stands for one image feature.
+        """
+        marked = {token for types in self.token_types.values() for token in types.by_token}
+        return torch.isin(tokens, torch.tensor(sorted(marked) or [image_token_id], device=tokens.device))
 
 
 def reading_of(model: PreTrainedModel) -> ForestReading:
@@ -95,22 +121,19 @@ def answering(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestRea
         reading: how the model reads a forest.
     """
     answers = "forest" in inspect.signature(model.forward, follow_wrapped=False).parameters
-    own = model.__dict__.get("forward")
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        if not answers:
-            add_fused_lm_head(model)
-            install(model, adapter, reading)
-        yield
-    finally:
-        if not answers:
-            for name in ("forward", "_original_forward"):
-                model.__dict__.pop(name, None)
-            if own is not None:
-                model.forward = own
-        for name, module in model.named_modules():
-            module.training = training.get(name, False)
+    instance_forward = model.__dict__.get("forward")
+    with evaluating(model):
+        try:
+            if not answers:
+                add_fused_lm_head(model)
+                install(model, adapter, reading)
+            yield
+        finally:
+            if not answers:
+                for name in ("forward", "_original_forward"):
+                    model.__dict__.pop(name, None)
+                if instance_forward is not None:
+                    model.forward = instance_forward
 
 
 @dataclass(frozen=True)
@@ -126,18 +149,22 @@ class _Reader:
         """The fields TRL's losses read, (S, C) each, zero for padding."""
         forest, model = batch.forest, self.model
         inputs = {name: as_model_takes(value, model) for name, value in batch.image_inputs.items()}
-        wanted = [image for images in batch.tree_images for image in images]
+        shown = [image for images in batch.tree_images for image in images]
+        distinct = None
+        if self.reading.no_trees is not None:
+            # a model that counts positions by itself looks up the size of every image of every row
+            distinct, inputs = inputs, inputs | _per_shown_image(inputs, len(batch.image_tokens), shown)
         with (
-            repeated_features(model, batch.image_tokens, wanted),
+            repeated_features(model, batch.image_tokens, shown, distinct),
             _scored_states_only(model, forest),
             _routed(model, bool(asked.get("output_router_logits"))) as routed,
         ):
             scored = self._scored(forest, input_ids=forest.tokens, **self._order(batch), **inputs)
         per_token = {}
-        for field in fields(scored):
-            value = getattr(scored, field.name)
+        for part in fields(scored):
+            value = getattr(scored, part.name)
             if isinstance(value, torch.Tensor) and value.shape == (1, len(forest.edge_token)):
-                per_token[field.name] = per_sequence(value[0], forest.edge_of)
+                per_token[part.name] = per_sequence(value[0], forest.edge_of)
         loss, aux_loss = scored.loss, None
         if routed:
             aux_loss = _load_balancing_loss(model, routed[-1], forest)
@@ -148,13 +175,24 @@ class _Reader:
         """Masks and positions."""
         if self.reading.no_trees is not None:
             # padding stands behind each sequence, and the model finds masks and positions by itself
-            return {
-                "attention_mask": batch.forest.is_node.long(),
-            }
+            return {"attention_mask": batch.forest.is_node.long(), **self._token_types(batch.forest)}
         return {
             "attention_mask": self._masks(batch.forest),
             "position_ids": position_ids(batch.forest, self.adapter, batch),
         }
+
+    def _token_types(self, forest: Forest) -> dict[str, torch.Tensor]:
+        """What the processor says of each token beside its id."""
+        inputs = {}
+        for name, types in self.reading.token_types.items():
+            values = torch.zeros_like(forest.tokens)
+            for token, value in types.by_token.items():
+                values[forest.tokens == token] = value
+            completions = (forest.edge_of >= 0).sum(dim=1).tolist()
+            for tree, path, completion in zip(forest.sequence_tree.tolist(), forest.paths, completions, strict=True):
+                values[tree, path[len(path) - completion :]] = types.answer
+            inputs[name] = values * forest.is_node
+        return inputs
 
     def _masks(self, forest: Forest) -> object:
         """One mask for all layers, or one for each kind where they differ."""
@@ -163,7 +201,7 @@ class _Reader:
         return next(iter(forms.values())) if len(forms) == 1 else {kind: forms[p] for kind, p in patterns.items()}
 
     def _mask(self, pattern: AttentionPattern, forest: Forest) -> object:
-        attention = tree_attention(pattern, forest, self.adapter.image_token_id)
+        attention = tree_attention(pattern, forest, self.reading.is_image(forest.tokens, self.adapter.image_token_id))
         kind = self.model.config.get_text_config()._attn_implementation
         if kind == "flex_attention":
             return attention.block_mask()
@@ -194,6 +232,15 @@ class _Reader:
             mean_logits=logits.mean(-1),
             is_top1=logits.argmax(-1) == forest.edge_token[None],
         )
+
+
+def _per_shown_image(inputs: Mapping[str, Any], images: int, shown: list[int]) -> dict[str, torch.Tensor]:
+    """Whole numbers that say something of each image, for every time one is shown."""
+    return {
+        name: value[shown]
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and not value.is_floating_point() and len(value) == images
+    }
 
 
 @contextmanager
@@ -228,9 +275,20 @@ def _load_balancing_loss(model: PreTrainedModel, router_logits: Any, forest: For
     return loss
 
 
-def as_model_takes(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """A processor's output in the precision of the model."""
-    return value.to(model.dtype) if value.is_floating_point() else value
+def as_model_takes(value: Any, model: PreTrainedModel) -> Any:
+    """A processor's output, tensors or lists of them, in the precision of the model."""
+    if isinstance(value, list | tuple):
+        return type(value)(as_model_takes(item, model) for item in value)
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(model.dtype)
+    return value
+
+
+def on_model(value: Any, model: PreTrainedModel) -> Any:
+    """A processor's output, tensors or lists of them, where the model is and in its precision."""
+    if isinstance(value, list | tuple):
+        return type(value)(on_model(item, model) for item in value)
+    return as_model_takes(value.to(model.device), model) if isinstance(value, torch.Tensor) else value
 
 
 def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> torch.Tensor:

@@ -2,16 +2,14 @@
 
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.data.layout import normalise
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.models.loading import empty_model
 
-from .batch import ForestCollator
 from .forward import takes_trees
 
 
@@ -43,7 +41,7 @@ def inspect_model(name: str) -> dict[str, Any]:
         "LoRA": _by_kind(targets, blocks),
         "projector": list(adapter.projector_paths) or "none found",
         "language model": f"{sum(p.numel() for p in model.get_decoder().parameters()):,} parameters",
-        "image tokens": _image_tokens(name, model, adapter),
+        "image tokens": _image_tokens(name, adapter),
         "prefix forest": "yes" if reason is None else f"no, one sequence per row: {reason}",
     }
 
@@ -58,16 +56,14 @@ def _by_kind(targets: list[str], blocks: list[str]) -> list[str]:
     return [f"{kind} ({count})" for kind, count in kinds.items()]
 
 
-def _image_tokens(name: str, model: PreTrainedModel, adapter: VisionAdapter) -> list[str] | str:
+def _image_tokens(name: str, adapter: VisionAdapter) -> list[str] | str:
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError):
         return "unknown: no processor found"
+    image_tokens = ImageTokens(processor, adapter.image_token_id)
     facts = []
     for size in ((336, 336), (672, 336), (1024, 768)):
-        row = {"images": [Image.new("RGB", size)], "prompt": "?", "chosen": "a", "rejected": "b"}
-        pair = {**normalise(row, "probe"), "image_key": "probe"}
-        with torch.no_grad():
-            batch = ForestCollator(processor, adapter.image_token_id)([pair])
-        facts.append(f"{sum(batch['forest'].image_tokens)} for {size[0]}x{size[1]} px")
+        counts = image_tokens.process_images([[Image.new("RGB", size)]]).counts[0]
+        facts.append(f"{sum(counts)} for {size[0]}x{size[1]} px")
     return facts

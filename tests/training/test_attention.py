@@ -66,7 +66,7 @@ def test_a_node_sees_of_its_sequence_what_a_token_sees_and_nothing_else(
 ) -> None:
     sequences = [prompt + answer for answer in answers]
     forest = build_forest([list(range(len(sequences)))], sequences, [len(prompt)] * len(sequences))
-    mask = tree_attention(pattern, forest, IMAGE).mask()[0, 0]
+    mask = tree_attention(pattern, forest, forest.tokens == IMAGE).mask()[0, 0]
     for sequence, path in zip(sequences, forest.paths, strict=True):
         assert mask[path][:, path].tolist() == enumerated(pattern, sequence, len(prompt))
         outside = [node for node in range(mask.shape[1]) if node not in path]
@@ -77,7 +77,7 @@ def test_a_node_sees_of_its_sequence_what_a_token_sees_and_nothing_else(
 def test_a_flex_attention_mask_says_the_same(pattern: AttentionPattern) -> None:
     sequences = [[1, IMAGE, IMAGE, 2, 5, 6], [1, IMAGE, IMAGE, 2, 5, 7, 8], [1, IMAGE, IMAGE, 2, 4]]
     forest = build_forest([[0, 1, 2]], sequences, [4, 4, 4])
-    attention = tree_attention(pattern, forest, IMAGE)
+    attention = tree_attention(pattern, forest, forest.tokens == IMAGE)
     block_mask = attention.block_mask()
     shown = seen(block_mask, 1, forest.tokens.shape[1], torch.device("cpu"))
     assert torch.equal(shown, attention.mask()[:, 0])
