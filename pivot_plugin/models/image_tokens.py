@@ -88,7 +88,7 @@ class ImageTokens:
         """The token of a prompt in whose place the processor puts an image's tokens."""
         text = self.image_prompt(1)
         before = self.tokens(text)
-        after = self._process([[PROBE]], [text])["input_ids"][0].tolist()
+        after = self.processed([[PROBE]], [text])["input_ids"][0].tolist()
         start = _agreement(before, after)
         behind = _agreement(before[start:][::-1], after[start:][::-1])
         # the expansion may begin or end with the marker itself
@@ -127,15 +127,23 @@ class ImageTokens:
             return True
         return False
 
-    def _process(self, image_sets: Sequence[Sequence[Any]], texts: Sequence[str]) -> Mapping[str, Any]:
-        outputs: Mapping[str, Any] = self.processor(
-            images=[list(images) for images in image_sets],
-            text=list(texts),
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
-        return outputs
+    def processed(self, image_sets: Sequence[Sequence[Any]], texts: Sequence[str]) -> dict[str, Any]:
+        """What the processor makes of prompts with their images, in one call.
+
+        Args:
+            image_sets: for each prompt its images (PIL).
+            texts: prompts in the words of the chat template.
+        """
+        settings = {"text": list(texts), "padding": True, "return_tensors": "pt", "add_special_tokens": False}
+        try:
+            outputs = self.processor(images=[list(images) for images in image_sets], **settings)
+        except (ValueError, TypeError):
+            # a few take one image per prompt, in a flat list
+            if any(len(images) != 1 for images in image_sets):
+                raise
+            outputs = self.processor(images=[images[0] for images in image_sets], **settings)
+        # some processors add what a loss would want
+        return {name: value for name, value in outputs.items() if name != "labels"}
 
     def texts(self, row: Mapping[str, Any]) -> dict[str, str]:
         """A row's prompt, and its answers where it has them, in the words of the chat template, by TRL's own functions.
@@ -173,7 +181,7 @@ class ImageTokens:
             inputs, expansions = self._fenced(image_sets)
             counts = [[part.count(self.image_token_id) for part in parts] for parts in expansions]
             return ProcessedImages(inputs, counts, expansions)
-        outputs = self._process(image_sets, texts or [self.image_prompt(len(images)) for images in image_sets])
+        outputs = self.processed(image_sets, texts or [self.image_prompt(len(images)) for images in image_sets])
         totals = (outputs["input_ids"] == self.image_token_id).sum(dim=1).tolist()
         if not all(totals):
             raise ModelError(
@@ -197,7 +205,7 @@ class ImageTokens:
         """
         if expansions is not None or not row["images"]:
             return self.expand(row, self.tokens(text), expansions or [])
-        tokens: list[int] = self._process([row["images"]], [text])["input_ids"][0].tolist()
+        tokens: list[int] = self.processed([row["images"]], [text])["input_ids"][0].tolist()
         return tokens
 
     def _fenced(self, image_sets: Sequence[Sequence[Any]]) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
@@ -206,7 +214,7 @@ class ImageTokens:
         fence = self.processor.tokenizer.eos_token
         fence_id = self.processor.tokenizer.eos_token_id
         # a text of nothing but markers, fenced by a token no expansion contains, shows what each marker becomes
-        outputs = self._process(image_sets, [fence.join([marker] * len(images)) for images in image_sets])
+        outputs = self.processed(image_sets, [fence.join([marker] * len(images)) for images in image_sets])
         expansions = []
         for ids, mask, images in zip(outputs["input_ids"], outputs["attention_mask"], image_sets, strict=True):
             parts: list[list[int]] = [[]]

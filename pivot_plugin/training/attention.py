@@ -1,16 +1,16 @@
 """Who sees whom in the layers of a decoder, and how that is said of token trees.
 
-A sequence knows three relations beside plain causality: a window (a token sees itself and the `window - 1` before it),
-image blocks (the tokens of one run of image tokens see each other in both directions), and a prompt block (so do all
-tokens of the prompt). Layers of one model may differ. Which relations a model has is read off the masks that its own
-forward pass makes (`observed`), never off its name; a tree's masks are made of the same relations, with the depth of a
-node as its position (`tree_attention`).
+A sequence knows two relations beside plain causality: a window (a token sees itself and `window - 1` before it), and
+a block in which all tokens see each other: each image, all images together, or the prompt. Layers of one model may
+differ. Which relations a model has is read off the masks that its own forward pass makes (`observed`), never off its
+name; a tree's masks are made of the same relations, with the depth of a node as its position (`tree_attention`).
 
 Notation: L tokens of a sequence; B trees, N nodes of the largest tree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,19 +21,23 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 TAKE_MASKS = ("sdpa", "eager", "flex_attention")
 
 
+Block = Literal["image", "images", "prompt"]
+
+
 @dataclass(frozen=True)
 class AttentionPattern:
     """Who sees whom in one kind of layer.
 
     Attributes:
         window: tokens that a token sees at most, itself included; None for all before it.
-        image_blocks: tokens of one run of image tokens see each other.
-        prompt_block: tokens of the prompt see each other.
+        block: whose tokens see each other in both directions: those of an "image" (a run of image tokens), of all
+            "images" together, or of the "prompt"; None for none.
+        block_in_window: whether the window bounds what is seen in a block too.
     """
 
     window: int | None = None
-    image_blocks: bool = False
-    prompt_block: bool = False
+    block: Block | None = None
+    block_in_window: bool = True
 
 
 def patterns_of(config: PreTrainedConfig) -> dict[str, AttentionPattern]:
@@ -101,21 +105,44 @@ def sequence_mask(pattern: AttentionPattern, is_image: torch.Tensor, prompt: int
         (L, L) booleans: whether the token of the row sees that of the column.
     """
     position = torch.arange(len(is_image), device=is_image.device)
-    sees = position[None] <= position[:, None]
-    if pattern.image_blocks:
-        block = image_blocks(is_image)
-        sees = sees | ((block[:, None] == block[None]) & (block[:, None] >= 0))
-    if pattern.prompt_block:
-        sees = sees | ((position[:, None] < prompt) & (position[None] < prompt))
-    if pattern.window is not None:
-        sees = sees & (position[:, None] - position[None] < pattern.window)
-    return sees
+    block = None if pattern.block is None else blocks(pattern.block, is_image, prompt)
+    return _sees(
+        position[None] <= position[:, None],
+        position[:, None] - position[None],
+        None if block is None else (block[:, None] == block[None]) & (block[:, None] >= 0),
+        pattern,
+    )
 
 
-def image_blocks(is_image: torch.Tensor) -> torch.Tensor:
-    """(L,) number of the run of image tokens that a token belongs to, -1 for all others."""
+def blocks(kind: Block, is_image: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The block that each token of a sequence belongs to.
+
+    Args:
+        kind: of block.
+        is_image: (L,) whether a token is part of an image.
+        prompt: tokens of the prompt.
+
+    Returns:
+        (L,) numbers, -1 for tokens in none.
+    """
+    if kind == "prompt":
+        return torch.where(torch.arange(len(is_image), device=is_image.device) < prompt, 0, -1)
+    if kind == "images":
+        return torch.where(is_image, 0, -1)
     begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:-1]
     return torch.where(is_image, begins.long().cumsum(0) - 1, -1)
+
+
+def _sees(
+    before: torch.Tensor, distance: torch.Tensor, same_block: torch.Tensor | None, pattern: AttentionPattern
+) -> torch.Tensor:
+    """Whether a token sees another, given whether that stands before it, how far, and whether they share a block."""
+    if pattern.window is not None and not pattern.block_in_window:
+        before = before & (distance < pattern.window)
+    allowed = before if same_block is None else before | same_block
+    if pattern.window is not None and pattern.block_in_window:
+        allowed = allowed & (distance < pattern.window)
+    return allowed
 
 
 def observed(
@@ -126,23 +153,24 @@ def observed(
     Args:
         pattern: as the configuration tells it.
         masks: (L, L) booleans of each sequence, as a layer got them.
-        is_image: (L,) of each sequence.
+        is_image: (L,) of each sequence, whether a token is part of an image.
         prompts: tokens of each prompt.
 
     Raises:
-        NotATree: if no pattern explains them, or an answer is not causal in itself.
+        NotATree: if no pattern explains them.
     """
-    for mask, prompt in zip(masks, prompts, strict=True):
-        if mask.triu(1)[prompt:].any() or mask.triu(1)[:, prompt:].any():
-            raise NotATree("tokens of its answers see what follows them")
-    candidates = [pattern, replace(pattern, image_blocks=True), replace(pattern, prompt_block=True)]
+    candidates = [pattern] + [
+        replace(pattern, block=block, block_in_window=block_in_window)
+        for block in get_args(Block)
+        for block_in_window in (True, False)
+    ]
     for candidate in candidates:
         if all(
             torch.equal(mask, sequence_mask(candidate, images, prompt))
             for mask, images, prompt in zip(masks, is_image, prompts, strict=True)
         ):
             return candidate
-    raise NotATree("its attention is neither causal, nor sliding, nor both with two-way attention inside an image")
+    raise NotATree("its attention is neither causal, nor sliding, nor both with two-way attention inside a block")
 
 
 @dataclass(frozen=True)
@@ -154,13 +182,13 @@ class TreeAttention:
         depth: (B, N) position of each node in its sequence.
         block: (B, N) number of the block a node belongs to, in which all see each other, -1 for none; None where there
             are no blocks.
-        window: as for `AttentionPattern`.
+        pattern: of the layer.
     """
 
     end: torch.Tensor
     depth: torch.Tensor
     block: torch.Tensor | None
-    window: int | None
+    pattern: AttentionPattern
 
     def sees(self, tree: torch.Tensor, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Whether a node sees another, in the form FlexAttention asks it.
@@ -169,13 +197,15 @@ class TreeAttention:
             tree, query, key: indices that broadcast against each other.
             head: all are alike.
         """
-        allowed = (key <= query) & (query < self.end[tree, key])
+        same_block = None
         if self.block is not None:
-            same = self.block[tree, query] == self.block[tree, key]
-            allowed = allowed | (same & (self.block[tree, query] >= 0))
-        if self.window is not None:
-            allowed = allowed & (self.depth[tree, query] - self.depth[tree, key] < self.window)
-        return allowed
+            same_block = (self.block[tree, query] == self.block[tree, key]) & (self.block[tree, query] >= 0)
+        return _sees(
+            (key <= query) & (query < self.end[tree, key]),
+            self.depth[tree, query] - self.depth[tree, key],
+            same_block,
+            self.pattern,
+        )
 
     def mask(self) -> torch.Tensor:
         """(B, 1, N, N) booleans, queries in the third dimension, keys in the last."""
@@ -202,24 +232,14 @@ def tree_attention(pattern: AttentionPattern, forest: Forest, is_image: torch.Te
 
     Args:
         pattern: of a layer.
-        forest: the trees. With image blocks the sequences of a tree must have all their image tokens in common, with a
-            prompt block the whole prompt.
+        forest: the trees, whose sequences must have in common what stands in a block: all image tokens, or the prompt.
         is_image: (B, N) whether a node is part of an image.
     """
     block = None
-    if pattern.image_blocks or pattern.prompt_block:
+    if pattern.block is not None:
         block = torch.full_like(forest.depth, -1)
         completions = (forest.edge_of >= 0).sum(dim=1).tolist()
         for tree, path, completion in zip(forest.sequence_tree.tolist(), forest.paths, completions, strict=True):
             nodes = path.to(block.device)
-            if pattern.image_blocks:
-                block[tree, nodes] = image_blocks(is_image[tree, nodes])
-            else:
-                block[tree, nodes[: len(nodes) - completion]] = 0
-    return TreeAttention(forest.end, forest.depth, block, pattern.window)
-
-
-def uniform(patterns: Mapping[str, AttentionPattern]) -> AttentionPattern | None:
-    """The one pattern of all layers, None where they differ."""
-    distinct = set(patterns.values())
-    return distinct.pop() if len(distinct) == 1 else None
+            block[tree, nodes] = blocks(pattern.block, is_image[tree, nodes], len(nodes) - completion)
+    return TreeAttention(forest.end, forest.depth, block, pattern)

@@ -8,7 +8,7 @@ what the model computes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from transformers import ProcessorMixin
@@ -19,6 +19,7 @@ from pivot_plugin.models.image_tokens import ImageTokens
 from .forest import Forest, build_forest
 
 T = TypeVar("T")
+SharedPrefix = Literal["images", "prompt", "all"]
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,15 @@ class ForestCollator:
     Args:
         processor: the model's own processor.
         image_token_id: the token that stands for one image feature.
-        tree: whether sequences may share a row; otherwise each has its own, with images still processed once.
+        shared: what the sequences of a tree must have in common: "images", all tokens up to the last of an image;
+            the whole "prompt"; or "all", so that each sequence has a row of its own, with images still processed once.
         max_length: cut sequences to this many tokens, as TRL does; None never cuts.
         whole_prompts: as for `ImageTokens`.
     """
 
     processor: ProcessorMixin
     image_token_id: int
-    tree: bool = True
+    shared: SharedPrefix = "images"
     max_length: int | None = None
     whole_prompts: bool | None = None
 
@@ -167,8 +169,11 @@ class ForestCollator:
         """
         groups: dict[object, list[int]] = {}
         for index, (sequence, shown) in enumerate(zip(sequences, image_sets.shown, strict=True)):
-            last = max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
-            group = (shown, tuple(sequence[: last + 1])) if self.tree else index
+            if self.shared == "images":
+                length = 1 + max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
+            else:
+                length = starts[index]
+            group = index if self.shared == "all" else (shown, tuple(sequence[:length]))
             groups.setdefault(group, []).append(index)
         first = [0, *accumulate(len(counts) for counts in image_sets.tokens)]
         images_of = [list(range(start, end)) for start, end in pairwise(first)]

@@ -74,19 +74,20 @@ class CheckedSequence:
             if name not in SEQUENCE and getattr(value, "shape", None) == shape and not value.is_floating_point()
         }
 
-    def inputs(self, answer_type: int) -> dict[str, Any]:
+    def inputs(self, types: Mapping[str, TokenTypes]) -> dict[str, Any]:
         """What the model is given of the sequence.
 
         Args:
-            answer_type: what is said of the tokens of the answer where the processor says something of each token.
+            types: what is said of tokens; also where the processor says nothing, because a row shows no image.
         """
         length = len(self.completion)
+        nothing = torch.zeros(self.prompt, dtype=torch.long)
         per_token = {
             "input_ids": self.tokens,
             "attention_mask": torch.ones(self.prompt + length, dtype=torch.long),
             **{
-                name: torch.nn.functional.pad(values, (0, length), value=answer_type)
-                for name, values in self.types.items()
+                name: torch.nn.functional.pad(self.types.get(name, nothing), (0, length), value=of_tokens.answer)
+                for name, of_tokens in types.items()
             },
         }
         return {**self.outputs, **{name: values[None] for name, values in per_token.items()}}
@@ -104,16 +105,16 @@ def checked_sequence(
         prompt, answer: in the words of the chat template.
     """
     processor = image_tokens.processor
-    settings: dict[str, Any] = {"text": [prompt], "return_tensors": "pt", "add_special_tokens": False}
     if images:
-        outputs = processor(images=[list(images)], **settings)
+        outputs = image_tokens.processed([images], [prompt])
     else:
+        settings: dict[str, Any] = {"text": [prompt], "return_tensors": "pt", "add_special_tokens": False}
         try:
-            outputs = processor(**settings)
+            outputs = dict(processor(**settings))
         # some processors take no text without images, though their models do
         except (ValueError, TypeError, AttributeError):
-            outputs = processor.tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
-    return CheckedSequence(name, dict(outputs), image_tokens.tokens(answer))
+            outputs = dict(processor.tokenizer(settings.pop("text"), **settings))
+    return CheckedSequence(name, outputs, image_tokens.tokens(answer))
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _observed(
         types = {name: TokenTypes(_by_token(name, sequences), answer_type) for name in names}
         reading = replace(reading, token_types=types)
         with answering(model, adapter, reading):
-            passes = [_plain(model, sequence, answer_type) for sequence in sequences]
+            passes = [_plain(model, sequence, types) for sequence in sequences]
         if _is_causal(passes):
             return _with_patterns(reading, adapter, passes), passes
     raise ModelError(
@@ -205,7 +206,19 @@ def _with_patterns(reading: ForestReading, adapter: VisionAdapter, passes: Seque
             )
         except NotATree as reason:
             return replace(reading, patterns={}, no_trees=str(reason))
-    return replace(reading, patterns=patterns)
+    return replace(reading, patterns=patterns, first_position=_first_position(passes))
+
+
+def _first_position(passes: Sequence[_PlainPass]) -> int:
+    """Of the first token, where positions count up in every pass."""
+    firsts = set()
+    for one in passes:
+        for name in one.decoder.per_token:
+            positions = one.decoder.of_row(name, 0)
+            if name.startswith("position_ids") and positions.ndim == 1:
+                counted = torch.arange(len(positions), device=positions.device) + positions[0]
+                firsts.add(int(positions[0]) if torch.equal(positions, counted) else 0)
+    return firsts.pop() if len(firsts) == 1 else 0
 
 
 def _is_causal(passes: Sequence[_PlainPass]) -> bool:
@@ -227,8 +240,8 @@ def _by_token(name: str, sequences: Sequence[CheckedSequence]) -> dict[int, int]
     return by_token
 
 
-def _plain(model: PreTrainedModel, sequence: CheckedSequence, answer_type: int) -> _PlainPass:
-    inputs = {name: on_model(value, model) for name, value in sequence.inputs(answer_type).items()}
+def _plain(model: PreTrainedModel, sequence: CheckedSequence, types: Mapping[str, TokenTypes]) -> _PlainPass:
+    inputs = {name: on_model(value, model) for name, value in sequence.inputs(types).items()}
     with recorded(model) as decoder:
         logits = model(**inputs, use_cache=False).logits[0].float()
     tokens = sequence.tokens.to(logits.device)

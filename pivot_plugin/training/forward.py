@@ -22,7 +22,7 @@ from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_features import repeated_features
 
 from .attention import TAKE_MASKS, AttentionPattern, NotATree, patterns_of, tree_attention
-from .batch import ForestBatch
+from .batch import ForestBatch, SharedPrefix
 from .forest import Forest, per_sequence
 
 # what a caller may ask of the model beside the forest; the rest of TRL's call the forest stands for
@@ -53,6 +53,7 @@ class ForestReading:
         own_head: whether its own head scores the tokens, because TRL's computes something else.
         temperature: that logits are divided by.
         token_types: inputs by name that say something of each token, handed on where a sequence has its own row.
+        first_position: of a sequence's first token, where positions count up.
     """
 
     patterns: Mapping[str, AttentionPattern]
@@ -60,6 +61,15 @@ class ForestReading:
     own_head: bool = False
     temperature: float = 1.0
     token_types: Mapping[str, TokenTypes] = field(default_factory=dict)
+    first_position: int = 0
+
+    @property
+    def shared(self) -> SharedPrefix:
+        """What the sequences of a tree must have in common."""
+        if self.no_trees is not None:
+            return "all"
+        blocks = {pattern.block for pattern in self.patterns.values()}
+        return "prompt" if "prompt" in blocks else "images"
 
     def is_image(self, tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:
         """Which tokens the model takes for part of an image: those its processor marks, else those of image features.
@@ -178,7 +188,7 @@ class _Reader:
             return {"attention_mask": batch.forest.is_node.long(), **self._token_types(batch.forest)}
         return {
             "attention_mask": self._masks(batch.forest),
-            "position_ids": position_ids(batch.forest, self.adapter, batch),
+            "position_ids": position_ids(batch.forest, self.adapter, batch, self.reading.first_position),
         }
 
     def _token_types(self, forest: Forest) -> dict[str, torch.Tensor]:
@@ -291,8 +301,14 @@ def on_model(value: Any, model: PreTrainedModel) -> Any:
     return as_model_takes(value.to(model.device), model) if isinstance(value, torch.Tensor) else value
 
 
-def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> torch.Tensor:
+def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch, first: int = 0) -> torch.Tensor:
     """The position every node has in its own sequence.
+
+    Args:
+        forest: the trees.
+        adapter: of the model's family.
+        batch: with the images.
+        first: of the first token, where positions count up.
 
     Returns:
         (B, N) depths, or (axes, B, N) where the family's rotary embedding has several axes.
@@ -305,7 +321,7 @@ def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch) -> 
         share = adapter.select_images(inputs, images[0], images[-1] + 1) if images else {}
         positions = adapter.positions(tokens[tree, path], share)
         if positions is None:
-            return forest.depth
+            return forest.depth + first
         if found.ndim < positions.ndim + 1:
             found = found.repeat(len(positions), 1, 1)
         found[..., tree, path] = positions
