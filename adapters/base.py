@@ -5,10 +5,11 @@ Notation for shapes: I images, P patches of one image, D tower width, L tokens o
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -36,6 +37,20 @@ class ImageFeatures:
 
     values: torch.Tensor
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TowerPass:
+    """One call of a vision tower.
+
+    Attributes:
+        args, kwargs: that it was given.
+        output: that it answered.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: ModelOutput
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,20 @@ class VisionAdapter:
     def tower(self) -> PreTrainedModel:
         """The vision tower inside the model."""
         return self.model.get_submodule(self.tower_path)
+
+    @cached_property
+    def other_tower_paths(self) -> tuple[str, ...]:
+        """Paths of further towers that images go through, outermost only; they are no part of what trains."""
+        paths: list[str] = []
+        tower = set(self.tower.modules())
+        inside = set(self.model.get_decoder().modules())
+        for path, module in self.model.named_modules():
+            if not path or module in tower or module in inside or any(_inside(path, outer) for outer in paths):
+                continue
+            if isinstance(module, PreTrainedModel) and "pixel_values" in inspect.signature(module.forward).parameters:
+                if not any(part in tower for part in module.modules()):
+                    paths.append(path)
+        return tuple(paths)
 
     @cached_property
     def projector_paths(self) -> tuple[str, ...]:
@@ -285,6 +314,18 @@ class VisionAdapter:
             inputs: processor outputs about images.
         """
         return tower(inputs["pixel_values"], output_hidden_states=self.feature_layer is not None)
+
+    @contextmanager
+    def watched_tower(self) -> Iterator[list[TowerPass]]:
+        """Keep what the tower is given and what it answers meanwhile, pass by pass."""
+        passes: list[TowerPass] = []
+        handle = self.tower.register_forward_hook(
+            lambda module, args, kwargs, output: passes.append(TowerPass(args, kwargs, output)), with_kwargs=True
+        )
+        try:
+            yield passes
+        finally:
+            handle.remove()
 
     def hidden_state(self, output: ModelOutput) -> torch.Tensor:
         """The hidden state in use among a tower's answers, (images or tiles, tokens, D), class token included."""

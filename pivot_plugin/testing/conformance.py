@@ -1,0 +1,414 @@
+"""The conformance kit: every promise of the adapter contract, tried on a model.
+
+    from pivot_plugin.testing import conformance
+
+    @pytest.mark.parametrize("check", conformance(model, processor), ids=str)
+    def test_my_family(check):
+        check.raise_on_failure()
+
+The kit makes pictures and questions of its own, runs the model forwards and backwards on them, and compares what the
+adapter says with what happens. It changes nothing: weights and modes of the model are as they were.
+"""
+
+import copy
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.base import ImageFeatures
+from pivot_plugin.encoders import load_encoder, save_encoder
+from pivot_plugin.errors import PivotError
+from pivot_plugin.models.evaluating import evaluating, undisturbed
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.image_tokens import ImageTokens, about_images
+from pivot_plugin.training.batch import ForestCollator
+from pivot_plugin.training.forest_check import checked_sequence, read_forest
+from pivot_plugin.training.forward import ForestReading, on_model
+
+Result = Literal["passed", "failed", "skipped"]
+# pictures of the kit: square, wide and tall
+SIZES = ((96, 96), (160, 96), (96, 160))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise of the contract, tried.
+
+    Attributes:
+        name: of the promise.
+        result: "passed", "failed", or "skipped" where it does not apply.
+        reason: what was found.
+    """
+
+    name: str
+    result: Result
+    reason: str
+
+    def raise_on_failure(self) -> None:
+        """Raise an AssertionError with the reason, if the check failed."""
+        assert self.result != "failed", f"{self.name}: {self.reason}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Skipped(Exception):
+    """A promise that does not apply to a model."""
+
+
+def conformance(model: PreTrainedModel, processor: ProcessorMixin, adapter: VisionAdapter | None = None) -> list[Check]:
+    """Try every promise of the adapter contract on a model.
+
+    Args:
+        model: the MLLM, loaded. Random weights will do; all are as they were afterwards.
+        processor: its own.
+        adapter: to be tried; the one that plugins offer where None.
+
+    Returns:
+        the checks in order, each with what was found. None raises: what a model or an adapter raises is a finding.
+    """
+    checks = []
+    kit: _Kit | None = None
+    try:
+        kit = _Kit(model, processor, adapter or find_adapter(model))
+    except PivotError as error:
+        return [Check("an adapter knows the model", "failed", str(error))]
+    for name, attempt in kit.promises():
+        with evaluating(model), undisturbed(seed=0):
+            checks.append(_tried(name, attempt))
+        model.zero_grad(set_to_none=True)
+    return checks
+
+
+def _tried(name: str, attempt: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "passed", attempt())
+    except Skipped as reason:
+        return Check(name, "skipped", str(reason))
+    except (AssertionError, PivotError) as error:
+        return Check(name, "failed", str(error))
+    # the kit runs foreign adapters and models: whatever they raise is what it is there to find
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        return Check(name, "failed", f"{type(error).__name__}: {error} ({where})")
+
+
+@dataclass
+class _Kit:
+    """A model with what the checks share."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    adapter: VisionAdapter
+    image_tokens: ImageTokens = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.image_tokens = ImageTokens(self.processor, self.adapter.image_token_id)
+
+    def promises(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """Every promise by name, in the order in which they build on each other."""
+        yield "parts are found and disjoint", self.parts
+        yield "the processor's tokens are the model's", self.tokens
+        yield "forest equals plain passes", self.forest
+        yield "what has no gradient is what the adapter calls unread", self.unread
+        yield "LoRA goes on the tower's linear layers that have a gradient", self.lora
+        yield "a lit patch shows in its own cell", self.lit_patch
+        yield "saliency looks at the view of the whole", self.whole_view
+        yield "an encoder is extracted, saved and loaded as it was", self.round_trip
+        yield "an encoder is grafted", self.graft
+        yield "the card's lines run when pasted", self.card
+
+    # Where things are
+
+    def parts(self) -> str:
+        adapter, names = self.adapter, [name for name, _ in self.model.named_parameters()]
+        counts = {part: sum(adapter.part_of(name) == part for name in names) for part in PARTS}
+        empty = [part for part, count in counts.items() if not count]
+        assert not empty, f"no parameter belongs to the {' and the '.join(empty)}"
+        tower = {id(module) for module in adapter.tower.modules()}
+        decoder = self.model.get_decoder()
+        shared = [path for path, module in decoder.named_modules() if id(module) in tower]
+        assert not shared, f"tower and language model share {shared[0] or 'each other'}"
+        inner = [path for path in adapter.projector_paths if _is_inside(path, adapter.language_model_paths)]
+        assert not inner, f"the projector {inner[0]} stands inside the language model"
+        others = adapter.other_tower_paths
+        told = f"; images also go through {', '.join(others)}, which stays as it is" if others else ""
+        return f"{counts['encoder']} tensors of the tower, {counts['projector']} of the projector{told}"
+
+    def tokens(self) -> str:
+        images = self.image_tokens.process_images([[_picture(*size)] for size in SIZES])
+        return f"{', '.join(str(sum(counts)) for counts in images.counts)} image tokens for {_listed(SIZES)} px"
+
+    # What trains
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        """Rows with one image, with several, and with none, as far as the processor takes them."""
+        pictures = [_picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+        rows = [_row("one", "what is it?", pictures[:1]), _row("another", "and this one?", pictures[1:2])]
+        for row in (_row("several", "which is larger?", pictures[:2]), _row("none", "say hello", [])):
+            try:
+                self._batch([row], ForestReading({}))
+            # a processor that takes no such row says so in its own way
+            except Exception:
+                continue
+            rows.append(row)
+        return rows
+
+    def _batch(self, rows: list[dict[str, Any]], reading: ForestReading) -> Any:
+        collator = ForestCollator(self.processor, self.adapter.image_token_id, reading.shared)
+        return collator(rows)["forest"]
+
+    def forest(self) -> str:
+        rows = self._rows
+        texts = [self.image_tokens.texts(row) for row in rows]
+        sequences = [
+            checked_sequence(self.image_tokens, f"row {row['id']!r}", row["images"], text["prompt"], text[side])
+            for side in ("chosen", "rejected")
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        reading = read_forest(self.model, self.adapter, sequences, lambda read: self._batch(rows, read))
+        how = "in trees" if reading.no_trees is None else f"one sequence a row, because {reading.no_trees}"
+        return f"{how}; rows: {', '.join(row['id'] for row in rows)}"
+
+    @cached_property
+    def _reached(self) -> set[str]:
+        """Parameters that a loss on pictures reaches; the gradient itself is not kept."""
+        outputs = self.image_tokens.processed([[_picture(*SIZES[0])]], [self.image_tokens.image_prompt(1)])
+        flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        try:
+            self.model.requires_grad_(True)
+            with torch.enable_grad():
+                logits = self.model(**_on(outputs, self.model), use_cache=False).logits.float()
+                # a weight per word: a plain sum of squares can leave a bias without a gradient
+                (logits * torch.randn_like(logits)).sum().backward()
+            return {
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+            }
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(flags[name])
+
+    def unread(self) -> str:
+        tower = [name for name, _ in self.model.named_parameters() if self.adapter.part_of(name) == "encoder"]
+        deaf = [
+            name
+            for name in tower
+            # a bias of keys shifts all scores of a query alike, and has no gradient but rounding
+            if self.adapter.is_trainable(name) and name not in self._reached and not _may_be_deaf(name)
+        ]
+        assert not deaf, f"{len(deaf)} parameters get no gradient and are not called unread, such as {deaf[0]}"
+        heard = [name for name in tower if not self.adapter.is_trainable(name) and name in self._reached]
+        assert not heard, f"{len(heard)} parameters are called unread and have a gradient, such as {heard[0]}"
+        return f"{len(self._reached & set(tower))} of {len(tower)} tensors of the tower are reached"
+
+    def lora(self) -> str:
+        targets = set(self.adapter.lora_targets())
+        linear = {
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and self.adapter.part_of(f"{name}.weight") == "encoder"
+        }
+        expected = {name for name in linear if f"{name}.weight" in self._reached}
+        assert not (missing := sorted(expected - targets)), (
+            f"{len(missing)} linear layers of the tower have a gradient and get no LoRA, such as {missing[0]}"
+        )
+        assert not (deaf := sorted(targets - expected)), (
+            f"{len(deaf)} layers get LoRA and have no gradient, such as {deaf[0]}"
+        )
+        return f"{len(targets)} linear layers"
+
+    # What probes read
+
+    def _features(self, picture: Image.Image) -> tuple[ImageFeatures, dict[str, Any]]:
+        outputs = self.image_tokens.processed([[picture]], [self.image_tokens.image_prompt(1)])
+        whole = self.adapter.image_processor(self.processor)
+        inputs = _on(dict(whole(images=[picture], return_tensors="pt")), self.model)
+        with torch.no_grad():
+            features = self.adapter.patch_features(inputs)
+        assert len(features) == 1, f"one image gave {len(features)} records of patch features"
+        assert features[0].grid[0] * features[0].grid[1] == len(features[0].values), (
+            f"{len(features[0].values)} patch features lie on a grid of {features[0].grid}"
+        )
+        return features[0], about_images(outputs, self.processor)
+
+    def lit_patch(self) -> str:
+        grids = []
+        for size in SIZES:
+            picture = _picture(*size)
+            dark = self._features(picture)[0]
+            grids.append(f"{dark.grid[0]}x{dark.grid[1]}")
+            for row, column in _cells(dark.grid):
+                lit = self._features(self._lit(picture, dark.grid, row, column))[0]
+                moved = (lit.values - dark.values).float().norm(dim=1).reshape(dark.grid)
+                brightest = divmod(int(moved.argmax()), dark.grid[1])
+                assert brightest == (row, column), (
+                    f"in a picture of {size[0]}x{size[1]} px a change of patch {(row, column)} of {dark.grid} shows "
+                    f"most in patch {brightest}"
+                )
+        return f"grids {', '.join(grids)} for {_listed(SIZES)} px"
+
+    def _lit(self, picture: Image.Image, grid: tuple[int, int], row: int, column: int) -> Image.Image:
+        """The picture with other pixels where one patch of the grid lies."""
+        left, top, right, bottom = self.adapter.shown_box(self.processor, picture.size)
+        width, height = (right - left) * picture.width, (bottom - top) * picture.height
+        box = (
+            left * picture.width + width * column / grid[1],
+            top * picture.height + height * row / grid[0],
+            left * picture.width + width * (column + 1) / grid[1],
+            top * picture.height + height * (row + 1) / grid[0],
+        )
+        pixels = np.array(picture)
+        x0, y0, x1, y1 = (round(edge) for edge in box)
+        pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 255 - pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+        return Image.fromarray(pixels)
+
+    def whole_view(self) -> str:
+        """The view that saliency looks at moves with every corner of the picture, and its own corner moves most."""
+        picture = _picture(*SIZES[0])
+        before = self._seen_view(picture)
+        grid = before.grid
+        for row, column in ((0, 0), (0, grid[1] - 1), (grid[0] - 1, 0), (grid[0] - 1, grid[1] - 1)):
+            after = self._seen_view(self._lit(picture, grid, row, column))
+            moved = (after.values - before.values).float().norm(dim=1).reshape(grid)
+            brightest = divmod(int(moved.argmax()), grid[1])
+            assert brightest == (row, column), (
+                f"a change of patch {(row, column)} of {grid} shows most in patch {brightest} of the view that saliency "
+                "looks at"
+            )
+        return f"a grid of {grid[0]}x{grid[1]}"
+
+    def _seen_view(self, picture: Image.Image) -> ImageFeatures:
+        """Patches of the view of the whole in the MLLM's own forward pass."""
+        outputs = self.image_tokens.processed([[picture]], [self.image_tokens.image_prompt(1)])
+        inputs = _on(outputs, self.model)
+        images = about_images(inputs, self.processor)
+        count = int((inputs["input_ids"] == self.adapter.image_token_id).sum())
+        with self.adapter.watched_tower() as passes, torch.no_grad():
+            self.model(**inputs, use_cache=False)
+        hidden = self.adapter.hidden_state(passes[-1].output)
+        view = self.adapter.whole_views(images, [count])
+        if hidden.ndim == 3 and len(hidden) > 1:
+            hidden = hidden[view]
+        return self.adapter.on_grid(hidden, images, self.adapter.tower)[0]
+
+    # Out and in
+
+    def round_trip(self) -> str:
+        picture = _picture(*SIZES[1])
+        expected = self._features(picture)[0].values
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_encoder(self.adapter, self.processor, Path(folder) / "encoder", {"license": "other"})
+            encoder = load_encoder(path)
+        image_processor = self.adapter.image_processor(self.processor)
+        inputs = _on(dict(image_processor(images=[picture], return_tensors="pt")), self.model)
+        alone = find_adapter(encoder.to(self.model.device, self.model.dtype), encoder=True)
+        with torch.no_grad():
+            found = alone.patch_features(inputs)[0].values
+        assert found.shape == expected.shape, f"features of shape {tuple(found.shape)}, {tuple(expected.shape)} before"
+        gap = (found - expected).abs().max().item()
+        assert gap <= 1e-4 * max(1.0, expected.abs().max().item()), f"features are {gap:.2g} apart after the round trip"
+        return f"{type(encoder).__name__}, features {gap:.1g} apart"
+
+    def graft(self) -> str:
+        encoder = self.adapter.extract()
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.mul_(1.1)
+        other = find_adapter(copy.deepcopy(self.model))
+        other.graft(encoder)
+        apart = [
+            name
+            for (name, ours), theirs in zip(encoder.named_parameters(), other.tower.parameters(), strict=True)
+            if not torch.equal(ours, theirs)
+        ]
+        assert not apart, f"{apart[0]} is not what was grafted"
+        untouched = dict(self.model.named_parameters())
+        changed = [
+            name
+            for name, parameter in other.model.named_parameters()
+            if not _is_inside(name, (other.tower_path,)) and not torch.equal(parameter, untouched[name])
+        ]
+        assert not changed, f"grafting changed {changed[0]}"
+        return f"{sum(1 for _ in encoder.parameters())} tensors"
+
+    def card(self) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_encoder(self.adapter, self.processor, Path(folder) / "encoder", {"license": "other"})
+            text = (path / "README.md").read_text(encoding="utf-8")
+            snippet = next((part for part in text.split("```python")[1:] if "AutoModel" in part or "load" in part), "")
+            code = snippet.split("```")[0]
+            assert code.strip(), "the card has no lines that load the encoder"
+            picture = Path(folder) / "picture.png"
+            _picture(*SIZES[1]).save(picture)
+            runnable = _with_local_names(code, str(path), str(picture))
+            # the card is ours, and its lines are what a reader would paste
+            exec(compile(runnable, "card", "exec"), {"image": _picture(*SIZES[1])})
+        return f"{len(code.strip().splitlines())} lines"
+
+
+PARTS = ("encoder", "projector", "language_model")
+
+
+def _with_local_names(code: str, folder: str, picture: str) -> str:
+    """The card's lines with the folder and a picture of this machine in the place of its examples."""
+    code = re.sub(r'from_pretrained\(\s*"[^"]*"', f'from_pretrained("{folder}"', code)
+    code = re.sub(r'load_encoder\(\s*"[^"]*"', f'load_encoder("{folder}"', code)
+    return re.sub(r'Image\.open\(\s*"[^"]*"', f'Image.open("{picture}"', code)
+
+
+def _picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise: no two patches are alike."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
+    content = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
+    return {
+        "id": name,
+        "images": images,
+        "image_key": "".join(str(id(image)) for image in images),
+        "prompt": [{"role": "user", "content": content}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "a red dog!"}]}],
+    }
+
+
+def _cells(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Corners and two cells inside, no two alike under a transposition."""
+    rows, columns = grid
+    inside = [(rows // 3, 2 * columns // 3), (2 * rows // 3, columns // 4)]
+    return list(dict.fromkeys([(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), *inside]))
+
+
+def _on(outputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    return {name: on_model(value, model) for name, value in outputs.items()}
+
+
+def _listed(sizes: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
+
+
+def _is_inside(path: str, outer: tuple[str, ...]) -> bool:
+    return any(path == one or path.startswith(f"{one}.") for one in outer)
+
+
+def _may_be_deaf(name: str) -> bool:
+    return name.endswith(("k_proj.bias", "key.bias", "class_embedding", "cls_token"))
