@@ -125,9 +125,9 @@ class VisionAdapter:
         for path, module in self.model.named_modules():
             if not path or module in tower or module in inside or any(_inside(path, outer) for outer in paths):
                 continue
-            if isinstance(module, PreTrainedModel) and "pixel_values" in inspect.signature(module.forward).parameters:
-                if not any(part in tower for part in module.modules()):
-                    paths.append(path)
+            takes_images = "pixel_values" in inspect.signature(module.forward).parameters
+            if isinstance(module, PreTrainedModel) and takes_images and tower.isdisjoint(module.modules()):
+                paths.append(path)
         return tuple(paths)
 
     @cached_property

@@ -289,8 +289,8 @@ class _Kit:
             moved = (after.values - before.values).float().norm(dim=1).reshape(grid)
             brightest = divmod(int(moved.argmax()), grid[1])
             assert brightest == (row, column), (
-                f"a change of patch {(row, column)} of {grid} shows most in patch {brightest} of the view that saliency "
-                "looks at"
+                f"a change of patch {(row, column)} of {grid} shows most in patch {brightest} of the view that "
+                "saliency looks at"
             )
         return f"a grid of {grid[0]}x{grid[1]}"
 
