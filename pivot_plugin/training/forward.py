@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_features import repeated_features
 
 from .batch import ForestBatch
@@ -75,19 +74,22 @@ def answering(model: PreTrainedModel, adapter: VisionAdapter) -> Iterator[None]:
         adapter: of its family.
     """
     answers = "forest" in inspect.signature(model.forward, follow_wrapped=False).parameters
-    instance_forward = model.__dict__.get("forward")
-    with evaluating(model):
-        try:
-            if not answers:
-                add_fused_lm_head(model)
-                install(model, adapter)
-            yield
-        finally:
-            if not answers:
-                for name in ("forward", "_original_forward"):
-                    model.__dict__.pop(name, None)
-                if instance_forward is not None:
-                    model.forward = instance_forward
+    own = model.__dict__.get("forward")
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        if not answers:
+            add_fused_lm_head(model)
+            install(model, adapter)
+        yield
+    finally:
+        if not answers:
+            for name in ("forward", "_original_forward"):
+                model.__dict__.pop(name, None)
+            if own is not None:
+                model.forward = own
+        for name, module in model.named_modules():
+            module.training = training.get(name, False)
 
 
 def _forest_forward(

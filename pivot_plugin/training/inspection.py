@@ -48,12 +48,12 @@ def inspect_model(name: str) -> dict[str, Any]:
 
 def _by_kind(targets: list[str], blocks: list[str]) -> list[str]:
     """LoRA targets, those that differ only in their block on one line."""
-    kinds: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for target in targets:
         block = next((path for path in blocks if target.startswith(f"{path}.")), None)
-        kind = target if block is None else f"{block.rpartition('.')[0]}.*{target.removeprefix(block)}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return [f"{kind} ({count})" for kind, count in kinds.items()]
+        pattern = target if block is None else f"{block.rpartition('.')[0]}.*{target.removeprefix(block)}"
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return [f"{pattern} ({count})" for pattern, count in counts.items()]
 
 
 def _image_tokens(name: str, adapter: VisionAdapter) -> list[str] | str:

@@ -205,15 +205,15 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         pairs = self._collator.source_of(dataset)
         cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
         keys = [pairs.content_key(position) for position in range(len(pairs))]
-        known = cache.read()
+        cached = cache.read()
         # shares are cut from what is missing, so that no process may write before all have read
         self.accelerator.wait_for_everyone()
-        missing = list({key: position for position, key in enumerate(keys) if key not in known}.values())
+        missing = list({key: position for position, key in enumerate(keys) if key not in cached}.values())
         if missing:
             self._fill(cache, pairs, missing, keys, name, batch_size)
-            known = cache.read()
-        return dataset.add_column("ref_chosen_logps", [known[key][0] for key in keys]).add_column(
-            "ref_rejected_logps", [known[key][1] for key in keys]
+            cached = cache.read()
+        return dataset.add_column("ref_chosen_logps", [cached[key][0] for key in keys]).add_column(
+            "ref_rejected_logps", [cached[key][1] for key in keys]
         )
 
     def _fill(
@@ -282,7 +282,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     def _sft_weight(self) -> float:
         weights = self.loss_weights or [1.0] * len(self.loss_types)
-        return float(sum(weight for kind, weight in zip(self.loss_types, weights, strict=True) if kind == "sft"))
+        return float(sum(weight for name, weight in zip(self.loss_types, weights, strict=True) if name == "sft"))
 
     # What is measured beside the loss
 
