@@ -1,5 +1,6 @@
 """Preference pairs as data sets: with random access, or as streams that are checked as they pass."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,23 @@ class PairStream:
         self._skipped = skipped
         self._skips = on_bad_row == "skip"
         self._used_up = False
+
+    def peek(self, count: int) -> list[dict[str, Any]]:
+        """The first pairs, which the stream gives again when it is iterated; bad ones that are skipped are left out.
+
+        Args:
+            count: of rows to look at.
+
+        Raises:
+            DataError: as when iterated.
+        """
+        iterator = iter(self._rows)
+        first = list(itertools.islice(iterator, count))
+        if iterator is self._rows:
+            # it gives its rows once: those that were taken stand in front of it again
+            self._rows = itertools.chain(first, iterator)
+        again = PairStream(first, self._name, self._columns, self._access, "skip" if self._skips else "raise", None)
+        return list(again)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._used_up:

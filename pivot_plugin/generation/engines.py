@@ -80,13 +80,13 @@ class TransformersEngine:
         Returns:
             for each position (questions * n, V) logits, and (questions * n,) whether a completion still went on.
         """
-        drawn = self._generated(questions, sampling, seed, output_logits=True)
+        generated = self._generated(questions, sampling, seed, output_logits=True)
         ends = self.model.generation_config.eos_token_id
         ends = [self.processor.tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else ends
-        going = torch.ones(len(drawn.sequences), dtype=torch.bool, device=drawn.sequences.device)
-        for position, logits in enumerate(drawn.logits):
+        going = torch.ones(len(generated.sequences), dtype=torch.bool, device=generated.sequences.device)
+        for position, logits in enumerate(generated.logits):
             yield logits, going
-            going = going & ~torch.isin(drawn.sequences[:, position], torch.tensor(ends, device=going.device))
+            going = going & ~torch.isin(generated.sequences[:, position], torch.tensor(ends, device=going.device))
 
     @torch.no_grad()
     def _generated(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int, **more: bool) -> Any:
@@ -131,13 +131,13 @@ class TransformersEngine:
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
-        drawn = (
+        strategy = (
             {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             if sampling.temperature > 0
             else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         )
         padding = self.model.generation_config.pad_token_id
-        return drawn | {
+        return strategy | {
             "max_new_tokens": sampling.max_new_tokens,
             "num_return_sequences": sampling.n,
             "pad_token_id": tokenizer.pad_token_id if padding is None else padding,

@@ -208,6 +208,19 @@ class ImageTokens:
         tokens: list[int] = self.processed([row["images"]], [text])["input_ids"][0].tolist()
         return tokens
 
+    def rewrites(self, row: Mapping[str, Any], text: str) -> bool:
+        """Whether the processor makes other tokens of a whole prompt than of its text and its images apart.
+
+        Args:
+            row: that the prompt is of, with `images` and `id`.
+            text: of the prompt, in the words of the chat template.
+        """
+        if not row["images"]:
+            return False
+        whole: list[int] = self.processed([row["images"]], [text])["input_ids"][0].tolist()
+        images = self.process_images([row["images"]], [text])
+        return images.expansions is not None and self.prompt(row, text, images.expansions[0]) != whole
+
     def _fenced(self, image_sets: Sequence[Sequence[Any]]) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
         """The processor's outputs about images, and for each set and image the tokens that its marker becomes."""
         marker = self.processor.tokenizer.convert_ids_to_tokens(self.marker_id)

@@ -22,7 +22,8 @@ from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.objectives import learning_rate as default_rate
 from pivot_plugin.training.batch import ForestBatch, ForestCollator
-from pivot_plugin.training.forward import answering, takes_trees
+from pivot_plugin.training.forest_check import read_rows
+from pivot_plugin.training.forward import answering
 from pivot_plugin.training.plan import plan
 
 from .scores import ProbeResult, score_of
@@ -110,9 +111,12 @@ def saliency(
     shown = [position for position in range(len(rows)) if rows.plain(position)["images"]][:limit]
     if not shown:
         raise DataError(f"No pair of {rows.name} has an image.", "Give pairs about images.")
-    collator = ForestCollator(processor, who.adapter.image_token_id, takes_trees(model) is None)
+    reading = read_rows(model, who.adapter, processor, [rows[shown[0]]])
+    collator = ForestCollator(
+        processor, who.adapter.image_token_id, reading.shared, whole_prompts=reading.whole_prompts
+    )
     found = []
-    with answering(model, who.adapter):
+    with answering(model, who.adapter, reading):
         for position in shown:
             found.append(_of_pair(who, collator, rows[position], losses, at, reference, beta, steps, learning_rate))
     scores = {}

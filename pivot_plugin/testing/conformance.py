@@ -34,8 +34,8 @@ from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
 from pivot_plugin.training.batch import ForestCollator
-from pivot_plugin.training.forest_check import checked_sequence, read_forest
-from pivot_plugin.training.forward import ForestReading, on_model
+from pivot_plugin.training.forest_check import read_rows
+from pivot_plugin.training.forward import on_model
 
 Result = Literal["passed", "failed", "skipped"]
 # pictures of the kit: square, wide and tall
@@ -161,26 +161,16 @@ class _Kit:
         rows = [_row("one", "what is it?", pictures[:1]), _row("another", "and this one?", pictures[1:2])]
         for row in (_row("several", "which is larger?", pictures[:2]), _row("none", "say hello", [])):
             try:
-                self._batch([row], ForestReading({}))
+                ForestCollator(self.processor, self.adapter.image_token_id)([row])
             # a processor that takes no such row says so in its own way
             except Exception:
                 continue
             rows.append(row)
         return rows
 
-    def _batch(self, rows: list[dict[str, Any]], reading: ForestReading) -> Any:
-        collator = ForestCollator(self.processor, self.adapter.image_token_id, reading.shared)
-        return collator(rows)["forest"]
-
     def forest(self) -> str:
         rows = self._rows
-        texts = [self.image_tokens.texts(row) for row in rows]
-        sequences = [
-            checked_sequence(self.image_tokens, f"row {row['id']!r}", row["images"], text["prompt"], text[side])
-            for side in ("chosen", "rejected")
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        reading = read_forest(self.model, self.adapter, sequences, lambda read: self._batch(rows, read))
+        reading = read_rows(self.model, self.adapter, self.processor, rows)
         how = "in trees" if reading.no_trees is None else f"one sequence a row, because {reading.no_trees}"
         return f"{how}; rows: {', '.join(row['id'] for row in rows)}"
 

@@ -20,15 +20,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.data.pairs import PairStream
+from pivot_plugin.data.rows import RowDataset
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_tokens import SEQUENCE, ImageTokens
 
 from .attention import NotATree, observed
-from .batch import ForestBatch
+from .batch import ForestBatch, ForestCollator
 from .decoder_inputs import DecoderInputs, recorded
 from .forward import ForestReading, TokenTypes, answering, on_model, reading_of
 
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # per token, natural logarithms
 EXACT, ROUNDED = 1e-4, 0.05
+# rows among which different ones are looked for
+LOOKED_AT, LOOKED_AT_OF_STREAM, SIZES_LOOKED_AT = 2000, 16, 8
 # of an embedding's length
 EMBEDDING_EXACT, EMBEDDING_ROUNDED = 1e-4, 0.06
 
@@ -132,6 +136,87 @@ class _PlainPass:
     decoder: DecoderInputs
     logps: torch.Tensor
     fused: torch.Tensor
+
+
+def varied_rows(rows: RowDataset | PairStream) -> list[dict[str, Any]]:
+    """Rows that differ in what a model does with them: one image, another size, several images, none.
+
+    Args:
+        rows: pairs or questions. Of a stream the first are looked at; it gives them again.
+
+    Returns:
+        at most four pairs in the normal form; questions get answers, which nobody is to learn.
+    """
+    if isinstance(rows, PairStream):
+        return _varied(rows.peek(LOOKED_AT_OF_STREAM))
+    plain = ((position, rows.plain(position)) for position in range(min(len(rows), LOOKED_AT)))
+    first: dict[str, list[int]] = {}
+    for position, row in plain:
+        of_kind = first.setdefault(_kind(row), [])
+        # several with one image, among which there may be other sizes
+        if len(of_kind) < (SIZES_LOOKED_AT if len(row["images"]) == 1 else 1):
+            of_kind.append(position)
+    return _varied([_as_pair(rows[position]) for positions in first.values() for position in positions])
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return {0: "none", 1: "one"}.get(len(row["images"]), "several")
+
+
+def _varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of each kind, and the first with one image of another size than the first of these."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kind = _kind(row)
+        if kind == "one" and kind in chosen and row["images"][0].size != chosen["one"]["images"][0].size:
+            kind = "another size"
+        chosen.setdefault(kind, row)
+    return list(chosen.values())
+
+
+def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A question with two answers; a pair as it is."""
+    answers = {"chosen": "It is a red one.", "rejected": "It is blue!"}
+    said = {
+        side: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for side, text in answers.items()
+    }
+    return {**said, **row}
+
+
+def read_rows(
+    model: PreTrainedModel, adapter: VisionAdapter, processor: ProcessorMixin, rows: Sequence[Mapping[str, Any]]
+) -> ForestReading:
+    """How a model and its processor read a forest, shown on some rows.
+
+    Args:
+        model: the MLLM, without a peft model around it, on the device that it trains on.
+        adapter: of its family.
+        processor: the model's own.
+        rows: pairs in the normal form, with PIL images and `image_key`.
+
+    Raises:
+        ModelError: if the model computes something else of a forest than of the rows by themselves, naming what
+            differs.
+    """
+    image_tokens = ImageTokens(processor, adapter.image_token_id)
+    texts = [image_tokens.texts(row) for row in rows]
+    if any(image_tokens.rewrites(row, text["prompt"]) for row, text in zip(rows, texts, strict=True)):
+        image_tokens = ImageTokens(processor, adapter.image_token_id, whole_prompts=True)
+    sequences = [
+        checked_sequence(image_tokens, f"row {row.get('id')!r}", row["images"], text["prompt"], text[side])
+        for side in ("chosen", "rejected")
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+    def batch_of(reading: ForestReading) -> ForestBatch:
+        whole = image_tokens.whole_prompts
+        batch: ForestBatch = ForestCollator(processor, adapter.image_token_id, reading.shared, whole_prompts=whole)(
+            rows
+        )["forest"]
+        return batch.to(model.device)
+
+    reading = read_forest(model, adapter, sequences, batch_of)
+    return replace(reading, whole_prompts=image_tokens.whole_prompts)
 
 
 @torch.no_grad()

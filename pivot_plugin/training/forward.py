@@ -54,6 +54,7 @@ class ForestReading:
         temperature: that logits are divided by.
         token_types: inputs by name that say something of each token, handed on where a sequence has its own row.
         first_position: of a sequence's first token, where positions count up.
+        whole_prompts: whether the processor is given whole prompts, as for `ImageTokens`; found out where None.
     """
 
     patterns: Mapping[str, AttentionPattern]
@@ -62,6 +63,7 @@ class ForestReading:
     temperature: float = 1.0
     token_types: Mapping[str, TokenTypes] = field(default_factory=dict)
     first_position: int = 0
+    whole_prompts: bool | None = None
 
     @property
     def shared(self) -> SharedPrefix:
@@ -99,14 +101,16 @@ def reading_of(model: PreTrainedModel) -> ForestReading:
         return ForestReading({}, str(reason))
 
 
-def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading) -> None:
+def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading | None = None) -> None:
     """Let a model that has TRL's fused head answer calls with `forest=`.
 
     Args:
         model: after `trl.trainer.utils.add_fused_lm_head`; its `forward` is replaced on the instance.
         adapter: of the model's family, for position ids.
-        reading: how the model reads a forest.
+        reading: how the model reads a forest, as it was shown on rows (`forest_check.read_rows`); as far as its
+            configuration tells where None.
     """
+    reading = reading or reading_of(model)
     fused_forward = model.forward
 
     # `generate` reads the signature to know what the model takes
@@ -128,7 +132,7 @@ def answering(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestRea
     Args:
         model: without a peft model around it; LoRA inside it is used as it is.
         adapter: of its family.
-        reading: how the model reads a forest.
+        reading: as for `install`.
     """
     answers = "forest" in inspect.signature(model.forward, follow_wrapped=False).parameters
     instance_forward = model.__dict__.get("forward")

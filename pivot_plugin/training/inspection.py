@@ -10,7 +10,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.models.loading import empty_model
 
-from .forward import takes_trees
+from .forward import reading_of
 
 
 def inspect_model(name: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def inspect_model(name: str) -> dict[str, Any]:
     targets = adapter.lora_targets()
     layer = adapter.feature_layer
     blocks = adapter.blocks()
-    reason = takes_trees(model)
+    reason = reading_of(model).no_trees
     return {
         "model": type(model).__name__,
         "family": adapter.family,
@@ -48,12 +48,12 @@ def inspect_model(name: str) -> dict[str, Any]:
 
 def _by_kind(targets: list[str], blocks: list[str]) -> list[str]:
     """LoRA targets, those that differ only in their block on one line."""
-    kinds: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for target in targets:
         block = next((path for path in blocks if target.startswith(f"{path}.")), None)
-        kind = target if block is None else f"{block.rpartition('.')[0]}.*{target.removeprefix(block)}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return [f"{kind} ({count})" for kind, count in kinds.items()]
+        pattern = target if block is None else f"{block.rpartition('.')[0]}.*{target.removeprefix(block)}"
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return [f"{pattern} ({count})" for pattern, count in counts.items()]
 
 
 def _image_tokens(name: str, adapter: VisionAdapter) -> list[str] | str:

@@ -20,13 +20,12 @@ What it shares with the other trainers stands in tower.py.
 Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 """
 
-import copy
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,17 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
-from pivot_plugin.errors import ModelError, SettingsError
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
 from .batch import ForestBatch, ForestCollator
+from .forest_check import varied_rows
 from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
@@ -135,8 +134,13 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             if args.precompute_ref_log_probs
             else {}
         )
+        self.reading = self._read_forest(model, args, processing_class, varied_rows(pairs))
         self._forest_collator = ForestCollator(
-            processing_class, self.adapter.image_token_id, not self._no_trees, args.max_length
+            processing_class,
+            self.adapter.image_token_id,
+            self.reading.shared,
+            args.max_length,
+            self.reading.whole_prompts,
         )
         sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
         self._collator = Loading(sources, self._forest_collator)
@@ -158,35 +162,6 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         self._answer_from_forest()
         self._watch_training()
 
-    def _answer_from_forest(self) -> None:
-        if self._answers_from_forest:
-            return
-        super()._answer_from_forest()
-        if self._collator.sources:
-            self._check_forest(self._collator.sources[0][0])
-
-    @torch.no_grad()
-    def _check_forest(self, pair: dict[str, Any]) -> None:
-        """Compare one pair through the forest with the plain forward pass, and refuse a model where they differ."""
-        model = self.accelerator.unwrap_model(self.model)
-        plain = self._prepare_inputs(DataCollatorForVisionPreference(self.processing_class)([_as_trl(pair)]).data)
-        mask = plain.pop("completion_mask")
-        labels = plain["input_ids"].masked_fill(mask == 0, -100)
-        ours = self._prepare_inputs(replace(self._forest_collator, max_length=None)([pair]))
-        with evaluating(model, self.accelerator.device), self.accelerator.autocast():
-            outputs = model(**plain, labels=labels, use_cache=False, fused_lm_head=True)
-            expected = outputs.log_probs.float().sum(dim=1)
-            through_forest = model(forest=ours["forest"]).log_probs.float().sum(dim=1)
-        per_token = ((through_forest - expected).abs() / mask.sum(dim=1)).max().item()
-        exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-        if per_token > (1e-4 if exact else 0.05):
-            raise ModelError(
-                f"{type(unwrapped(model)).__name__} gives other log-probabilities through the prefix forest than in a "
-                f"plain forward pass: {per_token:.2g} per token apart on pair {pair.get('id')!r}.",
-                f"The adapter of family {self.adapter.family!r} does not describe its attention or positions; write "
-                "one that does (see VisionAdapter.positions), or train it with TRL's DPOTrainer.",
-            )
-
     # The seams of DPOTrainer
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,15 +180,15 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         pairs = self._collator.source_of(dataset)
         cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
         keys = [pairs.content_key(position) for position in range(len(pairs))]
-        known = cache.read()
+        cached = cache.read()
         # shares are cut from what is missing, so that no process may write before all have read
         self.accelerator.wait_for_everyone()
-        missing = list({key: position for position, key in enumerate(keys) if key not in known}.values())
+        missing = list({key: position for position, key in enumerate(keys) if key not in cached}.values())
         if missing:
             self._fill(cache, pairs, missing, keys, name, batch_size)
-            known = cache.read()
-        return dataset.add_column("ref_chosen_logps", [known[key][0] for key in keys]).add_column(
-            "ref_rejected_logps", [known[key][1] for key in keys]
+            cached = cache.read()
+        return dataset.add_column("ref_chosen_logps", [cached[key][0] for key in keys]).add_column(
+            "ref_rejected_logps", [cached[key][1] for key in keys]
         )
 
     def _fill(
@@ -282,7 +257,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     def _sft_weight(self) -> float:
         weights = self.loss_weights or [1.0] * len(self.loss_types)
-        return float(sum(weight for kind, weight in zip(self.loss_types, weights, strict=True) if kind == "sft"))
+        return float(sum(weight for name, weight in zip(self.loss_types, weights, strict=True) if name == "sft"))
 
     # What is measured beside the loss
 
@@ -338,8 +313,3 @@ def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) ->
     tokens = mask.sum(dim=1)
     of_sequence = chosen.sum(dim=1) / tokens.clamp(min=1)
     return chosen.sum() / tokens.sum().clamp(min=1) - of_sequence.mean()
-
-
-def _as_trl(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair with the columns TRL's own collator knows; it changes what it is given."""
-    return {name: copy.copy(pair[name]) for name in ("images", "prompt", "chosen", "rejected")}

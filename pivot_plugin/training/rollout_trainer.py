@@ -47,6 +47,7 @@ from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_re
 
 from . import forward
 from .batch import ForestBatch, ForestCollator, ImageSets
+from .forest_check import varied_rows
 from .plan import TrainingPlan, unwrapped
 from .rows import pointing
 from .tower import TowerTraining
@@ -135,7 +136,13 @@ class Rollouts(TowerTraining):
         for questions in self._sources:
             needs_answer(functions, questions)
         rows = pointing(self._sources)
-        self._forest_collator = ForestCollator(processing_class, self.adapter.image_token_id, not self._no_trees)
+        self.reading = self._read_forest(model, args, processing_class, varied_rows(self._sources[0]))
+        self._forest_collator = ForestCollator(
+            processing_class,
+            self.adapter.image_token_id,
+            self.reading.shared,
+            whole_prompts=self.reading.whole_prompts,
+        )
         self._shown: dict[str, _Shown] = {}
         self._rows_now: list[int] | None = None
         self._silent, self._told = 0, False

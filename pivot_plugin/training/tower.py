@@ -13,8 +13,9 @@ Overrides, and why each is needed:
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,9 @@ from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.models.find import check_processor, find_adapter
 
 from . import forward
+from .attention import take_masks
+from .forest_check import read_rows
+from .forward import ForestReading
 from .gradient_check import GradientCheck
 from .plan import TrainingPlan, count_parameters, original_name, plan, unwrapped
 from .watch import Watch
@@ -45,6 +49,7 @@ class TowerTraining(Trainer):
     optimizer: torch.optim.Optimizer | None
     # conversations have nothing to share, and are computed as TRL does
     _through_forest = True
+    reading: ForestReading
 
     def _prepare_model(
         self,
@@ -71,11 +76,6 @@ class TowerTraining(Trainer):
         base = unwrapped(model)
         self.adapter = adapter or find_adapter(base)
         check_processor(base, processor, self.adapter)
-        self._no_trees = forward.takes_trees(base) if self._through_forest else None
-        if self._no_trees:
-            logger.warning(
-                "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, self._no_trees
-            )
         self._answers_from_forest = False
         self.saw_images = False
         self._rows_of_step: list[str] = []
@@ -87,6 +87,42 @@ class TowerTraining(Trainer):
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trained)
         return self.plan.lora
+
+    def _read_forest(
+        self,
+        model: PreTrainedModel | PeftModel,
+        settings: TowerConfig,
+        processor: ProcessorMixin,
+        rows: Sequence[Mapping[str, Any]],
+    ) -> ForestReading:
+        """How the model reads a forest, shown on some of the rows before anything else is computed.
+
+        Args:
+            model, settings, processor: as the trainer was given them.
+            rows: of the data, in the normal form of pairs.
+
+        Raises:
+            ModelError: if the model computes something else in training than by itself.
+        """
+        base = unwrapped(model)
+        if earlier := take_masks(base):
+            logger.info(
+                "%s runs with %s instead of %s, which takes no masks of trees.",
+                type(base).__name__,
+                base.config.get_text_config()._attn_implementation,
+                earlier,
+            )
+        # engines that shard a model, and device maps, decide themselves where it is
+        if not (settings.fsdp or settings.deepspeed or hasattr(base, "hf_device_map")):
+            base.to(settings.device)
+        reading = read_rows(base, self.adapter, processor, rows)
+        if reading.no_trees is not None:
+            logger.warning(
+                "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, reading.no_trees
+            )
+        if reading.own_head:
+            logger.info("%s scores tokens by its own head; TRL's computes something else.", type(base).__name__)
+        return reading
 
     def _watch_training(self) -> None:
         self.add_callback(GradientCheck(self))
@@ -100,10 +136,13 @@ class TowerTraining(Trainer):
         if self._answers_from_forest:
             return
         self._answers_from_forest = True
-        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter)
+        # the temperature is the roll-outs'
+        reading = replace(self.reading, temperature=getattr(self, "temperature", 1.0))
+        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter, reading)
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
-            forward.install(reference, find_adapter(reference))
+            take_masks(unwrapped(reference))
+            forward.install(reference, find_adapter(reference), reading)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not
