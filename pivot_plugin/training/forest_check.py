@@ -139,7 +139,7 @@ class _PlainPass:
 
 
 def varied_rows(rows: RowDataset | PairStream) -> list[dict[str, Any]]:
-    """Rows that differ in what a model does with them: one image, another size, several images, none.
+    """Rows that differ in what a model does with them: no image, one, another, several.
 
     Args:
         rows: pairs or questions. Of a stream the first are looked at; it gives them again.
@@ -164,14 +164,13 @@ def _kind(row: Mapping[str, Any]) -> str:
 
 
 def _varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first of each kind, and the first with one image of another size than the first of these."""
-    chosen: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        kind = _kind(row)
-        if kind == "one" and kind in chosen and row["images"][0].size != chosen["one"]["images"][0].size:
-            kind = "another size"
-        chosen.setdefault(kind, row)
-    return list(chosen.values())
+    """The first of each kind; of those with one image also one with another, of another size where there is one."""
+    chosen = {kind: next((row for row in rows if _kind(row) == kind), None) for kind in ("none", "one", "several")}
+    first = chosen["one"]
+    others = [row for row in rows if first and _kind(row) == "one" and row["image_key"] != first["image_key"]]
+    other_sizes = [row for row in others if first and row["images"][0].size != first["images"][0].size]
+    another = next(iter([*other_sizes, *others]), None)
+    return [row for row in (chosen["none"], first, another, chosen["several"]) if row is not None]
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
@@ -240,17 +239,22 @@ def read_forest(
     with evaluating(model), _in_float32(model) as exact:
         reading, passes = _observed(model, adapter, sequences)
         reading = replace(reading, own_head=_own_head(passes, exact))
-        differences = {}
         by_row = replace(reading, patterns={}, no_trees=reading.no_trees or "")
-        for candidate in [by_row] if reading.no_trees is not None else [reading, by_row]:
-            trees = candidate.no_trees is None
-            differences[trees] = _difference(model, adapter, candidate, passes, batch_of(candidate), exact)
-            if differences[trees] is None:
-                if trees or reading.no_trees is not None:
-                    return candidate
-                return replace(candidate, no_trees=f"in a tree {differences[True]}")
+        in_trees = None
+        if reading.no_trees is None:
+            in_trees = _difference(model, adapter, reading, passes, batch_of(reading), exact)
+            if in_trees is None:
+                return reading
+            by_row = replace(by_row, no_trees=f"in a tree {in_trees.clause}")
+        apart = in_trees
+        # what an adapter says wrongly of positions is mended there, and not gone around
+        if in_trees is None or in_trees.what != "positions":
+            apart = _difference(model, adapter, by_row, passes, batch_of(by_row), exact)
+            if apart is None:
+                return by_row
+    assert apart is not None
     raise ModelError(
-        f"{type(model).__name__} computes something else in training than by itself: {differences[False]}.",
+        f"{type(model).__name__} computes something else in training than by itself: {apart.clause}.",
         f"The adapter of family {adapter.family!r} does not describe how it takes its images, positions or masks; "
         "write one that does (see VisionAdapter; `pivot check` tells more), or train it with TRL's own trainer.",
     )
@@ -343,6 +347,19 @@ def _own_head(passes: Sequence[_PlainPass], exact: bool) -> bool:
     return max(gaps, default=0.0) > (EXACT if exact else ROUNDED)
 
 
+@dataclass(frozen=True)
+class _Difference:
+    """Something that is not in a forest what it is in a plain pass.
+
+    Attributes:
+        what: "tokens", "forward pass", "positions", "masks", "embeddings" or "log-probabilities".
+        clause: that says so, with the row.
+    """
+
+    what: str
+    clause: str
+
+
 def _difference(
     model: PreTrainedModel,
     adapter: VisionAdapter,
@@ -350,55 +367,76 @@ def _difference(
     passes: Sequence[_PlainPass],
     batch: ForestBatch,
     exact: bool,
-) -> str | None:
-    """What differs between the plain passes and the same sequences in a forest, as a clause; None for nothing."""
+) -> _Difference | None:
+    """The first thing that differs between the plain passes and the same sequences in a forest; None for nothing."""
     forest = batch.forest
     for one, tree, path in zip(passes, forest.sequence_tree.tolist(), forest.paths, strict=True):
-        expected = one.sequence.tokens.tolist()
-        if forest.tokens[tree, path].tolist() != expected:
-            return f"the tokens of {one.sequence.name} are not those that its processor makes"
+        if forest.tokens[tree, path].tolist() != one.sequence.tokens.tolist():
+            return _Difference("tokens", f"the tokens of {one.sequence.name} are not those that its processor makes")
     try:
         with answering(model, adapter, reading), recorded(model) as decoder:
             logps = model(forest=batch).log_probs.float()
     # whatever a foreign forward pass raises of inputs it was not made for is a finding here
     except Exception as error:
-        return f"its forward pass raises {type(error).__name__}: {error}"
+        return _Difference("forward pass", f"its forward pass raises {type(error).__name__}: {error}")
     for index, (one, tree, path) in enumerate(zip(passes, forest.sequence_tree.tolist(), forest.paths, strict=True)):
-        found = _layer_difference(one, decoder, tree, path.to(model.device), exact)
-        if found is not None:
-            return f"{found} of {one.sequence.name}"
+        nodes = path.to(model.device)
+        for compare in (_position_difference, _mask_difference, _embedding_difference):
+            apart = compare(one, decoder, tree, nodes, exact)
+            if apart is not None:
+                return apart
         gap = (logps[index, : len(one.logps)] - one.logps).abs()
         if len(gap) and gap.max().item() > (EXACT if exact else ROUNDED):
-            return (
-                f"the log-probability of a token is {gap.max().item():.2g} apart in the answer of {one.sequence.name}"
+            return _Difference(
+                "log-probabilities",
+                f"the log-probability of token {int(gap.argmax())} of the answer of {one.sequence.name} is "
+                f"{gap.max().item():.2g} apart",
             )
     return None
 
 
-def _layer_difference(
-    one: _PlainPass, decoder: DecoderInputs, tree: int, path: torch.Tensor, exact: bool
-) -> str | None:
-    """What differs in the inputs of the decoder's layers, as a clause."""
+def _position_difference(
+    one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
+) -> _Difference | None:
     for name in one.decoder.per_token.keys() & decoder.per_token.keys():
-        plain, forest = one.decoder.of_row(name, 0), decoder.of_row(name, tree)[path]
+        plain, forest = one.decoder.of_row(name, 0), decoder.of_row(name, tree)[nodes]
         if plain.shape != forest.shape:
             continue
-        differs = (plain != forest) if not plain.is_floating_point() else (plain - forest).abs() > 1e-2
+        # rotary embeddings of one position differ by rounding alone, of neighbours by a tenth and more
+        differs = (plain - forest).abs() > 1e-2 if plain.is_floating_point() else plain != forest
         tokens = differs.flatten(1).any(1) if differs.ndim > 1 else differs
         if tokens.any():
             token = int(tokens.nonzero()[0])
-            return f"{name} differs at token {token} ({_shown(forest[token])}, by itself {_shown(plain[token])})"
+            return _Difference(
+                "positions",
+                f"the positions differ from token {token} of {one.sequence.name} on ({name}: {_shown(forest[token])}; "
+                f"by itself {_shown(plain[token])})",
+            )
+    return None
+
+
+def _mask_difference(
+    one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
+) -> _Difference | None:
     for kind, plain in one.decoder.masks.items():
-        if kind not in decoder.masks:
-            continue
-        sees = decoder.masks[kind][tree, path]
-        if not torch.equal(sees[:, path], plain[0]) or not torch.equal(sees.sum(1), plain[0].sum(1)):
-            return f"who sees whom differs in its layers of {kind}"
+        sees = decoder.masks[kind][tree, nodes]
+        if not torch.equal(sees[:, nodes], plain[0]) or not torch.equal(sees.sum(1), plain[0].sum(1)):
+            return _Difference("masks", f"tokens of {one.sequence.name} see others in its layers of {kind}")
+    return None
+
+
+def _embedding_difference(
+    one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
+) -> _Difference | None:
     assert one.decoder.embeddings is not None and decoder.embeddings is not None
-    plain, forest = one.decoder.embeddings[0].float(), decoder.embeddings[tree, path].float()
+    plain, forest = one.decoder.embeddings[0].float(), decoder.embeddings[tree, nodes].float()
     gap = (plain - forest).norm(dim=1) / plain.norm(dim=1).clamp(min=1e-6)
     if gap.max().item() > (EMBEDDING_EXACT if exact else EMBEDDING_ROUNDED):
-        return f"the embedding of token {int(gap.argmax())} is {gap.max().item():.2g} of its length apart"
+        return _Difference(
+            "embeddings",
+            f"the embedding of token {int(gap.argmax())} of {one.sequence.name} is {gap.max().item():.2g} of its "
+            "length apart",
+        )
     return None
 
 

@@ -126,7 +126,7 @@ def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReadi
 
 
 @contextmanager
-def answering(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading) -> Iterator[None]:
+def answering(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading | None = None) -> Iterator[None]:
     """Have a model answer calls with `forest=` meanwhile, in eval mode; one that a trainer holds does so already.
 
     Args:

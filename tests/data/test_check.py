@@ -170,7 +170,7 @@ def test_tokens_are_those_that_training_sees(tiny: Tiny, rows: Any) -> None:
     report = check(rows, processor)
     statistics = report.statistics
     marker = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    collator = ForestCollator(processor, marker, tree=False)
+    collator = ForestCollator(processor, marker, shared="all")
     pairs = PairDataset(rows)
     lengths, images = [], []
     for position in range(len(pairs)):

@@ -119,7 +119,7 @@ def test_log_probabilities_equal_separate_unpadded_forward_passes(
             # summed in double: at -90 a float32 sum alone is off by 1e-5
             expected.append(scores[mask[keep][1:]].double().sum())
     forward.install(model, adapter)
-    batch = ForestCollator(processor, adapter.image_token_id, tree)(pairs)
+    batch = ForestCollator(processor, adapter.image_token_id, "images" if tree else "all")(pairs)
     with torch.no_grad():
         found = model(forest=batch["forest"]).log_probs.double().sum(dim=1)
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-5)

@@ -10,9 +10,9 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from pivot_plugin import PivotConfig, PivotTrainer
-from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.errors import DataError
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.training import forward
+from pivot_plugin.training import forest_check, forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import attention_mask, block_mask, build_forest
 
@@ -20,15 +20,13 @@ from .test_exactness import normal, settings
 
 
 def test_families_take_trees(tiny: Any) -> None:
-    assert forward.takes_trees(tiny[0]) is None
+    assert forward.reading_of(tiny[0]).no_trees is None
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-        ({"layer_types": None, "sliding_window": 64, "use_sliding_window": True}, "64 tokens"),
         ({"_attn_implementation": "flash_attention_2"}, "flash_attention_2"),
     ],
 )
@@ -39,7 +37,7 @@ def test_attention_that_cannot_follow_a_tree_is_recognised(make: Any, change: di
             model.config.get_text_config()._attn_implementation_internal = value
         else:
             setattr(model.config.get_text_config(), name, value)
-    assert reason in (forward.takes_trees(model) or "")
+    assert reason in (forward.reading_of(model).no_trees or "")
 
 
 def test_such_a_model_trains_one_sequence_a_row_with_the_same_losses(
@@ -51,7 +49,8 @@ def test_such_a_model_trains_one_sequence_a_row_with_the_same_losses(
         seen: list[int] = []
         model.model.visual.register_forward_hook(lambda _, __, out, seen=seen: seen.append(len(out.last_hidden_state)))
         if name == "rows":
-            monkeypatch.setattr(forward, "takes_trees", lambda model: "its layers use linear_attention")
+            reading = forward.ForestReading({}, "its layers use linear_attention")
+            monkeypatch.setattr(forest_check, "reading_of", lambda model, reading=reading: reading)
         with caplog.at_level(logging.WARNING):
             trainer = PivotTrainer(
                 model,
@@ -109,17 +108,6 @@ def test_the_block_mask_is_the_dense_mask() -> None:
     sparse = block_mask(forest.end)
     found = create_mask(sparse.mask_mod, 2, 1, *dense.shape[2:], device="cpu")  # type: ignore[attr-defined]
     assert torch.equal(found, dense)
-
-
-def test_a_family_that_is_described_wrongly_is_refused(make: Any, rows: Any, tmp_path: Path) -> None:
-    model, processor = make("qwen2_5_vl")
-    adapter = find_adapter(model)
-    # plain depths instead of M-RoPE: what a family without an adapter of its own would get
-    adapter.positions = lambda tokens, images: None  # type: ignore[method-assign]
-    with pytest.raises(ModelError, match="other log-probabilities through the prefix forest"):
-        PivotTrainer(
-            model, PivotConfig(**settings(tmp_path)), rows, processing_class=processor, lora=4, adapter=adapter
-        )
 
 
 def test_a_max_length_that_cuts_a_prompt_is_refused_and_one_that_cuts_answers_cuts_them(make: Any, rows: Any) -> None:
