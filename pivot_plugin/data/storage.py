@@ -2,8 +2,6 @@
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from PIL.Image import Image as PILImage
 
 from pivot_plugin import __version__
 from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.files import whole_folder
 
 from .checking import CheckReport, check
 from .images import ImageAccess
@@ -60,18 +59,11 @@ def save(pairs: PairDataset, folder: str | Path, built: str = "") -> CheckReport
     pairs.verify()
     report = check(pairs)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with whole_folder(target) as aside:
             (aside / "data").mkdir()
             for number, rows in enumerate(_shards(pairs)):
                 Dataset.from_list(rows, features=FEATURES).to_parquet(aside / "data" / f"train-{number:05d}.parquet")
             (aside / CARD).write_text(str(_card(pairs, report, built)), encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise SettingsError(
             f"{str(target)!r} cannot be written: {error.strerror or error}.", "Choose another folder, or make room."

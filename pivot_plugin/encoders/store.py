@@ -12,8 +12,6 @@ With weights="lora" the folder is one of PEFT: adapter_config.json, adapter_mode
 import copy
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +27,7 @@ from transformers import PreTrainedModel
 import pivot_plugin
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.files import whole_folder
 
 from .card import PICTURE, card
 from .record import FORMAT, PROVENANCE, sha256, without_paths
@@ -66,7 +65,7 @@ def save_encoder(
         EncoderError: if the folder holds something else, or cannot be written.
     """
     encoder, image_processor = adapter.extract(), adapter.image_processor(processor)
-    with _written_aside(Path(folder)) as aside:
+    with _encoder_folder(Path(folder)) as aside:
         encoder.save_pretrained(aside, max_shard_size=max_shard_size)
         image_processor.save_pretrained(aside)
         projector = {
@@ -120,7 +119,7 @@ def save_lora(
     own_config.modules_to_save = None
     own_config.task_type = None
     own_config.base_model_name_or_path = (provenance.get("base") or {}).get("encoder")
-    with _written_aside(Path(folder)) as aside:
+    with _encoder_folder(Path(folder)) as aside:
         own_config.save_pretrained(aside)
         save_file(own, aside / "adapter_model.safetensors", {"format": "pt"})
         _finish(aside, _described(adapter, adapter.tower) | {"weights": "lora"} | dict(provenance), sections, picture)
@@ -174,33 +173,17 @@ def _finish(aside: Path, record: Mapping[str, Any], sections: Sequence[str], pic
 
 
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside another that takes its place when all went well."""
+def _encoder_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of an encoder's folder when all went well."""
     if folder.exists() and any(folder.iterdir()) and not (folder / PROVENANCE).exists():
         raise EncoderError(
             f"Folder {str(folder)!r} is not empty and holds no encoder of ours.", "Choose another folder, or empty it."
         )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise EncoderError(f"{str(folder)!r} cannot be written: {error}.", "Choose another folder.") from error
-    try:
-        aside.chmod(0o755)
-        yield aside
-        _replace(folder, aside)
+        with whole_folder(folder) as aside:
+            yield aside
     except OSError as error:
         raise EncoderError(
-            f"{str(folder)!r} cannot be written: {error}.", "What was there before is unchanged; make room and repeat."
+            f"{str(folder)!r} cannot be written: {error}.",
+            "What was there before is unchanged; choose another folder, or make room and repeat.",
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(folder: Path, aside: Path) -> None:
-    """Put a finished folder in the place of an old one."""
-    old = aside.with_name(f"{aside.name}.old")
-    if folder.exists():
-        folder.replace(old)
-    aside.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
