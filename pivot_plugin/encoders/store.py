@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-import pivot_plugin
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.files import whole_folder
 
-from .card import PICTURE, card
-from .record import FORMAT, PROVENANCE, sha256, without_paths
+from .card import CARD, PICTURE, card
+from .loading import has_auto_class
+from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, sha256, versions, without_paths
 from .signature import signature
 
 logger = logging.getLogger(__name__)
@@ -73,9 +72,9 @@ def save_encoder(
             for name, parameter in adapter.model.named_parameters()
             if adapter.part_of(name) == "projector"
         }
-        save_file(projector, aside / "projector.safetensors")
-        record = _described(adapter, encoder) | {"signature": _signature(encoder, image_processor)}
-        _finish(aside, record | dict(provenance), sections, picture)
+        save_file(projector, aside / PROJECTOR_FILE)
+        added = {"signature": _signature(encoder, image_processor), **provenance}
+        _finish(aside, adapter, encoder, added, sections, picture)
     return Path(folder)
 
 
@@ -122,7 +121,7 @@ def save_lora(
     with _encoder_folder(Path(folder)) as aside:
         own_config.save_pretrained(aside)
         save_file(own, aside / "adapter_model.safetensors", {"format": "pt"})
-        _finish(aside, _described(adapter, adapter.tower) | {"weights": "lora"} | dict(provenance), sections, picture)
+        _finish(aside, adapter, adapter.tower, {"weights": "lora", **provenance}, sections, picture)
     return Path(folder)
 
 
@@ -154,22 +153,32 @@ def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, An
         "unread": list(unread),
         "heads": heads,
         "projector_first_layer": adapter.projector_first_layer,
-        "versions": {
-            "pivot_plugin": pivot_plugin.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
 
 
-def _finish(aside: Path, record: Mapping[str, Any], sections: Sequence[str], picture: Image.Image | None) -> None:
+def _finish(
+    aside: Path,
+    adapter: VisionAdapter,
+    encoder: PreTrainedModel,
+    provenance: Mapping[str, Any],
+    sections: Sequence[str],
+    picture: Image.Image | None,
+) -> None:
     """Write what stands beside the weights."""
-    kept = without_paths(record)
-    kept["sha256"] = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
+    record = without_paths(_described(adapter, encoder) | dict(provenance))
+    record["sha256"] = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
     if picture is not None:
         picture.save(aside / PICTURE)
-    (aside / PROVENANCE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(str(card(kept, sections, picture is not None)), encoding="utf-8")
+    (aside / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    written = card(
+        record,
+        adapter.usage(),
+        None if has_auto_class(encoder.config) else type(encoder).__module__,
+        sections=sections,
+        picture=picture is not None,
+    )
+    (aside / CARD).write_text(str(written), encoding="utf-8")
 
 
 @contextmanager
