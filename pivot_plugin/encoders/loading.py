@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pivot_plugin.errors import EncoderError
@@ -264,12 +264,21 @@ def _auto_map(file: Path) -> list[str]:
     return [str(value) for value in found.values()] if isinstance(found, dict) else [str(found)] if found else []
 
 
+def has_auto_class(config: PreTrainedConfig) -> bool:
+    """Whether AutoModel knows the class of an encoder; that of Qwen2-VL's tower it does not.
+
+    Args:
+        config: the encoder's.
+    """
+    return type(config) in AutoModel._model_mapping  # type: ignore[attr-defined]
+
+
 def _encoder_class(folder: Path, recorded: object, trust_remote_code: bool) -> type[Any]:
     """AutoModel, or for towers AutoModel does not know (Qwen2-VL's) the transformers class recorded at saving."""
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if type(config) in AutoModel._model_mapping:  # type: ignore[attr-defined]
+        if has_auto_class(config):
             return AutoModel
     except ValueError:
         pass
