@@ -20,6 +20,8 @@ from transformers.utils import ModelOutput
 
 from pivot_plugin.errors import EncoderError, ModelError
 
+from .grids import on_grids
+
 FEATURE_LAYER = "vision_feature_layer"
 MISMATCHES_SHOWN = 12
 
@@ -305,7 +307,11 @@ class VisionAdapter:
             tower: the model's own, or a stand-alone encoder of the same class.
             inputs: processor outputs about images.
         """
-        return tower(inputs["pixel_values"], output_hidden_states=self.feature_layer is not None)
+        accepted = inspect.signature(tower.forward).parameters
+        arguments = {name: value for name in accepted if (value := _input_for(name, inputs)) is not None}
+        if "output_hidden_states" in accepted or any(p.kind == p.VAR_KEYWORD for p in accepted.values()):
+            arguments["output_hidden_states"] = self.feature_layer is not None
+        return tower(**arguments)
 
     @contextmanager
     def watched_tower(self) -> Iterator[list[TowerPass]]:
@@ -335,18 +341,13 @@ class VisionAdapter:
         Raises:
             ModelError: if the features do not form a grid.
         """
-        if hidden.ndim == 4:
-            # a convolutional net: (images, D, rows, columns)
-            return [ImageFeatures(values.flatten(1).T, tuple(values.shape[1:])) for values in hidden]
-        side = int(hidden.shape[1] ** 0.5)
-        if hidden.ndim != 3 or side < 2:
+        found = on_grids(hidden, inputs, tower.config)
+        if found is None:
             raise ModelError(
                 f"{type(tower).__name__} gives features of shape {tuple(hidden.shape)}, which form no patch grid.",
                 "Use an encoder with patch tokens, or an adapter that overrides on_grid.",
             )
-        # class and register tokens come before the patches
-        patches = hidden[:, hidden.shape[1] - side * side :]
-        return [ImageFeatures(values, (side, side)) for values in patches]
+        return [ImageFeatures(one.values, one.grid) for one in found]
 
     def project(self, features: ImageFeatures, tower: PreTrainedModel | None = None) -> ImageFeatures:
         """What the language model gets of one image's patch features, on its own grid.
@@ -579,3 +580,15 @@ def is_encoder(model: PreTrainedModel) -> bool:
 
 def _inside(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
+
+
+def _input_for(parameter: str, inputs: ImageInputs) -> torch.Tensor | None:
+    """The processor's output that a parameter of a tower means: of its name, or else of the same two last words."""
+    if parameter in ("hidden_states", "pixel_values"):
+        pixels = next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
+        # tiles of several images come with an axis of their own
+        return pixels.flatten(0, 1) if pixels is not None and pixels.ndim == 5 else pixels
+    if parameter in inputs:
+        return inputs[parameter]
+    ending = parameter.split("_")[-2:]
+    return next((value for name, value in inputs.items() if name.split("_")[-2:] == ending), None)
