@@ -11,9 +11,9 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.models.image_tokens import ImageTokens
 
 from .images import MAX_PIXELS
 from .pairs import PairDataset, load
@@ -138,25 +138,16 @@ class _TokenCounter:
                 "Pass AutoProcessor.from_pretrained(<an MLLM>).",
             )
 
+        self._image_tokens = ImageTokens(self.processor)
+
     def __call__(self, pair: dict[str, Any]) -> tuple[int, int, int]:
-        images = pair["images"]
-        messages = {
-            "prompt": prepare_multimodal_messages(pair["prompt"], images=list(images)),
-            "chosen": prepare_multimodal_messages(pair["chosen"]),
-            "rejected": prepare_multimodal_messages(pair["rejected"]),
-        }
-        text = apply_chat_template(messages, self.processor)
-        # one list of images per text: where they are several, some processors split none of them into tiles
-        ids = self.processor(images=[images] if images else None, text=[text["prompt"]], add_special_tokens=False)[
-            "input_ids"
-        ][0]
-        marker = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        prompt, image_tokens = len(ids), sum(int(token) == marker for token in ids)
-        sides = [
-            len(self.processor.tokenizer(text[side], add_special_tokens=False)["input_ids"])
-            for side in ("chosen", "rejected")
-        ]
-        return prompt + sides[0], prompt + sides[1], image_tokens
+        """Tokens of prompt with chosen answer, of prompt with rejected answer, and those of them that are images."""
+        _, expansions = self._image_tokens.process_images([pair["images"]] if pair["images"] else [])
+        parts = expansions[0] if expansions else []
+        texts = {name: self._image_tokens.tokens(text) for name, text in self._image_tokens.texts(pair).items()}
+        prompt = len(self._image_tokens.expand(pair, texts["prompt"], parts))
+        image_tokens = sum(self._image_tokens.counts(parts))
+        return prompt + len(texts["chosen"]), prompt + len(texts["rejected"]), image_tokens
 
 
 class _Found:

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.models.image_features import repeated_features
+from pivot_plugin.models.image_tokens import ImageTokens, about_images
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model = model
         self.processor = processor
+        self._image_tokens = ImageTokens(processor)
 
     def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
         completions = self.processor.tokenizer.batch_decode(
@@ -77,23 +80,28 @@ class TransformersEngine:
         Returns:
             for each position (questions * n, V) logits, and (questions * n,) whether a completion still went on.
         """
-        drawn = self._generated(questions, sampling, seed, output_logits=True)
+        generated = self._generated(questions, sampling, seed, output_logits=True)
         ends = self.model.generation_config.eos_token_id
         ends = [self.processor.tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else ends
-        going = torch.ones(len(drawn.sequences), dtype=torch.bool, device=drawn.sequences.device)
-        for position, logits in enumerate(drawn.logits):
+        going = torch.ones(len(generated.sequences), dtype=torch.bool, device=generated.sequences.device)
+        for position, logits in enumerate(generated.logits):
             yield logits, going
-            going = going & ~torch.isin(drawn.sequences[:, position], torch.tensor(ends, device=going.device))
+            going = going & ~torch.isin(generated.sequences[:, position], torch.tensor(ends, device=going.device))
 
     @torch.no_grad()
-    def _generated(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int, **asked: bool) -> Any:
-        """What `generate` returns, the prompt cut off."""
+    def _generated(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int, **more: bool) -> Any:
+        """What `generate` returns, the prompt cut off.
+
+        Args:
+            questions, sampling, seed: as for a call.
+            **more: passed on to `generate`.
+        """
         texts = [
             self.processor.apply_chat_template(_with_images(question), add_generation_prompt=True, tokenize=False)
             for question in questions
         ]
         images = [question["images"] for question in questions]
-        inputs = self.processor(
+        outputs = self.processor(
             images=images if any(images) else None,
             text=texts,
             padding=True,
@@ -101,54 +109,35 @@ class TransformersEngine:
             add_special_tokens=False,
             return_tensors="pt",
         ).to(self.model.device)
-        marker = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        counts = (inputs["input_ids"] == marker).sum(dim=1)
-        shown = counts[counts > 0].tolist()
-        about_images = {
-            name: value.to(self.model.dtype) if value.is_floating_point() else value
-            for name, value in inputs.items()
-            if name not in ("input_ids", "attention_mask")
+        inputs = {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in outputs.items()
         }
-        training = self.model.training
-        self.model.eval()
-        gpus = [self.model.device.index or 0] if self.model.device.type == "cuda" else []
-        try:
-            with (
-                torch.random.fork_rng(devices=gpus),
-                self._encoded_once(shown, sampling.n, about_images),
-            ):
-                torch.manual_seed(seed)
-                generated = self.model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    **about_images,
-                    **self._settings(sampling),
-                    return_dict_in_generate=True,
-                    **asked,
-                )
-        finally:
-            self.model.train(training)
+        counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1)
+        once = self._encoded_once(counts[counts > 0].tolist(), sampling.n, about_images(inputs, self.processor))
+        with evaluating(self.model), undisturbed(seed), once:
+            generated = self.model.generate(**inputs, **self._settings(sampling), return_dict_in_generate=True, **more)
         generated.sequences = generated.sequences[:, inputs["input_ids"].shape[1] :]
         return generated
 
     def _encoded_once(
-        self, token_counts: list[int], n: int, about_images: dict[str, torch.Tensor]
+        self, token_counts: list[int], n: int, image_inputs: dict[str, torch.Tensor]
     ) -> AbstractContextManager[None]:
+        """Have the images of each question encoded once for its n completions."""
         # a recent `generate` encodes before it repeats the questions, and reads the signature of what would be wrapped
         if getattr(self.model, "_supports_mm_encoder_outputs", lambda: False)():
             return nullcontext()
         shown_by = [index for index in range(len(token_counts)) for _ in range(n)]
-        return repeated_features(self.model, token_counts, shown_by, about_images)
+        return repeated_features(self.model, token_counts, shown_by, image_inputs)
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
-        drawn = (
+        strategy = (
             {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             if sampling.temperature > 0
             else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         )
         padding = self.model.generation_config.pad_token_id
-        return drawn | {
+        return strategy | {
             "max_new_tokens": sampling.max_new_tokens,
             "num_return_sequences": sampling.n,
             "pad_token_id": tokenizer.pad_token_id if padding is None else padding,

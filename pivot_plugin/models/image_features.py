@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 def repeated_features(
     model: PreTrainedModel,
     token_counts: Sequence[int],
-    wanted: Sequence[int],
+    shown: Sequence[int],
     inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[None]:
     """Have the backbone encode each distinct image once and hand on its features wherever it is shown.
@@ -22,11 +22,11 @@ def repeated_features(
     Args:
         model: whose `base_model.get_image_features` is wrapped meanwhile.
         token_counts: image tokens of each distinct image, or of each group of images that always stand together.
-        wanted: which of these to hand on, in order.
+        shown: which of these to hand on, in order.
         inputs: processor outputs about the distinct images, to be encoded in place of those that the model is called
             with; None where it is called with the distinct ones.
     """
-    if inputs is None and list(wanted) == list(range(len(token_counts))):
+    if inputs is None and list(shown) == list(range(len(token_counts))):
         yield
         return
     backbone = model.base_model
@@ -36,7 +36,7 @@ def repeated_features(
     def repeated(features: Any) -> Any:
         flat = torch.cat([part.flatten(0, -2) for part in features]) if not torch.is_tensor(features) else features
         parts = flat.flatten(0, -2).split(list(token_counts))
-        chosen = [parts[image] for image in wanted]
+        chosen = [parts[image] for image in shown]
         return torch.cat(chosen) if torch.is_tensor(features) else chosen
 
     # `generate` reads the signature to know what to hand on

@@ -7,13 +7,14 @@ what the model computes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar, cast
 
 import torch
 from transformers import ProcessorMixin
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.errors import DataError
+from pivot_plugin.models.image_tokens import ImageTokens
 
 from .forest import Forest, build_forest
 
@@ -59,6 +60,21 @@ def _moved(value: T, device: torch.device | str, non_blocking: bool) -> T:
     return value
 
 
+@dataclass(frozen=True)
+class ImageSets:
+    """The image sets of a batch, and which sequence shows which.
+
+    Attributes:
+        inputs: processor outputs about the images of all sets, one set after the other.
+        tokens: for each set the number of image tokens of each of its images.
+        shown: for each sequence the set it shows, -1 for none.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    tokens: list[list[int]]
+    shown: list[int]
+
+
 @dataclass
 class ForestCollator:
     """Turns preference rows into a batch for `PivotTrainer`.
@@ -75,6 +91,9 @@ class ForestCollator:
     tree: bool = True
     max_length: int | None = None
 
+    def __post_init__(self) -> None:
+        self.image_tokens = ImageTokens(self.processor, self.image_token_id)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate pairs, chosen sequences first.
 
@@ -90,140 +109,83 @@ class ForestCollator:
             DataError: if `max_length` cuts into a prompt, or images and image tokens of a row disagree.
             ModelError: if the processor cannot be used this way.
         """
+        # 1. images, each set once
         image_sets = {row["image_key"]: row["images"] for row in rows if row["images"]}
-        image_inputs, expansions = self.process_images(list(image_sets.values()))
-        expansion_of = dict(zip(image_sets, expansions, strict=True))
-        first_image = {}
-        image_tokens: list[int] = []
-        for key, parts in expansion_of.items():
-            first_image[key] = len(image_tokens)
-            image_tokens += [part.count(self.image_token_id) for part in parts]
+        inputs, expansions = self.image_tokens.process_images(list(image_sets.values()))
+        number = {key: index for index, key in enumerate(image_sets)}
+        shown = [number[row["image_key"]] if row["images"] else -1 for row in rows]
 
-        texts = [self._texts(row) for row in rows]
-        sequences, starts = [], []
-        for side in ("chosen", "rejected"):
-            for row, text in zip(rows, texts, strict=True):
-                prompt = self.expand(row, self.tokens(text["prompt"]), expansion_of.get(row["image_key"], []))
-                completion = self.tokens(text[side])
-                if self.max_length is not None and len(prompt) >= self.max_length:
-                    raise DataError(
-                        f"The prompt of pair {row.get('id')!r} has {len(prompt)} tokens with its images, which leaves "
-                        f"nothing of its answers within max_length={self.max_length}.",
-                        "Raise max_length, or set it to None to cut nothing.",
-                    )
-                sequences.append((prompt + completion)[: self.max_length])
-                starts.append(len(prompt))
+        # 2. texts, with their images expanded
+        answers = [
+            self._tokenised(row, expansions[index] if index >= 0 else [])
+            for row, index in zip(rows, shown, strict=True)
+        ]
+        sequences = [sides[side] for side in (0, 1) for _, sides in answers]
+        starts = [start for start, _ in answers] * 2
 
-        groups: dict[object, list[int]] = {}
-        for index, (sequence, row) in enumerate(zip(sequences, [*rows, *rows], strict=True)):
-            group = self.group(index, sequence, row["image_key"] if row["images"] else None)
-            groups.setdefault(group, []).append(index)
-        forest = build_forest(list(groups.values()), sequences, starts)
-        tree_images = []
-        for group in groups.values():
-            row = rows[group[0] % len(rows)]
-            first = first_image.get(row["image_key"], 0)
-            tree_images.append(list(range(first, first + len(row["images"]))))
+        # 3. trees
+        tokens = [self.image_tokens.counts(parts) for parts in expansions]
+        names = [str(row.get("id")) for row in rows]
+        batch = self.batch_of(sequences, starts, ImageSets(inputs, tokens, shown * 2), names)
+
+        # 4. what TRL reads, under its names
+        forest = batch.forest
         # one column in front stands for the last prompt token: TRL shifts by one
         mask = torch.nn.functional.pad((forest.edge_of >= 0).long(), (1, 0))
         ids = torch.nn.functional.pad(forest.edge_token[forest.edge_of.clamp(min=0)], (1, 0)) * mask
-        batch: dict[str, Any] = {
+        references = {
+            name: torch.tensor([row[name] for row in rows])
+            for name in ("ref_chosen_logps", "ref_rejected_logps")
+            if name in rows[0]
+        }
+        return {
             "input_ids": ids,
             "completion_mask": mask,
             "attention_mask": forest.is_node.long(),
-            "forest": ForestBatch(
-                forest, image_inputs, image_tokens, tree_images, [str(row.get("id")) for row in rows]
-            ),
+            "forest": batch,
+            **references,
         }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows])
-        return batch
 
-    def group(self, index: int, sequence: list[int], images: object) -> object:
-        """Which tree a sequence belongs to, as a key.
+    def batch_of(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], image_sets: ImageSets, names: list[str]
+    ) -> ForestBatch:
+        """The forest of some sequences.
 
-        Image tokens are filled with image features in order, so that sequences may share a tree only if they agree up
-        to and including their last image token.
+        Image tokens are filled with image features in order, so that sequences share a tree only if they agree up to
+        and including their last image token.
 
         Args:
-            index: of the sequence.
-            sequence: its tokens.
-            images: tells its image set from others, None where it has none.
+            sequences: token ids of prompts with their completions.
+            starts: for each sequence, where its completion begins.
+            image_sets: what the sequences show.
+            names: of the rows, for errors.
         """
-        if not self.tree:
-            return index
-        last = max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
-        return images, tuple(sequence[: last + 1])
-
-    def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """The row in the words of the chat template, by TRL's own functions."""
-        messages = {
-            "prompt": prepare_multimodal_messages(row["prompt"], images=row["images"]),
-            "chosen": prepare_multimodal_messages(row["chosen"]),
-            "rejected": prepare_multimodal_messages(row["rejected"]),
-        }
-        return apply_chat_template(messages, self.processor)
-
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a text that is in the words of the chat template already."""
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def process_images(self, image_sets: list[list[Any]]) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
-        """Run the processor once over all distinct images.
-
-        Args:
-            image_sets: for each set its images (PIL).
-
-        Returns:
-            its outputs about images, and for each set and image the tokens that its marker expands to.
-        """
-        if not image_sets:
-            return {}, []
-        marker, fence = self.processor.image_token, self.processor.tokenizer.eos_token
-        fence_id = self.processor.tokenizer.eos_token_id
-        # a text of nothing but markers, fenced by a token no expansion contains, shows what each marker becomes
-        outputs = self.processor(
-            images=image_sets,
-            text=[fence.join([marker] * len(images)) for images in image_sets],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
+        groups: dict[object, list[int]] = {}
+        for index, (sequence, shown) in enumerate(zip(sequences, image_sets.shown, strict=True)):
+            last = max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
+            group = (shown, tuple(sequence[: last + 1])) if self.tree else index
+            groups.setdefault(group, []).append(index)
+        first = [0, *accumulate(len(counts) for counts in image_sets.tokens)]
+        images_of = [list(range(start, end)) for start, end in pairwise(first)]
+        shown_by_group = [image_sets.shown[group[0]] for group in groups.values()]
+        return ForestBatch(
+            build_forest(list(groups.values()), sequences, starts),
+            image_sets.inputs,
+            [count for counts in image_sets.tokens for count in counts],
+            [images_of[shown] if shown >= 0 else [] for shown in shown_by_group],
+            names,
         )
-        about_text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-        image_inputs = {name: value for name, value in outputs.items() if name not in about_text}
-        expansions = []
-        for ids, mask, images in zip(outputs["input_ids"], outputs["attention_mask"], image_sets, strict=True):
-            parts: list[list[int]] = [[]]
-            for token in ids[mask.bool()].tolist():
-                if token == fence_id:
-                    parts.append([])
-                else:
-                    parts[-1].append(token)
-            if len(parts) != len(images) or not all(self.image_token_id in part for part in parts):
-                raise ModelError(
-                    f"{type(self.processor).__name__} does not expand its image token {marker!r} into token "
-                    f"{self.image_token_id}, the model's: {len(images)} image(s) gave {len(parts)} part(s).",
-                    "Pass the processor that belongs to the model.",
-                )
-            expansions.append(parts)
-        return image_inputs, expansions
 
-    def expand(self, row: Mapping[str, Any], tokens: list[int], parts: list[list[int]]) -> list[int]:
-        """Put each image's tokens where its marker stands in the tokenised prompt.
-
-        Raises:
-            DataError: if there are not as many markers as images, naming the row.
-        """
-        marker_id = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        if tokens.count(marker_id) != len(parts):
+    def _tokenised(self, row: Mapping[str, Any], parts: list[list[int]]) -> tuple[int, list[list[int]]]:
+        """Where a row's answers begin, and its chosen and its rejected sequence."""
+        texts = self.image_tokens.texts(row)
+        prompt = self.image_tokens.expand(row, self.image_tokens.tokens(texts["prompt"]), parts)
+        if self.max_length is not None and len(prompt) >= self.max_length:
             raise DataError(
-                f"Row {row.get('id')!r} has {len(parts)} image(s) and {tokens.count(marker_id)} image marker(s) in "
-                "its prompt.",
-                "Give one {'type': 'image'} part, or one marker in the text, per image.",
+                f"The prompt of pair {row.get('id')!r} has {len(prompt)} tokens with its images, which leaves "
+                f"nothing of its answers within max_length={self.max_length}.",
+                "Raise max_length, or set it to None to cut nothing.",
             )
-        expanded: list[int] = []
-        remaining = iter(parts)
-        for token in tokens:
-            expanded.extend(next(remaining) if token == marker_id else [token])
-        return expanded
+        return len(prompt), [
+            (prompt + self.image_tokens.tokens(texts[side]))[: self.max_length] for side in ("chosen", "rejected")
+        ]

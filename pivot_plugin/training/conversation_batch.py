@@ -11,17 +11,12 @@ from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import DataError, ModelError
-
-from .batch import ForestCollator
+from pivot_plugin.models.image_tokens import ImageTokens
 
 logger = logging.getLogger(__name__)
 
-
+# the label that TRL's losses leave out
 IGNORED = -100
-
-
-# token types that say where images stand, by the names processors have for them
-IMAGE_MASKS = ("mm_token_type_ids", "token_type_ids")
 
 
 @dataclass
@@ -45,7 +40,7 @@ class ConversationCollator:
     _told: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._words = ForestCollator(self.processor, self.image_token_id)
+        self._image_tokens = ImageTokens(self.processor, self.image_token_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate conversations.
@@ -61,13 +56,9 @@ class ConversationCollator:
             DataError: if images and markers of a row disagree, or `max_length` cuts into its images.
             ModelError: if the chat template rewrites earlier turns.
         """
-        shown = [row["images"] for row in rows if row["images"]]
-        image_inputs, expansions = self._words.process_images(shown)
+        image_inputs, expansions = self._image_tokens.process_images([row["images"] for row in rows if row["images"]])
         remaining = iter(expansions)
-        sequences = []
-        for row in rows:
-            parts = next(remaining) if row["images"] else []
-            sequences.append(self._labelled(row, parts))
+        sequences = [self._labelled(row, next(remaining) if row["images"] else []) for row in rows]
         length = max(len(ids) for ids, _ in sequences)
         if self.pad_to_multiple_of:
             length += -length % self.pad_to_multiple_of
@@ -75,32 +66,35 @@ class ConversationCollator:
         input_ids = torch.full((len(rows), length), padding)
         labels = torch.full((len(rows), length), IGNORED)
         mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for index, (ids, wanted) in enumerate(sequences):
+        for index, (ids, answers) in enumerate(sequences):
             input_ids[index, : len(ids)] = torch.tensor(ids)
-            labels[index, : len(ids)] = torch.tensor(wanted)
+            labels[index, : len(ids)] = torch.tensor(answers)
             mask[index, : len(ids)] = 1
-        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **image_inputs}
-        for name in IMAGE_MASKS:
-            if name in self.processor.model_input_names:
-                batch[name] = (input_ids == self.image_token_id).long()
-        batch["row_ids"] = [str(row.get("id")) for row in rows]
-        return batch
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "labels": labels,
+            **image_inputs,
+            **self._image_tokens.token_types(input_ids),
+            "row_ids": [str(row.get("id")) for row in rows],
+        }
 
     def _labelled(self, row: Mapping[str, Any], parts: list[list[int]]) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation, and of these the ones that are answers."""
+        """Token ids of a conversation, and its labels: these ids where an answer stands."""
         texts = self._plain(row) if self.plain else self._turns(row)
-        pieces = [self._words.tokens(text) for text, _ in texts]
+        pieces = [self._image_tokens.tokens(text) for text, _ in texts]
         tokens = [token for piece in pieces for token in piece]
-        answers = [answer for piece, (_, answer) in zip(pieces, texts, strict=True) for _ in piece]
-        ids = self._words.expand(row, tokens, parts)
+        is_answer = [answer for piece, (_, answer) in zip(pieces, texts, strict=True) for _ in piece]
+        ids = self._image_tokens.expand(row, tokens, parts)
         # an image's marker becomes many tokens, none of them an answer
-        marker = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
         lengths = iter([len(part) for part in parts])
-        wide = [a for token, a in zip(tokens, answers, strict=True) for _ in range(_width(token, marker, lengths))]
-        labels = [token if answer else IGNORED for token, answer in zip(ids, wide, strict=True)]
+        widths = [next(lengths) if token == self._image_tokens.marker_id else 1 for token in tokens]
+        expanded = [answer for answer, width in zip(is_answer, widths, strict=True) for _ in range(width)]
+        labels = [token if answer else IGNORED for token, answer in zip(ids, expanded, strict=True)]
         return self._cut(row, ids, labels)
 
     def _cut(self, row: Mapping[str, Any], ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels, no longer than `max_length`."""
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, labels
         if self.image_token_id in ids[self.max_length :]:
@@ -113,16 +107,19 @@ class ConversationCollator:
             self._told = True
             logger.warning(
                 "Row %r has %d tokens; max_length=%d leaves nothing of its answers. Such rows teach nothing.",
-                *(row.get("id"), len(ids), self.max_length),
+                row.get("id"),
+                len(ids),
+                self.max_length,
             )
         return ids[: self.max_length], labels
 
     def _plain(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
-        said = text_of([message for message in row["messages"] if message["role"] == "assistant"])
+        """An image and what is said about it, with the begin token where the tokenizer would write one."""
+        answer = text_of([message for message in row["messages"] if message["role"] == "assistant"])
         tokenizer = self.processor.tokenizer
         first = tokenizer("a")["input_ids"][:1]
         begin = tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
-        return [(begin + self._image_text() * len(row["images"]), False), (said.strip() + "\n", True)]
+        return [(begin + self._image_text() * len(row["images"]), False), (answer.strip() + "\n", True)]
 
     def _image_text(self) -> str:
         """What the chat template writes for an image."""
@@ -156,7 +153,3 @@ class ConversationCollator:
     def _written(self, messages: list[dict[str, Any]], **options: Any) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
         return text
-
-
-def _width(token: int, marker: int, lengths: Any) -> int:
-    return next(lengths) if token == marker else 1

@@ -81,8 +81,8 @@ def metered(adapter: VisionAdapter) -> Iterator[Cost]:
         cost.device = "cuda" if on_gpu else "cpu"
         # kilobytes everywhere but on macOS
         unit = 1 if sys.platform == "darwin" else 1024
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        cost.peak_memory = torch.cuda.max_memory_allocated() if on_gpu else own
+        of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        cost.peak_memory = torch.cuda.max_memory_allocated() if on_gpu else of_process
 
 
 def tower_facts(adapter: VisionAdapter) -> dict[str, object]:

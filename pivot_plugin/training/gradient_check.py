@@ -1,5 +1,6 @@
 """Gradients looked at while a model trains: finite, and there at all."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from .plan import original_name
 if TYPE_CHECKING:
     from .tower import TowerTraining
 
+logger = logging.getLogger(__name__)
+
 
 class GradientCheck(TrainerCallback):
     """Gradients are finite at every step, and after the first that saw an image every part that trains has one."""
@@ -25,7 +28,7 @@ class GradientCheck(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            print(self._trainer.parameter_table())
+            logger.info(self._trainer.parameter_table())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,9 +50,10 @@ class GradientCheck(TrainerCallback):
                 reached[part] = reached.get(part, False) or bool(
                     parameter.grad is not None and parameter.grad.abs().max() > 0
                 )
-        if deaf := [part for part, found in reached.items() if not found]:
+        if unreached := [part for part, has_gradient in reached.items() if not has_gradient]:
             raise TrainingError(
-                f"After the first step the {' and the '.join(deaf)} got no gradient at all, although it should train.",
+                f"After the first step the {' and the '.join(unreached)} got no gradient at all, although it should "
+                "train.",
                 "The loss does not reach it: check that the model uses its images, that gradient checkpointing keeps "
                 "gradients, and that the adapter names the right modules (`pivot inspect`).",
             )

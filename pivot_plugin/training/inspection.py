@@ -2,16 +2,14 @@
 
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.data.layout import normalise
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.models.loading import empty_model
 
-from .batch import ForestCollator
 from .forward import takes_trees
 
 
@@ -43,31 +41,29 @@ def inspect_model(name: str) -> dict[str, Any]:
         "LoRA": _by_kind(targets, blocks),
         "projector": list(adapter.projector_paths) or "none found",
         "language model": f"{sum(p.numel() for p in model.get_decoder().parameters()):,} parameters",
-        "image tokens": _image_tokens(name, model, adapter),
+        "image tokens": _image_tokens(name, adapter),
         "prefix forest": "yes" if reason is None else f"no, one sequence per row: {reason}",
     }
 
 
 def _by_kind(targets: list[str], blocks: list[str]) -> list[str]:
     """LoRA targets, those that differ only in their block on one line."""
-    kinds: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for target in targets:
         block = next((path for path in blocks if target.startswith(f"{path}.")), None)
-        kind = target if block is None else f"{block.rpartition('.')[0]}.*{target.removeprefix(block)}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return [f"{kind} ({count})" for kind, count in kinds.items()]
+        pattern = target if block is None else f"{block.rpartition('.')[0]}.*{target.removeprefix(block)}"
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return [f"{pattern} ({count})" for pattern, count in counts.items()]
 
 
-def _image_tokens(name: str, model: PreTrainedModel, adapter: VisionAdapter) -> list[str] | str:
+def _image_tokens(name: str, adapter: VisionAdapter) -> list[str] | str:
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError):
         return "unknown: no processor found"
+    image_tokens = ImageTokens(processor, adapter.image_token_id)
     facts = []
     for size in ((336, 336), (672, 336), (1024, 768)):
-        row = {"images": [Image.new("RGB", size)], "prompt": "?", "chosen": "a", "rejected": "b"}
-        pair = {**normalise(row, "probe"), "image_key": "probe"}
-        with torch.no_grad():
-            batch = ForestCollator(processor, adapter.image_token_id)([pair])
-        facts.append(f"{sum(batch['forest'].image_tokens)} for {size[0]}x{size[1]} px")
+        _, expansions = image_tokens.process_images([[Image.new("RGB", size)]])
+        facts.append(f"{sum(image_tokens.counts(expansions[0]))} for {size[0]}x{size[1]} px")
     return facts

@@ -1,7 +1,8 @@
 """`InstructTrainer`: TRL's SFTTrainer on conversations about images, with the answers of every turn in the loss.
 
-TRL's collator for images trains the last turn of a conversation, or every turn where the chat template marks them,
-which few do. Here each turn's answer is found by writing the conversation out up to it.
+TRL's collator for images trains the last turn of a conversation, or every turn where the chat template marks its
+answers, which few templates do. Here each turn's answer is found by writing the conversation out up to it
+(conversation_batch.py). The model computes each conversation as TRL does: conversations have no prefix to share.
 
 Overrides, and why each is needed:
     __init__            rows become checked conversations, and the collator loads their images
@@ -9,12 +10,8 @@ Overrides, and why each is needed:
     compute_loss        a non-finite loss names its conversations
 """
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
@@ -24,9 +21,9 @@ from pivot_plugin.config import InstructConfig
 from pivot_plugin.data.conversations import ConversationDataset
 
 from .conversation_batch import ConversationCollator
+from .plan import TrainingPlan
+from .rows import Loading, pointing
 from .tower import TowerTraining
-
-logger = logging.getLogger(__name__)
 
 
 class InstructTrainer(TowerTraining, SFTTrainer):
@@ -40,6 +37,7 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
+        plan: what trains, where it is known already; made from `args.train`, `args.frozen` and `lora` where not given.
 
     Raises:
         ModelError: for a model no adapter knows, or a processor that does not belong to it.
@@ -57,24 +55,26 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         processing_class: ProcessorMixin | None = None,
         lora: int | LoraConfig | None = None,
         adapter: VisionAdapter | None = None,
+        plan: TrainingPlan | None = None,
     ) -> None:
-        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
-        given = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
+        sources = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
         collator = ConversationCollator(
-            *(processing_class, self.adapter.image_token_id, args.plain, args.max_length, args.pad_to_multiple_of)
+            processor=processing_class,
+            image_token_id=self.adapter.image_token_id,
+            plain=args.plain,
+            max_length=args.max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        rows = [
-            Dataset.from_dict({"source": [source] * len(data), "position": list(range(len(data)))})
-            for source, data in enumerate(given)
-        ]
+        rows = pointing(sources)
         super().__init__(
             model=model,
             args=args,
             train_dataset=rows[0],
             eval_dataset=rows[1] if len(rows) > 1 else None,
             processing_class=processing_class,
-            data_collator=_Loading(collator, given),
+            data_collator=Loading(sources, collator),
             peft_config=peft_config,
         )
         self._watch_training()
@@ -90,14 +90,3 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self._checked(result[0] if return_outputs else result, model, names, images)
         return (loss, result[1]) if return_outputs else loss
-
-
-@dataclass
-class _Loading:
-    """Collates rows that say where a conversation is: looks it up and loads its images, in the worker."""
-
-    collator: ConversationCollator
-    sources: list[ConversationDataset]
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self.collator([self.sources[item["source"]][item["position"]] for item in items])

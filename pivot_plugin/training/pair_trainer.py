@@ -1,5 +1,13 @@
 """`PivotTrainer`: TRL's DPOTrainer over the prefix forest, with a cached reference and an eye on the vision tower.
 
+TRL's constructor calls, in this order: `get_peft_model`, where LoRA trains; `_prepare_dataset`, of the rows to train on
+and of those held out; transformers' constructor, after which there are `model`, `accelerator` and `data_collator`;
+`add_fused_lm_head`, on the policy and on a reference model; `_precompute_ref_logps`, of both data sets, where
+`args.precompute_ref_log_probs` is set. The last scores pairs through the forest, so that before `super().__init__`
+there must be the adapter and the plan (`_prepare_model`), the collator with its sources, and what the reference cache
+depends on (`_reference`); and `_precompute_ref_logps` itself lets the model answer from the forest, whose seam replaces
+the fused head's `forward`. Without it that happens after the constructor.
+
 Overrides, and why each is needed:
     __init__                  rows become checked pairs, and the collator builds forests
     _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
@@ -7,7 +15,7 @@ Overrides, and why each is needed:
     _get_train_sampler        pairs that share an image come together
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
 
-What it shares with the trainers on roll-outs stands in tower.py.
+What it shares with the other trainers stands in tower.py.
 
 Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 """
@@ -16,8 +24,8 @@ import copy
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +44,13 @@ from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.errors import ModelError, SettingsError
 from pivot_plugin.files import cache_folder
+from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
 from .batch import ForestBatch, ForestCollator
-from .plan import unwrapped
+from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
+from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
 from .tower import TowerTraining
 
@@ -82,6 +92,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
+        plan: what trains, where it is known already; made from `args.train`, `args.frozen` and `lora` where not given.
         **kwargs: passed on to `DPOTrainer`; `ref_model=` replaces the model before training as the reference.
 
     Raises:
@@ -99,9 +110,10 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         processing_class: ProcessorMixin | None = None,
         lora: int | LoraConfig | None = 16,
         adapter: VisionAdapter | None = None,
+        plan: TrainingPlan | None = None,
         **kwargs: Any,
     ) -> None:
-        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
@@ -123,14 +135,21 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             if args.precompute_ref_log_probs
             else {}
         )
-        self._collator = _PairCollator(
-            ForestCollator(processing_class, self.adapter.image_token_id, not self._no_trees, args.max_length), []
+        self._forest_collator = ForestCollator(
+            processing_class, self.adapter.image_token_id, not self._no_trees, args.max_length
+        )
+        sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
+        self._collator = Loading(sources, self._forest_collator)
+        pointers = iter(pointing(sources))
+        train_rows, eval_rows = (
+            None if data is None else streaming(data) if isinstance(data, PairStream) else next(pointers)
+            for data in (pairs, held_out)
         )
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._rows(pairs),
-            eval_dataset=None if held_out is None else self._rows(held_out),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             data_collator=self._collator,
             peft_config=peft_config,
@@ -150,17 +169,15 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     def _check_forest(self, pair: dict[str, Any]) -> None:
         """Compare one pair through the forest with the plain forward pass, and refuse a model where they differ."""
         model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.to(self.accelerator.device).eval()
         plain = self._prepare_inputs(DataCollatorForVisionPreference(self.processing_class)([_as_trl(pair)]).data)
         mask = plain.pop("completion_mask")
         labels = plain["input_ids"].masked_fill(mask == 0, -100)
-        ours = self._prepare_inputs(replace(self._collator.collator, max_length=None)([pair]))
-        with self.accelerator.autocast():
-            expected = model(**plain, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1)
-            found = model(forest=ours["forest"]).log_probs.float().sum(dim=1)
-        model.train(training)
-        per_token = ((found - expected).abs() / mask.sum(dim=1)).max().item()
+        ours = self._prepare_inputs(replace(self._forest_collator, max_length=None)([pair]))
+        with evaluating(model, self.accelerator.device), self.accelerator.autocast():
+            outputs = model(**plain, labels=labels, use_cache=False, fused_lm_head=True)
+            expected = outputs.log_probs.float().sum(dim=1)
+            through_forest = model(forest=ours["forest"]).log_probs.float().sum(dim=1)
+        per_token = ((through_forest - expected).abs() / mask.sum(dim=1)).max().item()
         exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
         if per_token > (1e-4 if exact else 0.05):
             raise ModelError(
@@ -172,37 +189,31 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     # The seams of DPOTrainer
 
-    def _rows(self, pairs: PairDataset | PairStream) -> Dataset | IterableDataset:
-        """Pairs as TRL wants a data set: rows that say where a pair is, so that images load in the collator."""
-        if isinstance(pairs, PairStream):
-            return IterableDataset.from_generator(_items_of, gen_kwargs={"stream": pairs})
-        self._collator.sources.append(pairs)
-        source = len(self._collator.sources) - 1
-        return Dataset.from_dict({"source": [source] * len(pairs), "position": list(range(len(pairs)))})
-
-    def _pairs_of(self, rows: Dataset) -> PairDataset:
-        return self._collator.sources[rows[0]["source"]]
-
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = isinstance(dataset, IterableDataset) or (
-            isinstance(dataset, Dataset) and {"source", "position"} <= set(dataset.column_names)
-        )
-        return dataset if ours else self._rows(load(dataset))
+        points = isinstance(dataset, Dataset) and set(POINTER) <= set(dataset.column_names)
+        if points or isinstance(dataset, IterableDataset):
+            return dataset
+        # TRL's `evaluate` takes other pairs than those of the constructor
+        pairs = load(dataset)
+        if isinstance(pairs, PairStream):
+            return streaming(pairs)
+        self._collator.sources.append(pairs)
+        return pointing([pairs], first=len(self._collator.sources) - 1)[0]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._answer_from_forest()
-        pairs = self._pairs_of(dataset)
+        pairs = self._collator.source_of(dataset)
         cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
         keys = [pairs.content_key(position) for position in range(len(pairs))]
-        known = cache.read()
+        cached = cache.read()
         # shares are cut from what is missing, so that no process may write before all have read
         self.accelerator.wait_for_everyone()
-        missing = list({key: position for position, key in enumerate(keys) if key not in known}.values())
+        missing = list({key: position for position, key in enumerate(keys) if key not in cached}.values())
         if missing:
             self._fill(cache, pairs, missing, keys, name, batch_size)
-            known = cache.read()
-        return dataset.add_column("ref_chosen_logps", [known[key][0] for key in keys]).add_column(
-            "ref_rejected_logps", [known[key][1] for key in keys]
+            cached = cache.read()
+        return dataset.add_column("ref_chosen_logps", [cached[key][0] for key in keys]).add_column(
+            "ref_rejected_logps", [cached[key][1] for key in keys]
         )
 
     def _fill(
@@ -215,21 +226,21 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         ordered = [position for group in by_image.values() for position in group]
         share = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        model.to(self.accelerator.device).eval()
         fresh: list[tuple[str, tuple[float, float]]] = []
         written = time.monotonic()
         bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
         try:
-            for start in range(0, len(share), size):
-                positions = share[start : start + size]
-                batch = self._collator.collator([pairs[position] for position in positions])
-                scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-                chosen, rejected = (side.float().tolist() for side in scores)
-                fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
-                if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
-                    cache.add(fresh)
-                    fresh, written = [], time.monotonic()
-                bar.update(len(positions))
+            with evaluating(model, self.accelerator.device):
+                for start in range(0, len(share), size):
+                    positions = share[start : start + size]
+                    batch = self._forest_collator([pairs[position] for position in positions])
+                    scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+                    chosen, rejected = (side.float().tolist() for side in scores)
+                    fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
+                    if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
+                        cache.add(fresh)
+                        fresh, written = [], time.monotonic()
+                    bar.update(len(positions))
         finally:
             # what was computed before an interruption is paid for
             cache.add(fresh)
@@ -239,16 +250,19 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.group_by_image and isinstance(rows, Dataset):
-            return ImageGroupSampler(self._pairs_of(rows).image_keys.tolist(), self.args.data_seed or self.args.seed)
+            image_keys = self._collator.source_of(rows).image_keys.tolist()
+            return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        with self._policy_outputs(model) as outputs:
+        per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
+        seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if per_sequence else nullcontext([])
+        with seen as outputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
-        if self.args.sft_average == "sequence" and "sft" in self.loss_types:
+        if per_sequence:
             loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
         batch: ForestBatch = inputs["forest"]
         loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
@@ -268,7 +282,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     def _sft_weight(self) -> float:
         weights = self.loss_weights or [1.0] * len(self.loss_types)
-        return float(sum(weight for kind, weight in zip(self.loss_types, weights, strict=True) if kind == "sft"))
+        return float(sum(weight for name, weight in zip(self.loss_types, weights, strict=True) if name == "sft"))
 
     # What is measured beside the loss
 
@@ -280,60 +294,37 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             pairs: to score, in batches of `per_device_eval_batch_size`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.to(self.accelerator.device).eval()
         chosen, rejected = [], []
         size = self.args.per_device_eval_batch_size
-        for start in range(0, len(pairs), size):
-            batch = self._collator.collator(
-                [pairs[position] for position in range(start, min(start + size, len(pairs)))]
-            )
-            inputs = self._prepare_inputs(batch)
-            with self.accelerator.autocast():
-                logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
-            first, second = logps.cpu().chunk(2)
-            chosen.append(first)
-            rejected.append(second)
-        model.train(training)
+        with evaluating(model, self.accelerator.device):
+            for start in range(0, len(pairs), size):
+                positions = range(start, min(start + size, len(pairs)))
+                inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
+                with self.accelerator.autocast():
+                    logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
+                first, second = logps.cpu().chunk(2)
+                chosen.append(first)
+                rejected.append(second)
         return PairScores(torch.cat(chosen), torch.cat(rejected))
 
-    def score_of(self, pairs: PairDataset) -> float:
-        """Preference accuracy on some pairs."""
+    def mean_score(self, pairs: PairDataset) -> float:
+        """Preference accuracy on some pairs under the model as it is now."""
         return self.score(pairs).metrics()["preference_accuracy"]
 
-    def held_out_metrics(self, before: bool) -> dict[str, float]:
-        """What is measured on the held-out pairs.
+    def reference_metrics(self) -> dict[str, float]:
+        """What is measured on the held-out pairs before training, when the policy is the reference."""
+        return self.reference_scores().metrics()
 
-        Args:
-            before: whether training has not begun; the policy is the reference then.
-        """
-        scores = self.reference_scores() if before else self.score(self._pairs_of(self.eval_dataset))
-        return scores.metrics()
+    def held_out_metrics(self) -> dict[str, float]:
+        """What is measured on the held-out pairs under the model as it is now."""
+        return self.score(self._collator.source_of(self.eval_dataset)).metrics()
 
     def reference_scores(self) -> PairScores:
         """Log-probabilities of the held-out pairs under the reference: read from the cache, or scored now."""
         rows = self.eval_dataset
         if "ref_chosen_logps" not in rows.column_names:
-            return self.score(self._pairs_of(rows))
+            return self.score(self._collator.source_of(rows))
         return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
-
-
-@dataclass
-class _PairCollator:
-    """Collates rows of the data sets given to TRL: looks their pairs up and loads the images, in the worker."""
-
-    collator: ForestCollator
-    sources: list[PairDataset]
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self.collator([self._pair(item) for item in items])
-
-    def _pair(self, item: dict[str, Any]) -> dict[str, Any]:
-        if "pair" in item:
-            return item["pair"]
-        where = ("source", "position")
-        pair = self.sources[item["source"]][item["position"]]
-        return {**pair, **{name: value for name, value in item.items() if name not in where}}
 
 
 def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
@@ -352,8 +343,3 @@ def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) ->
 def _as_trl(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair with the columns TRL's own collator knows; it changes what it is given."""
     return {name: copy.copy(pair[name]) for name in ("images", "prompt", "chosen", "rejected")}
-
-
-def _items_of(stream: PairStream) -> Iterator[dict[str, Any]]:
-    for pair in stream:
-        yield {"pair": pair}

@@ -56,35 +56,39 @@ def plan(
         ModelError: if a part has nothing that could train.
         SettingsError: for a rank below 1, or a frozen module that is not there.
     """
-    parts = TRAINED_PARTS[train]
-    known = {path for path, _ in adapter.model.named_modules()}
-    if absent := [path for path in frozen if path not in known]:
+    modules = {path for path, _ in adapter.model.named_modules()}
+    if absent := [path for path in frozen if path not in modules]:
         raise SettingsError(
             f"frozen names {absent[0]!r}, which {type(adapter.model).__name__} does not have.",
             f"Its projector is {', '.join(adapter.projector_paths) or 'unknown'}; model.named_modules() lists all.",
         )
-
-    def trains(name: str) -> bool:
-        return adapter.is_trainable(name) and not any(f"{name}.".startswith(f"{path}.") for path in frozen)
-
-    if lora is None or parts == ("projector",):
-        own = [name for name, _ in adapter.model.named_parameters() if adapter.part_of(name) in parts and trains(name)]
-        if not own:
-            raise ModelError(
-                f"Nothing of {type(adapter.model).__name__} trains with train={train!r}.", "Train another part."
-            )
-        return TrainingPlan(parts, None, tuple(own))
+    # the projector alone is small, and trains its own weights whatever rank is given
+    if lora is None or train == "projector":
+        return _of_weights(adapter, train, frozen)
     if isinstance(lora, bool) or (isinstance(lora, int) and lora < 1):
         raise SettingsError(f"lora is {lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
+    return _of_lora(adapter, train, lora, frozen)
+
+
+def _of_weights(adapter: VisionAdapter, train: Train, frozen: Sequence[str]) -> TrainingPlan:
+    """The plan in which weights train themselves."""
+    parts = TRAINED_PARTS[train]
+    parameters = [
+        name
+        for name, _ in adapter.model.named_parameters()
+        if adapter.part_of(name) in parts and adapter.is_trainable(name) and not _inside(name, frozen)
+    ]
+    if not parameters:
+        raise ModelError(
+            f"Nothing of {type(adapter.model).__name__} trains with train={train!r}.", "Train another part."
+        )
+    return TrainingPlan(parts, None, tuple(parameters))
+
+
+def _of_lora(adapter: VisionAdapter, train: Train, lora: int | LoraConfig, frozen: Sequence[str]) -> TrainingPlan:
+    """The plan in which LoRA trains, and beside it the projector where it is asked for."""
+    parts = TRAINED_PARTS[train]
     targets = adapter.lora_targets() if "encoder" in parts else []
-    saved: list[str] = []
-    if "projector" in parts:
-        saved = _trained_modules(adapter, frozen)
-        if not saved:
-            raise ModelError(
-                f"No projector is known in {type(adapter.model).__name__}.",
-                'Use train="encoder", or an adapter that names it in projector_names.',
-            )
     if "language_model" in parts:
         head = adapter.model.get_output_embeddings()
         targets += [
@@ -92,13 +96,23 @@ def plan(
             for path, module in adapter.model.named_modules()
             if isinstance(module, nn.Linear) and module is not head and adapter.part_of(path) == "language_model"
         ]
-    targets = [path for path in targets if trains(path)]
+    saved = _trained_modules(adapter, frozen) if "projector" in parts else []
+    if "projector" in parts and not saved:
+        raise ModelError(
+            f"No projector is known in {type(adapter.model).__name__}.",
+            'Use train="encoder", or an adapter that names it in projector_names.',
+        )
     config = LoraConfig(r=lora, lora_alpha=2 * lora) if isinstance(lora, int) else copy.deepcopy(lora)
     if config.target_modules is None:
-        config.target_modules = targets
+        config.target_modules = [path for path in targets if adapter.is_trainable(path) and not _inside(path, frozen)]
     if config.modules_to_save is None and saved:
         config.modules_to_save = saved
     return TrainingPlan(parts, config, ())
+
+
+def _inside(name: str, paths: Sequence[str]) -> bool:
+    """Whether a module or parameter is one of some modules, or a part of one."""
+    return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
 def _trained_modules(adapter: VisionAdapter, frozen: Sequence[str]) -> list[str]:
@@ -109,9 +123,9 @@ def _trained_modules(adapter: VisionAdapter, frozen: Sequence[str]) -> list[str]
         path
         for path, module in adapter.model.named_modules()
         if adapter.part_of(path) == "projector"
-        and any(f"{path}.".startswith(f"{outer}.") for outer in adapter.projector_paths)
+        and _inside(path, adapter.projector_paths)
         and next(module.parameters(recurse=False), None) is not None
-        and not any(f"{path}.".startswith(f"{kept}.") for kept in frozen)
+        and not _inside(path, frozen)
     ]
 
 

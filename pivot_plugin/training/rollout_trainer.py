@@ -1,7 +1,14 @@
 """`PivotGRPOTrainer` and `PivotRLOOTrainer`: TRL's trainers on a model's own roll-outs, over the prefix forest.
 
 The G roll-outs of a prompt share its image encoding and its tokens, in generation (the image) and in the policy's, the
-old policy's and the reference's log-probabilities. Overrides, and why each is needed:
+old policy's and the reference's log-probabilities.
+
+TRL's constructors call, in this order: `get_peft_model`, where LoRA trains; transformers' constructor, with a collator
+that hands rows on as they are; the loading of a reference model, unless `beta` is 0 or LoRA trains; and
+`add_fused_lm_head`, on both. They call none of the methods below, so that the seam of the forest waits until they are
+done.
+
+Overrides, and why each is needed:
     __init__                              rows become checked questions; rewards are guarded; the reference is the model
                                           before training, where TRL would load it anew by name
     _generate_and_score_completions       images are looked up late, and processed once per image set
@@ -22,7 +29,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -35,13 +41,14 @@ from pivot_plugin.config import RolloutConfig
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.generation.engines import TransformersEngine
 from pivot_plugin.generation.grading import graded
+from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.models.image_features import repeated_features
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
 from . import forward
-from .batch import ForestBatch, ForestCollator
-from .forest import build_forest
-from .plan import unwrapped
+from .batch import ForestBatch, ForestCollator, ImageSets
+from .plan import TrainingPlan, unwrapped
+from .rows import pointing
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -49,10 +56,8 @@ logger = logging.getLogger(__name__)
 Rewards = str | Callable[..., Any] | nn.Module | Sequence[str | Callable[..., Any] | nn.Module]
 # generation batches in a row in which every group scored alike, before it is said
 SILENT_BATCHES = 3
-ABOUT_IMAGES = (
-    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"),
-    *("mm_token_type_ids", "image_position_ids", "num_images", "num_tiles"),
-)
+# what TRL counts beside a processor's outputs about images, to cut these into the shares of batches
+IMAGE_COUNTS = {"num_images", "num_tiles"}
 
 
 @dataclass
@@ -81,9 +86,9 @@ class _Shown:
         """
         key = tuple(sets)
         if key not in self._processed:
-            inputs, expansions = self.collator.process_images([self.images[number] for number in sets])
-            token = self.collator.image_token_id
-            self._processed[key] = inputs, [[part.count(token) for part in parts] for parts in expansions]
+            image_tokens = self.collator.image_tokens
+            inputs, expansions = image_tokens.process_images([self.images[number] for number in sets])
+            self._processed[key] = inputs, [image_tokens.counts(parts) for parts in expansions]
         return self._processed[key]
 
 
@@ -99,6 +104,7 @@ class Rollouts(TowerTraining):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
+        plan: what trains, where it is known already; made from `args.train`, `args.frozen` and `lora` where not given.
         **kwargs: passed on to TRL's trainer.
 
     Raises:
@@ -117,31 +123,35 @@ class Rollouts(TowerTraining):
         processing_class: ProcessorMixin | None = None,
         lora: int | LoraConfig | None = 16,
         adapter: VisionAdapter | None = None,
+        plan: TrainingPlan | None = None,
         **kwargs: Any,
     ) -> None:
-        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
         functions = resolve_rewards(reward_funcs)  # type: ignore[arg-type]
-        asked = load_questions(train_dataset).verify()
-        held_out = None if eval_dataset is None else load_questions(eval_dataset, "eval_questions").verify()
-        for questions in (asked, held_out):
-            if questions is not None:
-                needs_answer(functions, questions)
-        self._sources = [asked] if held_out is None else [asked, held_out]
+        self._sources = [load_questions(train_dataset).verify()]
+        if eval_dataset is not None:
+            self._sources.append(load_questions(eval_dataset, "eval_questions").verify())
+        for questions in self._sources:
+            needs_answer(functions, questions)
+        rows = pointing(self._sources)
         self._forest_collator = ForestCollator(processing_class, self.adapter.image_token_id, not self._no_trees)
         self._shown: dict[str, _Shown] = {}
         self._rows_now: list[int] | None = None
         self._silent, self._told = 0, False
         beta, reference = args.beta, None
         if beta and peft_config is None and not isinstance(model, PeftModel):
-            # TRL would load it by the model's name, which need not be the model that was given
+            # With a beta and without LoRA, TRL's constructor would load a reference by the model's name, which need not
+            # be the model that was given. At beta 0 it loads none: so beta is 0 while it runs and put back behind it,
+            # and the reference is a copy made here. Nothing else in the constructor looks at beta but the refusal of
+            # `sync_ref_model`.
             reference, args.beta = copy.deepcopy(model), 0.0
         super().__init__(
             model=model,
             reward_funcs=[_guarded(function, args.reward_time_limit) for function in functions],
             args=args,
-            train_dataset=_numbered(0, asked),
-            eval_dataset=None if held_out is None else _numbered(1, held_out),
+            train_dataset=rows[0],
+            eval_dataset=rows[1] if len(rows) > 1 else None,
             processing_class=processing_class,
             peft_config=peft_config,
             **kwargs,
@@ -164,7 +174,7 @@ class Rollouts(TowerTraining):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def score_of(self, questions: QuestionDataset) -> float:
+    def mean_score(self, questions: QuestionDataset) -> float:
         """Mean reward of greedy answers to some questions, weighted; reward models are left out."""
         engine = TransformersEngine(unwrapped(self.accelerator.unwrap_model(self.model)), self.processing_class)
         functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
@@ -175,17 +185,15 @@ class Rollouts(TowerTraining):
         scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
         return sum(scores) / len(scores)
 
-    @torch.no_grad()
-    def held_out_metrics(self, before: bool) -> dict[str, float]:
-        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone.
+    def reference_metrics(self) -> dict[str, float]:
+        """What is measured on the held-out questions before training, when the policy is the reference."""
+        return self.held_out_metrics()
 
-        Args:
-            before: whether training has not begun.
-        """
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+    @torch.no_grad()
+    def held_out_metrics(self) -> dict[str, float]:
+        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone."""
         # measuring must not change what training draws
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.args.seed)
+        with evaluating(self.model), undisturbed(self.args.seed):
             measured = self.evaluate()
         names = {"eval_reward": "reward"} | {
             name: name.removeprefix("eval_").removesuffix("/mean")
@@ -203,12 +211,10 @@ class Rollouts(TowerTraining):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = self._mode
         rows = self._looked_up(inputs)
-        self._rows_now = list(range(len(rows)))
-        try:
+        with self._computing(list(range(len(rows)))):
             output = super()._generate_and_score_completions(rows)
-        finally:
-            self._rows_now = None
-        for name in ABOUT_IMAGES:
+        # images of a batch are processed from `_shown`, so that no copy for each roll-out need wait for its turn
+        for name in self._forest_collator.image_tokens.image_names | IMAGE_COUNTS:
             output.pop(name, None)
         output["row"] = torch.arange(len(rows), device=output["advantages"].device)
         if mode == "train":
@@ -217,23 +223,24 @@ class Rollouts(TowerTraining):
 
     def _looked_up(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The questions that TRL's rows stand for, each read once; their images are processed once."""
-        read: dict[tuple[int, int], dict[str, Any]] = {}
-        image_sets: dict[str, list[Any]] = {}
-        for row in inputs:
-            place = row["source"], row["position"]
-            if place not in read:
-                read[place] = self._sources[place[0]][place[1]]
-                if read[place]["images"]:
-                    image_sets.setdefault(read[place]["image_key"], read[place]["images"])
-        places = [(row["source"], row["position"]) for row in inputs]
-        rows = [dict(read[place]) for place in places]
-        numbers = {key: number for number, key in enumerate(image_sets)}
-        order = {place: number for number, place in enumerate(read)}
+        # 1. each question once, by where it stands
+        pointers = [(row["source"], row["position"]) for row in inputs]
+        questions = {
+            (source, position): self._sources[source][position] for source, position in dict.fromkeys(pointers)
+        }
+
+        # 2. each image set once
+        image_sets = {row["image_key"]: row["images"] for row in questions.values() if row["images"]}
+        set_number = {key: number for number, key in enumerate(image_sets)}
+
+        # 3. a row per roll-out
+        rows = [dict(questions[pointer]) for pointer in pointers]
+        question_number = {pointer: number for number, pointer in enumerate(questions)}
         self._shown[self._mode] = _Shown(
             self._forest_collator,
-            questions=[order[place] for place in places],
+            questions=[question_number[pointer] for pointer in pointers],
             names=[f"question {row['id']}" for row in rows],
-            sets=[numbers.get(row.pop("image_key"), -1) for row in rows],
+            sets=[set_number.get(row.pop("image_key"), -1) for row in rows],
             images=list(image_sets.values()),
         )
         return rows
@@ -245,12 +252,12 @@ class Rollouts(TowerTraining):
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         shown = self._shown[self._mode]
-        wanted = [number for number in shown.sets if number >= 0]
+        sets = [number for number in shown.sets if number >= 0]
         model = unwrapped(self.accelerator.unwrap_model(self.model))
         inputs, tokens = shown.processed(range(len(shown.images)))
-        about = {name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()}
-        once = repeated_features(model, [sum(counts) for counts in tokens], wanted, about)
-        with once if wanted and not self.use_vllm else nullcontext():
+        image_inputs = {name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()}
+        once = repeated_features(model, [sum(counts) for counts in tokens], sets, image_inputs)
+        with once if sets and not self.use_vllm else nullcontext():
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
@@ -266,22 +273,22 @@ class Rollouts(TowerTraining):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """As the parent's, from the forest. The images come from the generation batch, processed once per set."""
         assert self._rows_now is not None
-        asked = {"output_router_logits": True} if compute_aux_loss else {}
+        options = {"output_router_logits": True} if compute_aux_loss else {}
         size = batch_size or len(input_ids)
         logps, entropies, aux_losses = [], [], []
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
             batch = self._forest(self._rows_now[part], input_ids[part], attention_mask[part], logits_to_keep)
             if not len(batch.forest.edge_token):
-                nothing = torch.zeros(len(input_ids[part]), logits_to_keep, device=input_ids.device)
-                logps.append(nothing)
-                entropies.append(nothing)
+                zeros = torch.zeros(len(input_ids[part]), logits_to_keep, device=input_ids.device)
+                logps.append(zeros)
+                entropies.append(zeros)
                 continue
             with self.accelerator.autocast():
-                outputs = model(forest=batch, **asked)
-            logps.append(_wide(outputs.log_probs, logits_to_keep))
+                outputs = model(forest=batch, **options)
+            logps.append(_padded_to(logits_to_keep, outputs.log_probs))
             if compute_entropy:
-                entropies.append(_wide(outputs.entropy, logits_to_keep))
+                entropies.append(_padded_to(logits_to_keep, outputs.entropy))
             if compute_aux_loss:
                 aux_losses.append(outputs.aux_loss)
         return (
@@ -296,27 +303,20 @@ class Rollouts(TowerTraining):
         real = mask.bool().cpu()
         sequences = [tokens[keep].tolist() for tokens, keep in zip(ids.cpu(), real, strict=True)]
         starts = real[:, :-completion_width].sum(dim=1).tolist()
-        groups: dict[object, list[int]] = {}
-        for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
-            group = self._forest_collator.group(index, sequence, shown.sets[row])
-            groups.setdefault(group, []).append(index)
-        wanted = sorted({shown.sets[row] for row in rows} - {-1})
-        inputs, tokens = shown.processed(wanted)
-        images_of: dict[int, list[int]] = {-1: []}
-        for number, counts in zip(wanted, tokens, strict=True):
-            first = sum(map(len, images_of.values()))
-            images_of[number] = list(range(first, first + len(counts)))
-        return ForestBatch(
-            build_forest(list(groups.values()), sequences, starts),
-            inputs,
-            [count for counts in tokens for count in counts],
-            [images_of[shown.sets[rows[group[0]]]] for group in groups.values()],
-            [shown.names[row] for row in rows],
-        )
+        sets = sorted({shown.sets[row] for row in rows} - {-1})
+        inputs, tokens = shown.processed(sets)
+        number = {-1: -1} | {of_generation: of_batch for of_batch, of_generation in enumerate(sets)}
+        image_sets = ImageSets(inputs, tokens, [number[shown.sets[row]] for row in rows])
+        return self._forest_collator.batch_of(sequences, starts, image_sets, [shown.names[row] for row in rows])
 
     _buffered_inputs: list[dict[str, Any]] | None
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        # TRL's own `_prepare_inputs`, in training, is given the rows of a whole generation batch and (1) scores their
+        # roll-outs once and buffers them for `steps_per_generation * num_iterations` steps, (2) shuffles them over the
+        # whole generation batch, so that those of a question are scattered, and (3) splits them into
+        # `steps_per_generation` batches of equal size, of which step n takes the (n mod steps)-th. A new buffer is a
+        # new list: it is sorted by question and split again, once, and the step takes its batch from that.
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
@@ -330,14 +330,15 @@ class Rollouts(TowerTraining):
     ) -> Any:
         shown = self._shown[self._mode]
         rows: list[int] = inputs["row"].tolist()
-        with self._of(rows):
+        with self._computing(rows):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # roll-outs that all scored alike give no gradient, whatever they show
         images = any(shown.sets[row] >= 0 for row in rows) and bool(inputs["advantages"].any())
         return self._checked(loss, model, [shown.names[row] for row in rows], images)
 
     @contextmanager
-    def _of(self, rows: list[int]) -> Iterator[None]:
+    def _computing(self, rows: list[int]) -> Iterator[None]:
+        """Log-probabilities asked for meanwhile are those of these rows of the generation batch."""
         self._rows_now = rows
         try:
             yield
@@ -371,17 +372,12 @@ class PivotRLOOTrainer(Rollouts, RLOOTrainer):
     """
 
 
-def _numbered(source: int, questions: QuestionDataset) -> Dataset:
-    """Questions as TRL wants a data set: rows that say where a question is, so that images load late."""
-    return Dataset.from_dict({"source": [source] * len(questions), "position": list(range(len(questions)))})
-
-
 def _guarded(function: object, time_limit: float) -> object:
     is_model = isinstance(function, str | nn.Module)
     return function if is_model or not callable(function) else GuardedReward(function, time_limit)
 
 
-def _wide(values: torch.Tensor, width: int) -> torch.Tensor:
+def _padded_to(width: int, values: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(values, (0, width - values.shape[1]))
 
 

@@ -3,7 +3,13 @@
 `TowerTraining` stands in front of one of TRL's trainers:
 
     class PivotTrainer(TowerTraining, DPOTrainer)
-    class PivotGRPOTrainer(Rollouts, TowerTraining, GRPOTrainer)
+    class Rollouts(TowerTraining)
+    class PivotGRPOTrainer(Rollouts, GRPOTrainer)
+    class InstructTrainer(TowerTraining, SFTTrainer)
+
+Overrides, and why each is needed:
+    create_optimizer    parts may have learning rates of their own
+    _save_checkpoint    transformers writes whole models under older names, which its trainer does not find again
 """
 
 import logging
@@ -14,12 +20,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    ProcessorMixin,
-    Trainer,
-)
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProcessorMixin, Trainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
@@ -52,8 +53,13 @@ class TowerTraining(Trainer):
         processor: ProcessorMixin | None,
         lora: int | LoraConfig | None,
         adapter: VisionAdapter | None,
+        training_plan: TrainingPlan | None,
     ) -> LoraConfig | None:
         """Find the adapter, make sure that model and processor fit, and switch gradients on where they belong.
+
+        Args:
+            model, settings, processor, lora, adapter: as the trainer was given them.
+            training_plan: what trains; made here where None. A peft model trains as it is.
 
         Returns:
             the peft config for TRL.
@@ -76,7 +82,7 @@ class TowerTraining(Trainer):
         self.plan: TrainingPlan | None = None
         if isinstance(model, PeftModel):
             return None
-        self.plan = plan(self.adapter, settings.train, lora, settings.frozen or ())
+        self.plan = training_plan or plan(self.adapter, settings.train, lora, settings.frozen or ())
         trained = set(self.plan.parameters)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -128,9 +134,9 @@ class TowerTraining(Trainer):
         return loss
 
     def _not_finite(self, what: str, rows: list[str]) -> TrainingError:
-        named = list(dict.fromkeys(rows))
+        distinct = list(dict.fromkeys(rows))
         return TrainingError(
-            f"{what} at step {self.state.global_step} on {', '.join(named)}.",
+            f"{what} at step {self.state.global_step} on {', '.join(distinct)}.",
             f"Look at these rows, lower the learning rate, or train in another precision. Checkpoints are in "
             f"{self.args.output_dir}.",
         )
@@ -147,8 +153,8 @@ class TowerTraining(Trainer):
                     rate = self.args.learning_rates.get(part, self.args.learning_rate)
                     decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((rate, decay), []).append(parameter)
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(
+            optimizer_cls, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_cls(
                 [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **settings
             )
         return super().create_optimizer()

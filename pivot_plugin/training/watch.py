@@ -57,7 +57,10 @@ class Watch(TrainerCallback):
                 "Step %d: the mean log-probability of the %schosen answers fell from %.2f to %.2f. The margin can grow "
                 'all the same, by making both answers less probable. objective="mpo" or "specs" holds it up; so '
                 "does a lower learning rate or a larger beta.",
-                *(state.global_step, "held-out " if prefix else "", before, now),
+                state.global_step,
+                "held-out " if prefix else "",
+                before,
+                now,
             )
 
     def on_train_end(
@@ -73,6 +76,9 @@ class Watch(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(
                     "Stopped at step %d of %d: held-out %s was best (%.4g) at step %s.",
-                    *(state.global_step, state.max_steps, args.metric_for_best_model, state.best_metric or 0.0),
+                    state.global_step,
+                    state.max_steps,
+                    args.metric_for_best_model,
+                    state.best_metric or 0.0,
                     state.best_global_step,
                 )

@@ -60,7 +60,7 @@ def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Pa
     assert run.returncode == 0, run.stderr[-2000:]
     assert "preference_accuracy" in run.stdout
     assert "encoder" in run.stdout
-    assert "parameters train" in run.stdout
+    assert "parameters train" in run.stderr
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
     as_json = pivot(
         "optimize", world / "model", world / "pairs", *options[:-1], tmp_path / "other", "--json", folder=tmp_path

@@ -219,7 +219,7 @@ def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -
         lambda module, args, output: sizes.append(output.last_hidden_state.numel())
     )
     asked = load_questions(QUESTIONS)
-    inputs, _ = trainer._forest_collator.process_images([asked[number]["images"] for number in (0, 1, 3)])
+    inputs, _ = trainer._forest_collator.image_tokens.process_images([asked[number]["images"] for number in (0, 1, 3)])
     with torch.no_grad():
         model.base_model.get_image_features(**inputs)
     (once,) = sizes

@@ -1,16 +1,29 @@
 """What we lean on in TRL, transformers and peft. A failure here names the release that moved it."""
 
 import inspect
+import re
+from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 import trl
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from pivot_plugin.objectives import loss_types
+from pivot_plugin.training.rollout_trainer import IMAGE_COUNTS
+
 VERSIONS = f"trl {trl.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+
+
+def in_order(source: str, *calls: str) -> None:
+    """Make sure that a function's text has these calls, each for the first time behind the one before."""
+    places = [source.find(call) for call in calls]
+    assert min(places) >= 0, f"{VERSIONS}: {calls[places.index(-1)] if -1 in places else calls}"
+    assert places == sorted(places), f"{VERSIONS}: {sorted(zip(places, calls, strict=True))}"
 
 
 def test_trl_asks_the_model_once_with_labels_and_a_fused_head() -> None:
@@ -27,7 +40,7 @@ def test_trl_reads_only_the_fields_we_answer_with() -> None:
         if "outputs." in line and "#" not in line.split("outputs.")[0] and "ref_outputs" not in line
     }
     known = {"log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "aux_loss"}
-    assert fields <= known, f"{VERSIONS}: {fields - known}"
+    assert {"log_probs"} <= fields <= known, f"{VERSIONS}: {fields}"
 
 
 def test_the_fused_head_scores_labels_that_are_already_shifted() -> None:
@@ -37,9 +50,14 @@ def test_the_fused_head_scores_labels_that_are_already_shifted() -> None:
 
 def test_trl_prepares_rows_and_references_where_we_override_it() -> None:
     initialiser = inspect.getsource(DPOTrainer.__init__)
-    for call in ("self._prepare_dataset(", "self._precompute_ref_logps(", "add_fused_lm_head("):
-        assert call in initialiser, f"{VERSIONS}: {call}"
-    assert initialiser.index("add_fused_lm_head(") < initialiser.index("self._precompute_ref_logps("), VERSIONS
+    in_order(
+        initialiser,
+        "get_peft_model(",
+        "self._prepare_dataset(",
+        "super().__init__(",
+        "add_fused_lm_head(",
+        "self._precompute_ref_logps(",
+    )
     parameters = list(inspect.signature(DPOTrainer._precompute_ref_logps).parameters)
     assert parameters == ["self", "dataset", "name", "batch_size"], VERSIONS
     assert list(inspect.signature(DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"], VERSIONS
@@ -76,3 +94,59 @@ def test_a_prepared_four_dimensional_mask_is_used_as_it_is() -> None:
 def test_defaults_we_build_on_are_still_trl_defaults() -> None:
     assert DPOConfig.__dataclass_fields__["beta"].default == 0.1, VERSIONS
     assert hasattr(dpo_trainer, "DataCollatorForVisionPreference"), VERSIONS
+
+
+def test_trl_has_these_loss_types_and_no_others() -> None:
+    """`objectives.loss_types` reads them off a help text."""
+    named = (
+        "sigmoid sigmoid_norm hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
+        "discopop sft"
+    )
+    assert set(loss_types()) == set(named.split()), VERSIONS
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    for name in loss_types():
+        assert f'loss_type == "{name}"' in source, f"{VERSIONS}: {name}"
+
+
+ROLLOUTS = pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
+
+
+@ROLLOUTS
+def test_trl_loads_a_reference_by_name_only_where_beta_is_not_zero(trainer: Any) -> None:
+    initialiser = inspect.getsource(trainer.__init__)
+    in_order(initialiser, "get_peft_model(", "super().__init__(", "self.beta = args.beta", "add_fused_lm_head(")
+    reference = initialiser[initialiser.index("self.beta = args.beta") :]
+    in_order(reference, "if self.beta == 0.0:", "self.ref_model = None", "self.ref_model = create_model_from_path(")
+    # whatever else looked at beta would see the 0 that stands there while the constructor runs
+    looks = [line.strip() for line in initialiser.splitlines() if "self.beta" in line or "args.beta" in line]
+    assert set(looks) <= {
+        "elif is_peft_model(model) and args.beta != 0.0:",
+        "self.beta = args.beta",
+        "if self.beta == 0.0:",
+    }, f"{VERSIONS}: {looks}"
+    for method in ("_generate_and_score_completions", "_prepare_inputs", "_get_per_token_logps_and_entropies"):
+        assert f"self.{method}(" not in initialiser, f"{VERSIONS}: {method}"
+
+
+@ROLLOUTS
+def test_trl_buffers_a_generation_batch_shuffled_and_split(trainer: Any) -> None:
+    source = inspect.getsource(trainer._prepare_inputs)
+    in_order(
+        source,
+        'mode = "train" if self.model.training else "eval"',
+        "if self._step % generate_every == 0 or self._buffered_inputs is None:",
+        "self._generate_and_score_completions(generation_batch)",
+        "shuffle_sequence_dict(generation_batch)",
+        "split_tensor_dict(generation_batch, self.args.steps_per_generation)",
+        "self._buffered_inputs = [",
+        "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]",
+    )
+
+
+@ROLLOUTS
+def test_trl_keeps_what_a_processor_gives_about_images_and_two_counts(trainer: Any) -> None:
+    source = inspect.getsource(trainer._generate_and_score_completions)
+    handed_on = set(re.findall(r'output\["(\w+)"\] = forward_kwargs\["\1"\]', source))
+    assert {"pixel_values", "image_grid_thw", "mm_token_type_ids"} <= handed_on, VERSIONS
+    counts = set(re.findall(r'output\["(num_\w+)"\]', source))
+    assert counts == IMAGE_COUNTS, VERSIONS
