@@ -19,7 +19,7 @@ class GeneralizationRecorder(TrainerCallback):
     """Scores held-out rows and rows of other distributions before training and at every evaluation, into the log.
 
     Args:
-        trainer: scores rows by `score_of`: preference accuracy of pairs, mean reward of greedy answers to questions.
+        trainer: scores rows by `mean_score`: preference accuracy of pairs, mean reward of greedy answers to questions.
         inside: held-out rows of the training distribution.
         outside: rows of other distributions, by name; their mean is the score out of distribution.
     """
@@ -46,9 +46,9 @@ class GeneralizationRecorder(TrainerCallback):
             self._record(state)
 
     def _record(self, state: TrainerState) -> None:
-        scores = {name: self._trainer.score_of(rows) for name, rows in self._outside.items()}  # type: ignore[arg-type]
+        scores = {name: self._trainer.mean_score(rows) for name, rows in self._outside.items()}  # type: ignore[arg-type]
         entry = {
-            ID: self._trainer.score_of(self._inside),  # type: ignore[arg-type]
+            ID: self._trainer.mean_score(self._inside),  # type: ignore[arg-type]
             OOD: sum(scores.values()) / len(scores),
             **{f"{OOD}/{name}": score for name, score in scores.items() if len(scores) > 1},
         }

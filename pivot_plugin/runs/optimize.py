@@ -310,11 +310,11 @@ def _train(
         trained = trainer.trained_parameters()
         metrics = {}
         if held_out is not None:
-            metrics["before"] = trainer.held_out_metrics(before=True)
+            metrics["before"] = trainer.reference_metrics()
         checkpoint = last_checkpoint(folder) if resume else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if held_out is not None:
-            metrics["after"] = trainer.held_out_metrics(before=False)
+            metrics["after"] = trainer.held_out_metrics()
         history = trainer.state.log_history
         kept_lora = None
         if isinstance(trainer.model, PeftModel):

@@ -24,6 +24,7 @@ from pivot_plugin.config import InstructConfig
 from pivot_plugin.data.conversations import ConversationDataset
 
 from .conversation_batch import ConversationCollator
+from .plan import TrainingPlan
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
+        plan: what trains, where that is decided already; `lora` is not looked at then.
 
     Raises:
         ModelError: for a model no adapter knows, or a processor that does not belong to it.
@@ -57,8 +59,9 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         processing_class: ProcessorMixin | None = None,
         lora: int | LoraConfig | None = None,
         adapter: VisionAdapter | None = None,
+        plan: TrainingPlan | None = None,
     ) -> None:
-        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
         given = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
         collator = ConversationCollator(

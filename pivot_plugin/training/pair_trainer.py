@@ -39,7 +39,7 @@ from pivot_plugin.files import cache_folder
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
 from .batch import ForestBatch, ForestCollator
-from .plan import unwrapped
+from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .sampler import ImageGroupSampler
 from .tower import TowerTraining
@@ -82,6 +82,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
+        plan: what trains, where that is decided already; `lora` is not looked at then.
         **kwargs: passed on to `DPOTrainer`; `ref_model=` replaces the model before training as the reference.
 
     Raises:
@@ -99,9 +100,10 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         processing_class: ProcessorMixin | None = None,
         lora: int | LoraConfig | None = 16,
         adapter: VisionAdapter | None = None,
+        plan: TrainingPlan | None = None,
         **kwargs: Any,
     ) -> None:
-        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
@@ -297,18 +299,17 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         model.train(training)
         return PairScores(torch.cat(chosen), torch.cat(rejected))
 
-    def score_of(self, pairs: PairDataset) -> float:
+    def mean_score(self, pairs: PairDataset) -> float:
         """Preference accuracy on some pairs."""
         return self.score(pairs).metrics()["preference_accuracy"]
 
-    def held_out_metrics(self, before: bool) -> dict[str, float]:
-        """What is measured on the held-out pairs.
+    def reference_metrics(self) -> dict[str, float]:
+        """What is measured on the held-out pairs under the reference, which the policy is before training."""
+        return self.reference_scores().metrics()
 
-        Args:
-            before: whether training has not begun; the policy is the reference then.
-        """
-        scores = self.reference_scores() if before else self.score(self._pairs_of(self.eval_dataset))
-        return scores.metrics()
+    def held_out_metrics(self) -> dict[str, float]:
+        """What is measured on the held-out pairs under the model as it is now."""
+        return self.score(self._pairs_of(self.eval_dataset)).metrics()
 
     def reference_scores(self) -> PairScores:
         """Log-probabilities of the held-out pairs under the reference: read from the cache, or scored now."""

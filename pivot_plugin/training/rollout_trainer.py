@@ -41,7 +41,7 @@ from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_re
 from . import forward
 from .batch import ForestBatch, ForestCollator
 from .forest import build_forest
-from .plan import unwrapped
+from .plan import TrainingPlan, unwrapped
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class Rollouts(TowerTraining):
         processing_class: the model's processor.
         lora: a LoRA rank, a peft config, or None to train weights themselves.
         adapter: of the model's family; asked from the plugins where not given.
+        plan: what trains, where that is decided already; `lora` is not looked at then.
         **kwargs: passed on to TRL's trainer.
 
     Raises:
@@ -117,9 +118,10 @@ class Rollouts(TowerTraining):
         processing_class: ProcessorMixin | None = None,
         lora: int | LoraConfig | None = 16,
         adapter: VisionAdapter | None = None,
+        plan: TrainingPlan | None = None,
         **kwargs: Any,
     ) -> None:
-        peft_config = self._prepare_model(model, args, processing_class, lora, adapter)
+        peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
         functions = resolve_rewards(reward_funcs)  # type: ignore[arg-type]
         asked = load_questions(train_dataset).verify()
@@ -164,7 +166,7 @@ class Rollouts(TowerTraining):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def score_of(self, questions: QuestionDataset) -> float:
+    def mean_score(self, questions: QuestionDataset) -> float:
         """Mean reward of greedy answers to some questions, weighted; reward models are left out."""
         engine = TransformersEngine(unwrapped(self.accelerator.unwrap_model(self.model)), self.processing_class)
         functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
@@ -175,13 +177,13 @@ class Rollouts(TowerTraining):
         scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
         return sum(scores) / len(scores)
 
-    @torch.no_grad()
-    def held_out_metrics(self, before: bool) -> dict[str, float]:
-        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone.
+    def reference_metrics(self) -> dict[str, float]:
+        """As `held_out_metrics`, to be asked before training: the policy is the reference then."""
+        return self.held_out_metrics()
 
-        Args:
-            before: whether training has not begun.
-        """
+    @torch.no_grad()
+    def held_out_metrics(self) -> dict[str, float]:
+        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone."""
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         # measuring must not change what training draws
         with torch.random.fork_rng(devices=devices):

@@ -52,8 +52,17 @@ class TowerTraining(Trainer):
         processor: ProcessorMixin | None,
         lora: int | LoraConfig | None,
         adapter: VisionAdapter | None,
+        planned: TrainingPlan | None = None,
     ) -> LoraConfig | None:
         """Find the adapter, make sure that model and processor fit, and switch gradients on where they belong.
+
+        Args:
+            model: the MLLM, or a peft model around it, whose LoRA is trained as it is.
+            settings: of the run.
+            processor: the model's.
+            lora: what `plan` makes a plan of where none is given.
+            adapter: of the model's family; asked from the plugins where None.
+            planned: what trains, where that is decided already.
 
         Returns:
             the peft config for TRL.
@@ -76,7 +85,7 @@ class TowerTraining(Trainer):
         self.plan: TrainingPlan | None = None
         if isinstance(model, PeftModel):
             return None
-        self.plan = plan(self.adapter, settings.train, lora, settings.frozen or ())
+        self.plan = planned or plan(self.adapter, settings.train, lora, settings.frozen or ())
         trained = set(self.plan.parameters)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trained)
