@@ -208,4 +208,6 @@ def test_text_only_rows_train_too(make: Make, tmp_path: Path) -> None:
     result = pivot.instruct(
         *(model, mixed), processor=processor, output_dir=tmp_path / "run", train="all", **(FAST | {"max_steps": 3})
     )
-    assert all(entry["loss"] > 0 for entry in result.history if "loss" in entry)
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert len(losses) == 3
+    assert min(losses) > 0
