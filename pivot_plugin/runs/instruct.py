@@ -37,7 +37,7 @@ class InstructResult:
         metrics: the last held-out loss and token accuracy, empty where nothing was held out.
         history: the trainer's log, a dict per entry.
         trained: per part, parameters that trained and parameters there are.
-        settings: what the run was given.
+        settings: the options that the run was started with.
         cost: time, memory and floating-point operations.
     """
 

@@ -38,7 +38,7 @@ class PivotResult:
         history: the trainer's log, a dict per entry; the watch's findings under names that begin with "watch/".
         weight_change: relative change of the tower's weights, per block.
         trained: per part, parameters that trained and parameters there are.
-        settings: what the run was given.
+        settings: the options that the run was started with.
         adapter: of the model's family.
         cost: time, memory and floating-point operations.
         origin: model, data and versions, as they may be published.

@@ -56,7 +56,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    ("error", "raised", "message"),
     [
         (RuntimeError("the cable was pulled"), TrainingError, "RuntimeError: the cable was pulled"),
         (DataError("row 3 is bad.", "Mend it."), DataError, "row 3 is bad"),
@@ -64,12 +64,12 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     ],
 )
 def test_a_failure_leaves_the_model_exactly_as_it_was(
-    llava: Any, tmp_path: Path, error: BaseException, raised: type[BaseException], said: str | None
+    llava: Any, tmp_path: Path, error: BaseException, raised: type[BaseException], message: str | None
 ) -> None:
     adapter = find_adapter(llava[0])
     training_plan = plan(adapter, "all", None)
     before = state_of(adapter.model)
-    with pytest.raises(raised, match=said), in_place(adapter, training_plan, tmp_path, seed=1):
+    with pytest.raises(raised, match=message), in_place(adapter, training_plan, tmp_path, seed=1):
         train_by_hand(adapter.model, training_plan)
         adapter.model.lm_head = torch.nn.Sequential(adapter.model.lm_head)
         raise error
@@ -118,12 +118,12 @@ def test_training_draws_by_its_seed_and_the_caller_goes_on_with_his_own_numbers(
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     try:
         with in_place(adapter, plan(adapter, "encoder", 4), tmp_path, seed=3):
-            drawn = draws()
+            in_training = draws()
             if fails:
                 raise RuntimeError("later")
     except TrainingError:
         assert fails
-    assert drawn == seeded
+    assert in_training == seeded
     assert draws() == expected
 
 

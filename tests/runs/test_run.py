@@ -28,7 +28,7 @@ def options_for(folder: Path, **changed: Any) -> RunOptions:
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"eval_fraction": -0.1}, "eval_fraction is -0.1"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
@@ -36,9 +36,9 @@ def options_for(folder: Path, **changed: Any) -> RunOptions:
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
-    verb: str, options: dict[str, Any], said: str, tmp_path: Path
+    verb: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         getattr(pivot, verb)("no-such-model", [], output_dir=tmp_path / "run", use_cpu=True, **options)
     assert not (tmp_path / "run").exists()
 
@@ -54,8 +54,8 @@ def test_the_plan_is_made_once(
     objective: str, llava: Tiny, fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     made = []
-    lora_targets = plan_module.VisionAdapter.lora_targets
-    monkeypatch.setattr(plan_module.VisionAdapter, "lora_targets", lambda self: (made.append(1), lora_targets(self))[1])
+    training_plan = plan_module.TrainingPlan
+    monkeypatch.setattr(plan_module, "TrainingPlan", lambda *args: made.append(training_plan(*args)) or made[-1])
     model, processor = llava
     if objective == "instruct":
         settings = {name: value for name, value in QUICK.items() if name != "batch"} | {"output_dir": tmp_path / "run"}
