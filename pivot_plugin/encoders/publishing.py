@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
@@ -61,6 +61,20 @@ class Publication:
     url: str
     files: dict[str, int]
     tag: str | None = None
+
+
+class PublishOptions(TypedDict, total=False):
+    """The options of `publish`, for what hands them on."""
+
+    private: bool | None
+    revision: str
+    tag: str | None
+    token: str | None
+    commit_message: str | None
+    create_pr: bool
+    exist_ok: bool
+    dry_run: bool
+    time_limit: float
 
 
 def publish(

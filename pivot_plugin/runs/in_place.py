@@ -1,21 +1,21 @@
 """Training a model that belongs to the caller: trained after success, exactly as it was after a failure."""
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from transformers import set_seed
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import PivotError, TrainingError
+from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost, metered
 from pivot_plugin.training.plan import TrainingPlan
-from pivot_plugin.training.snapshot import restored_on_failure, trainable_weights
+from pivot_plugin.training.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -34,37 +34,34 @@ class InPlace:
 
 
 @contextmanager
-def in_place(adapter: VisionAdapter, planned: TrainingPlan, folder: Path) -> Iterator[InPlace]:
-    """Train a model meanwhile. Random number generators are left as they were.
+def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int) -> Iterator[InPlace]:
+    """Train a model meanwhile, from seeded random numbers; the caller's generators are left as they were, CUDA's too.
 
     Args:
         adapter: of the model.
-        planned: what trains.
+        plan: what trains.
         folder: of the run, with its checkpoints.
+        seed: of every random number generator meanwhile.
 
     Raises:
         TrainingError: for whatever goes wrong; the model is as it was then, after a keyboard interrupt too.
     """
-    before = trainable_weights(adapter, planned)
-    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    snapshot = Snapshot(adapter, plan)
     try:
-        with restored_on_failure(adapter.model), metered(adapter) as cost:
-            yield InPlace(before, cost)
+        with undisturbed(), metered(adapter) as cost:
+            set_seed(seed)
+            yield InPlace(snapshot.weights, cost)
     except BaseException as error:
-        own = dict(adapter.model.named_parameters())
-        with torch.no_grad():
-            for name, weight in before.items():
-                own[name].copy_(weight)
+        snapshot.restore()
         if isinstance(error, PivotError):
             raise
-        found = last_checkpoint(folder)
-        kept = f"Checkpoint {found} is kept; go on with resume=True." if found else "There is no checkpoint yet."
+        checkpoint = last_checkpoint(folder)
+        remedy = (
+            f"Checkpoint {checkpoint} is kept; go on with resume=True." if checkpoint else "There is no checkpoint yet."
+        )
         if isinstance(error, KeyboardInterrupt):
-            logger.warning("Interrupted. The model is as it was. %s", kept)
+            logger.warning("Interrupted. The model is as it was. %s", remedy)
             raise
-        raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", kept) from error
-    finally:
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        torch.set_rng_state(numbers[2])
+        raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", remedy) from error
+    snapshot.settle()
     adapter.model.eval()

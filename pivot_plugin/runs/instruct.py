@@ -1,32 +1,22 @@
 """What comes before preferences: a projector that is aligned, and an MLLM that is instructed."""
 
-import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from peft import LoraConfig
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import Train
-from pivot_plugin.data.conversations import load_conversations
+from pivot_plugin.data.conversations import ConversationDataset, load_conversations
 from pivot_plugin.data.rows import OnBadRow
-from pivot_plugin.data.split import hold_out
-from pivot_plugin.encoders.record import plain_name, versions
-from pivot_plugin.errors import SettingsError
-from pivot_plugin.models.find import check_processor, find_adapter
-from pivot_plugin.models.loading import load_model
-from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
-from pivot_plugin.training.plan import plan
 
-from .folder import claim, write_record
-from .in_place import in_place
-from .settings import instruct_configuration, unwatched
-
-logger = logging.getLogger(__name__)
+from .provenance import instructed_origin
+from .run import LoadRows, Run, RunOptions, begin, merge_lora
+from .settings import instruct_configuration
 
 MODEL_FOLDER = "model"
 # arXiv 2510.16333, appendix E.1, stage 1; found again in the authors' scripts
@@ -47,7 +37,7 @@ class InstructResult:
         metrics: the last held-out loss and token accuracy, empty where nothing was held out.
         history: the trainer's log, a dict per entry.
         trained: per part, parameters that trained and parameters there are.
-        settings: what the run was given.
+        settings: the options that the run was started with.
         cost: time, memory and floating-point operations.
     """
 
@@ -100,10 +90,12 @@ def align(
         arXiv 2510.16333, section 3.1 and appendix E.1, stage 1: 558K captions, learning rate 1e-3, batch 256, 1 epoch,
         plain prompt; after LLaVA-1.5 (arXiv 2310.03744).
     """
-    return _run(
-        *(model, captions, processor, Path(output_dir), "projector", None, image_folder, eval_fraction, on_bad_row),
-        *(resume, ALIGN | {"plain": plain}, settings),
+    defaults = ALIGN | {"plain": plain}
+    config = instruct_configuration(
+        defaults, settings, Path(output_dir), "projector", held_out=eval_fraction > 0, batch=GLOBAL_BATCH
     )
+    options = RunOptions(config, defaults | settings, None, eval_fraction, on_bad_row, resume)
+    return _instruct(model, processor, options, partial(_load_rows, captions, image_folder, options))
 
 
 def instruct(
@@ -142,93 +134,71 @@ def instruct(
         arXiv 2510.16333, section 3.1 and appendix E.1, stage 1: 3.2M conversations, learning rate 1e-5, vision tower
         2e-6, batch 256, 1 epoch, 2048 tokens.
     """
-    given: dict[str, Any] = dict(INSTRUCT)
+    defaults: dict[str, Any] = dict(INSTRUCT)
     if "encoder" in train or train == "all":
-        given["learning_rates"] = {"encoder": TOWER_RATE}
+        defaults["learning_rates"] = {"encoder": TOWER_RATE}
     if "learning_rate" in settings:
         # a rate of one's own is meant for all parts
-        given = {}
-    return _run(
-        *(model, conversations, processor, Path(output_dir), train, lora, image_folder, eval_fraction, on_bad_row),
-        *(resume, given, settings),
+        defaults = {}
+    config = instruct_configuration(
+        defaults, settings, Path(output_dir), train, held_out=eval_fraction > 0, batch=GLOBAL_BATCH
     )
+    options = RunOptions(config, defaults | settings, lora, eval_fraction, on_bad_row, resume)
+    return _instruct(model, processor, options, partial(_load_rows, conversations, image_folder, options))
 
 
-def _run(
-    model: PreTrainedModel | str | Path,
-    rows: object,
-    processor: ProcessorMixin | None,
-    folder: Path,
-    train: Train,
-    lora: int | LoraConfig | None,
-    image_folder: str | Path | None,
-    eval_fraction: float,
-    on_bad_row: OnBadRow,
-    resume: bool,
-    defaults: Mapping[str, Any],
-    settings: Mapping[str, Any],
+def _instruct(
+    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None, options: RunOptions, load_rows: LoadRows
 ) -> InstructResult:
-    if not 0 <= eval_fraction < 1:
-        raise SettingsError(f"eval_fraction is {eval_fraction}.", "Give a share of at least 0 and below 1.")
-    if on_bad_row not in ("raise", "skip"):
-        raise SettingsError(f"on_bad_row is {on_bad_row!r}.", "Choose 'raise' or 'skip'.")
-    config = instruct_configuration(defaults, settings, folder, train, eval_fraction > 0, GLOBAL_BATCH)
-    described = {
-        "train": train,
-        "lora": lora if isinstance(lora, int | None) else lora.to_dict(),
-        "eval_fraction": eval_fraction,
-        "learning_rate": config.learning_rate,
-        **defaults,
-        **settings,
-    }
-    keeper = config.process_index == 0
-    base = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
-    if keeper:
-        claim(folder, described, resume)
-    config.distributed_state.wait_for_everyone()
-    model, processor = load_model(model, processor)
-    adapter = find_adapter(model)
-    check_processor(model, processor, adapter)
-    planned = plan(adapter, train, lora, config.frozen or ())
-    data = load_conversations(rows, image_folder=image_folder)
-    held_out = None
-    data.verify(on_bad_row, folder / "skipped.jsonl")
-    if eval_fraction:
-        data, held_out = hold_out(data, eval_fraction, config.seed)
-    if held_out is None:
-        unwatched(config)
-    if keeper:
-        write_record(folder, {"finished": False, "settings": described})
-    with in_place(adapter, planned, folder) as training:
-        set_seed(config.seed)
-        trainer = InstructTrainer(model, config, data, held_out, processor, lora, adapter)
+    """Supervised fine-tuning from options to result; arguments as for `begin`."""
+    run = begin(model, processor, options, load_rows)
+    run.announce()
+
+    metrics: dict[str, float] = {}
+    with run.in_place() as training:
+        trainer = InstructTrainer(**run.trainer_arguments())
         trained = trainer.trained_parameters()
-        checkpoint = last_checkpoint(folder) if resume else None
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        metrics = {name: float(value) for name, value in trainer.evaluate().items()} if held_out is not None else {}
+        run.train(trainer)
+        if run.held_out is not None:
+            metrics = {name: float(value) for name, value in trainer.evaluate().items()}
         history = trainer.state.log_history
-        if isinstance(trainer.model, PeftModel):
-            trainer.model.merge_and_unload()
-            if keeper:
-                model.save_pretrained(folder / MODEL_FOLDER)
-        else:
-            # gathers what FSDP and DeepSpeed keep in shards
-            trainer.save_model(str(folder / MODEL_FOLDER))
-            if keeper:
-                # a pickle of the settings, which run.json has in words
-                (folder / MODEL_FOLDER / "training_args.bin").unlink(missing_ok=True)
+        _save_model(run, trainer)
+        # with it goes the memory of its optimiser
         del trainer
-    if keeper:
-        processor.save_pretrained(folder / MODEL_FOLDER)
-        record = {
-            "finished": True,
-            "settings": described,
-            "metrics": metrics,
-            "trained": trained,
-            "history": history,
-            "cost": asdict(training.cost),
-            "origin": {"mllm": plain_name(base), "rows": len(data), "versions": versions(), "seed": config.seed},
-        }
-        write_record(folder, record)
-    config.distributed_state.wait_for_everyone()
-    return InstructResult(model, processor, folder, metrics, history, trained, described, training.cost)
+
+    result = InstructResult(
+        model=run.model,
+        processor=run.processor,
+        output_dir=run.output_dir,
+        metrics=metrics,
+        history=history,
+        trained=trained,
+        settings=run.settings,
+        cost=training.cost,
+    )
+    if run.keeper:
+        run.record(result, origin=instructed_origin(run))
+    run.wait()
+    return result
+
+
+def _load_rows(
+    source: object, image_folder: str | Path | None, options: RunOptions
+) -> tuple[ConversationDataset, None]:
+    """The conversations to train on, looked at one by one; none are given to be held out."""
+    rows = load_conversations(source, image_folder=image_folder)
+    return rows.verify(options.on_bad_row, options.folder / "skipped.jsonl"), None
+
+
+def _save_model(run: Run, trainer: InstructTrainer) -> None:
+    """Write the whole model, LoRA merged, as an ordinary transformers folder; to be called by every process."""
+    folder = run.output_dir / MODEL_FOLDER
+    if merge_lora(trainer) is None:
+        # gathers what FSDP and DeepSpeed keep in shards
+        trainer.save_model(str(folder))
+    elif run.keeper:
+        run.model.save_pretrained(folder)
+    if run.keeper:
+        # a pickle of the settings, which run.json has in words
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        run.processor.save_pretrained(folder)

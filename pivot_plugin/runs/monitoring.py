@@ -1,26 +1,109 @@
-"""Probes while a run goes on: before the first step, at chosen steps, and of what the run ends with."""
+"""What is looked at while a run goes on, beside the held-out rows: probes, gradient maps, rows of other distributions.
+
+Nothing here changes what is trained: measuring leaves random numbers and the model as they were.
+"""
 
 import logging
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from pivot_plugin.data.pairs import PairDataset
-from pivot_plugin.errors import PivotError, SettingsError
+from pivot_plugin.data.pairs import PairDataset, PairStream, load
+from pivot_plugin.data.questions import QuestionDataset, load_questions
+from pivot_plugin.data.rows import RowDataset
+from pivot_plugin.errors import DataError, PivotError, SettingsError
+from pivot_plugin.models.evaluating import undisturbed
+from pivot_plugin.probes.generalization import FACTOR, ID, OOD, generalization_factor
 from pivot_plugin.probes.kept import keep, kept
 from pivot_plugin.probes.lookup import Runner, runners
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.subjects import Subject
+from pivot_plugin.training.pair_trainer import PivotTrainer
+from pivot_plugin.training.rollout_trainer import Rollouts
+
+from .run import Run
 
 logger = logging.getLogger(__name__)
 
 SALIENCY = "saliency"
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """What is looked at while a run goes on.
+
+    Attributes:
+        probes: as for `pivot.compare`, None for none.
+        steps: optimiser steps at which to run them, beside before and after.
+        saliency: how many held-out pairs with images have their gradient maps kept, before and after.
+        outside: rows of other distributions, by name.
+
+    Raises:
+        SettingsError: for a probe that does not exist, or numbers that cannot be.
+    """
+
+    probes: Mapping[str, object] | None
+    steps: Sequence[int]
+    saliency: int
+    outside: Mapping[str, RowDataset] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.saliency < 0 or any(step < 1 for step in self.steps):
+            raise SettingsError(
+                f"saliency is {self.saliency}, probe_steps {list(self.steps)}.",
+                "Give 0 or more pairs, steps of 1 or more.",
+            )
+        if self.probes is not None:
+            runners(self.probes)
+
+    def with_outside(self, ood_prefs: object | None, run: Run) -> "Monitoring":
+        """The same with rows of other distributions, read and looked at.
+
+        Args:
+            ood_prefs: rows, or a dict of such by name; None for none.
+            run: whose held-out rows they are compared with.
+
+        Raises:
+            SettingsError: if no row is held out to compare with.
+            DataError: for rows that cannot be used, and streams.
+        """
+        if ood_prefs is None:
+            return self
+        if run.held_out is None:
+            raise SettingsError(
+                "ood_prefs are given, and no row is held out to compare with.", "Give eval_prefs= or an eval_fraction."
+            )
+        sources = ood_prefs if isinstance(ood_prefs, dict) else {"ood_prefs": ood_prefs}
+        questions = isinstance(run.rows, QuestionDataset)
+        outside: dict[str, RowDataset] = {}
+        for name, source in sources.items():
+            rows = load_questions(source, name) if questions else load(source, name=name)
+            if isinstance(rows, PairStream):
+                raise DataError(f"{name} is a stream.", "Give rows with random access.")
+            outside[name] = rows.verify()
+        return replace(self, outside=outside)
+
+    def add_to(self, trainer: PivotTrainer | Rollouts, run: Run) -> None:
+        """Have a trainer look at all this.
+
+        Args:
+            trainer: of the run, before it trains.
+            run: in whose folder the findings are kept.
+
+        Raises:
+            SettingsError: for probes while the model's weights are divided among processes.
+        """
+        if self.outside and run.held_out is not None:
+            trainer.add_callback(GeneralizationRecorder(trainer, run.held_out, self.outside))
+        pairs = first_with_images(run.held_out, self.saliency) if isinstance(run.held_out, PairDataset) else None
+        if self.probes or pairs is not None:
+            image_processor = run.adapter.image_processor(run.processor)
+            subject = Subject("model", run.adapter, image_processor, run.processor)
+            trainer.add_callback(ProbeRecorder(trainer, subject, self.probes or {}, self.steps, pairs, run.output_dir))
 
 
 class ProbeRecorder(TrainerCallback):
@@ -35,6 +118,9 @@ class ProbeRecorder(TrainerCallback):
         steps: at which to run them, beside before and after.
         saliency: pairs whose gradient maps are kept before and after, for the report; None for none.
         folder: of the run.
+
+    Raises:
+        SettingsError: for probes while the model's weights are divided among processes.
     """
 
     def __init__(
@@ -43,19 +129,19 @@ class ProbeRecorder(TrainerCallback):
         subject: Subject,
         probes: Mapping[str, object],
         steps: Sequence[int],
-        saliency: object | None,
+        saliency: PairDataset | None,
         folder: Path,
     ) -> None:
         self._trainer = trainer
         self._subject = subject
         self._folder = folder
         self._steps = set(steps)
-        self._wanted = runners(probes) if probes else {}
+        self._runners = runners(probes) if probes else {}
         self._pairs = saliency if SALIENCY not in probes else None
         sharded = trainer.is_fsdp_enabled or (
             trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
-        if sharded and self._wanted:
+        if sharded and self._runners:
             raise SettingsError(
                 "Probes cannot run while the model's weights are divided among processes (FSDP, ZeRO-3).",
                 "Leave out probes=, and run pivot.compare on the finished encoders.",
@@ -66,46 +152,46 @@ class ProbeRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._record(state, 0, self._wanted, fatal=True)
-        self._look(state, 0)
+        self._record(state, 0, self._runners, fatal=True)
+        self._keep_maps(state, 0)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.global_step in self._steps and state.global_step < state.max_steps:
-            self._record(state, state.global_step, self._wanted, fatal=False)
+            self._record(state, state.global_step, self._runners, fatal=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         # the best checkpoint is loaded by now
-        self._record(state, state.global_step, self._wanted, fatal=False)
-        self._look(state, state.global_step)
+        self._record(state, state.global_step, self._runners, fatal=False)
+        self._keep_maps(state, state.global_step)
 
-    def _look(self, state: TrainerState, step: int) -> None:
-        """Keep gradient maps; nobody asked for them by name, so that they never stop a run."""
+    def _keep_maps(self, state: TrainerState, step: int) -> None:
+        """Keep gradient maps, which never stop a run: nobody has named them."""
         if self._pairs is None:
             return
         # a reference would scale the maps of the DPO loss and not change them otherwise
         self._record(state, step, runners({SALIENCY: self._pairs}), fatal=False)
 
-    def _record(self, state: TrainerState, step: int, wanted: Mapping[str, Runner], fatal: bool) -> None:
+    def _record(self, state: TrainerState, step: int, to_run: Mapping[str, Runner], fatal: bool) -> None:
         if state.is_world_process_zero:
             # a resumed run has its beginning behind it
-            known = kept(self._folder) if wanted and step == 0 else {}
-            for label, run in wanted.items():
-                if step == 0 and 0 in known.get(label, {}):
+            earlier = kept(self._folder) if to_run and step == 0 else {}
+            for label, runner in to_run.items():
+                if step == 0 and 0 in earlier.get(label, {}):
                     continue
-                result = self._run(label, run, fatal)
+                result = self._run(label, runner, fatal)
                 if result is not None:
                     keep(self._folder, label, step, result)
                     self._log(state, label, step, result)
         self._trainer.accelerator.wait_for_everyone()
 
-    def _run(self, label: str, run: Runner, fatal: bool) -> ProbeResult | None:
+    def _run(self, label: str, runner: Runner, fatal: bool) -> ProbeResult | None:
         try:
-            with _undisturbed():
-                return run(self._subject)
+            with undisturbed():
+                return runner(self._subject)
         except Exception as error:
             if fatal and isinstance(error, PivotError):
                 raise
@@ -123,6 +209,52 @@ class ProbeRecorder(TrainerCallback):
         state.log_history.append({"step": step, **entry})
 
 
+class Scoring(Protocol):
+    """A trainer that can put one number on rows and log it."""
+
+    def mean_score(self, rows: Any, /) -> float: ...
+
+    def log(self, logs: dict[str, float]) -> None: ...
+
+
+class GeneralizationRecorder(TrainerCallback):
+    """Scores held-out rows and rows of other distributions before training and at every evaluation, into the log.
+
+    Args:
+        trainer: scores rows by `mean_score`: preference accuracy of pairs, mean reward of greedy answers to questions.
+        inside: held-out rows of the training distribution.
+        outside: rows of other distributions, by name; their mean is the score out of distribution.
+    """
+
+    def __init__(self, trainer: Scoring, inside: RowDataset, outside: Mapping[str, RowDataset]) -> None:
+        self._trainer = trainer
+        self._inside = inside
+        self._outside = outside
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # a resumed run has this behind it
+        if not any(FACTOR in entry for entry in state.log_history):
+            self._record(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step:
+            self._record(state)
+
+    def _record(self, state: TrainerState) -> None:
+        scores = {name: self._trainer.mean_score(rows) for name, rows in self._outside.items()}
+        entry = {
+            ID: self._trainer.mean_score(self._inside),
+            OOD: sum(scores.values()) / len(scores),
+            **{f"{OOD}/{name}": score for name, score in scores.items() if len(scores) > 1},
+        }
+        earlier = [logged for logged in state.log_history if FACTOR in logged]
+        series = [[*(logged[name] for logged in earlier), entry[name]] for name in (ID, OOD)]
+        entry[FACTOR] = float(generalization_factor(series[0], series[1])[-1])
+        self._trainer.log(entry)
+
+
 def first_with_images(pairs: PairDataset, count: int) -> PairDataset | None:
     """The first pairs that show an image of their own, None where there are none.
 
@@ -137,16 +269,3 @@ def first_with_images(pairs: PairDataset, count: int) -> PairDataset | None:
             seen.add(key)
             chosen.append(position)
     return pairs.select(chosen) if chosen else None
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Measuring must not change what training draws."""
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

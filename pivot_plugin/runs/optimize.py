@@ -1,67 +1,33 @@
 """The one verb: a model and preference pairs in, the model with a better vision encoder out."""
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from peft import LoraConfig
+from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig, RolloutConfig, TowerConfig, Train
+from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
-from pivot_plugin.data.split import hold_out
-from pivot_plugin.encoders.card import licence_of
-from pivot_plugin.encoders.record import plain_name, versions
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks import notify
-from pivot_plugin.models.find import check_processor, find_adapter
-from pivot_plugin.models.loading import load_model
-from pivot_plugin.probes.lookup import runners
-from pivot_plugin.probes.subjects import Subject
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
-from pivot_plugin.training.checkpoints import last_checkpoint
-from pivot_plugin.training.cost import Cost, tower_facts
 from pivot_plugin.training.pair_trainer import PivotTrainer
-from pivot_plugin.training.plan import plan, weight_change
+from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 
-from .folder import claim, write_record
-from .generalization_recorder import GeneralizationRecorder
-from .in_place import in_place
-from .monitoring import ProbeRecorder, first_with_images
+from .monitoring import Monitoring
+from .provenance import optimized_origin
 from .result import PivotResult
-from .settings import configuration, unwatched
-
-logger = logging.getLogger(__name__)
+from .run import Run, RunOptions, begin, merge_lora
+from .settings import configuration
 
 # the report shows a dozen
 SALIENCY_PAIRS = 12
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What plugins are told of a run that starts."""
-
-    family: str
-    output_dir: Path
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Looks:
-    """What is looked at while a run goes on, beside the held-out rows."""
-
-    outside: dict[str, Any]
-    probes: dict[str, object]
-    steps: tuple[int, ...]
-    saliency: int
 
 
 def optimize(
@@ -130,74 +96,61 @@ def optimize(
     Source:
         arXiv 2510.16333, section 3.1, stage 2; "grpo": arXiv 2510.25801, stage 3.
     """
-    folder = Path(output_dir)
-    if saliency < 0 or any(step < 1 for step in probe_steps):
-        raise SettingsError(
-            f"saliency is {saliency}, probe_steps {list(probe_steps)}.", "Give 0 or more pairs, steps of 1 or more."
-        )
-    if probes is not None:
-        runners(probes)
-    if not 0 <= eval_fraction < 1:
-        raise SettingsError(f"eval_fraction is {eval_fraction}.", "Give a share of at least 0 and below 1.")
-    watched = eval_prefs is not None or eval_fraction > 0
+    monitoring = Monitoring(probes, tuple(probe_steps), saliency)
     if rewards is None and "reward_weights" not in settings and objective in ("grpo", "rloo"):
         rewards, settings = list(SPECS_WEIGHTS), settings | {"reward_weights": list(SPECS_WEIGHTS.values())}
-    config = configuration(settings, folder, objective, train, lora is not None, watched)
+    watched = eval_prefs is not None or eval_fraction > 0
+    config = configuration(settings, Path(output_dir), objective, train, lora is not None, watched)
     functions = _reward_functions(rewards, config, objective)
-    described = {
-        "objective": objective,
-        "train": train,
-        "lora": lora if isinstance(lora, int | None) else lora.to_dict(),
-        "eval_fraction": eval_fraction,
-        "learning_rate": config.learning_rate,
-        **({"rewards": [_name_of(function) for function in functions]} if functions else {}),
-        **settings,
-    }
-    # of several processes one keeps the folder
-    keeper = config.process_index == 0
-    base = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
-    if keeper:
-        claim(folder, described, resume)
-    config.distributed_state.wait_for_everyone()
-    model, processor = load_model(model, processor)
-    adapter = find_adapter(model)
-    check_processor(model, processor, adapter)
-    plan(adapter, train, lora, config.frozen or ())
-    rows, held_out = _rows(prefs, eval_prefs, config, folder, on_bad_row)
-    if functions:
-        for data in (rows, held_out):
-            if isinstance(data, QuestionDataset):
-                needs_answer(functions, data)
-    if (held_out is None and isinstance(rows, PairDataset)) or (held_out is None and isinstance(rows, QuestionDataset)):
-        rows, held_out = hold_out(rows, eval_fraction, config.seed)
-    if held_out is None:
-        unwatched(config)
-    outside = _outside(ood_prefs, rows, held_out)
-    if keeper:
-        write_record(folder, {"finished": False, "settings": described})
-        notify("pivot_run_started", run=_Run(adapter.family, folder, described))
-    looks = _Looks(outside, dict(probes or {}), tuple(probe_steps), saliency)
-    result = _train(model, processor, adapter, config, rows, held_out, looks, lora, functions, resume, described)
-    result.origin = _origin(base, model, adapter, config, rows, held_out, result.cost)
-    if keeper:
-        result.save(folder / "encoder")
-        record = {
-            "finished": True,
-            "settings": described,
-            "metrics": result.metrics,
-            "weight_change": result.weight_change,
-            "trained": result.trained,
-            "history": result.history,
-            "cost": asdict(result.cost),
-            "origin": result.origin,
-        }
-        write_record(folder, record)
+    choices = {"objective": objective, **_reward_names(functions), **settings}
+    options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume)
+
+    run = begin(model, processor, options, partial(_load_rows, prefs, eval_prefs, options, functions))
+    monitoring = monitoring.with_outside(ood_prefs, run)
+    run.announce()
+    if run.keeper:
+        notify("pivot_run_started", run=run)
+
+    metrics: dict[str, dict[str, float]] = {}
+    with run.in_place() as training:
+        trainer = _trainer(run, functions)
+        monitoring.add_to(trainer, run)
+        trained = trainer.trained_parameters()
+        if run.held_out is not None:
+            metrics["before"] = trainer.reference_metrics()
+        run.train(trainer)
+        if run.held_out is not None:
+            metrics["after"] = trainer.held_out_metrics()
+        history = trainer.state.log_history
+        lora_weights = merge_lora(trainer)
+        # with it goes the memory of its optimiser
+        del trainer
+
+    result = PivotResult(
+        model=run.model,
+        processor=run.processor,
+        output_dir=run.output_dir,
+        metrics=metrics,
+        history=history,
+        weight_change=weight_change(run.adapter, training.before),
+        trained=trained,
+        settings=run.settings,
+        adapter=run.adapter,
+        cost=training.cost,
+        origin=optimized_origin(run, training.cost),
+        _lora=lora_weights,
+    )
+    if run.keeper:
+        # the encoder first: a run that is recorded as finished has one
+        result.save(run.output_dir / "encoder")
+        run.record(result, weight_change=result.weight_change, origin=result.origin)
         notify("pivot_run_finished", result=result)
-    config.distributed_state.wait_for_everyone()
+    run.wait()
     return result
 
 
 def _reward_functions(rewards: Rewards | None, config: TowerConfig, objective: str | Sequence[str]) -> list[Any] | None:
+    """The rewards of a run on roll-outs, None for a run on pairs."""
     if isinstance(config, RolloutConfig):
         if rewards is None:
             raise SettingsError(f"objective={objective!r} got no rewards.", 'Give rewards=, such as ["accuracy"].')
@@ -210,170 +163,48 @@ def _reward_functions(rewards: Rewards | None, config: TowerConfig, objective: s
     return None
 
 
-def _name_of(reward: object) -> str:
-    return str(reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__))
+def _reward_names(functions: Sequence[Any] | None) -> dict[str, list[str]]:
+    """What the record of a run says of its rewards, nothing where there are none."""
+    if functions is None:
+        return {}
+    return {
+        "rewards": [
+            function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
+            for function in functions
+        ]
+    }
 
 
-def _rows(
-    prefs: object, eval_prefs: object | None, config: TowerConfig, folder: Path, on_bad_row: OnBadRow
+def _load_rows(
+    prefs: object, eval_prefs: object | None, options: RunOptions, rewards: Sequence[Any] | None
 ) -> tuple[PairDataset | PairStream | QuestionDataset, PairDataset | QuestionDataset | None]:
-    """The rows to train on and those held out, where they are given; all looked at."""
-    skipped, skipped_eval = folder / "skipped.jsonl", folder / "skipped-eval.jsonl"
-    if isinstance(config, RolloutConfig):
-        questions = load_questions(prefs).verify(on_bad_row, skipped)
+    """The rows to train on, and those held out where they are given; looked at, one by one."""
+    skipped, skipped_eval = options.folder / "skipped.jsonl", options.folder / "skipped-eval.jsonl"
+    if rewards is not None:
+        questions = load_questions(prefs).verify(options.on_bad_row, skipped)
+        needs_answer(rewards, questions)
         if eval_prefs is None:
             return questions, None
-        return questions, load_questions(eval_prefs, "eval_questions").verify(on_bad_row, skipped_eval)
-    pairs = load(prefs, on_bad_row=on_bad_row, skipped=skipped)
+        held_out_questions = load_questions(eval_prefs, "eval_questions").verify(options.on_bad_row, skipped_eval)
+        needs_answer(rewards, held_out_questions)
+        return questions, held_out_questions
+    pairs = load(prefs, on_bad_row=options.on_bad_row, skipped=skipped)
     if isinstance(pairs, PairStream):
-        if config.max_steps <= 0:
+        if options.config.max_steps <= 0:
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
     else:
         pairs.verify()
     if eval_prefs is None:
         return pairs, None
-    held_out = load(eval_prefs, on_bad_row=on_bad_row, skipped=skipped_eval, name="eval_prefs")
+    held_out = load(eval_prefs, on_bad_row=options.on_bad_row, skipped=skipped_eval, name="eval_prefs")
     if isinstance(held_out, PairStream):
         raise DataError("eval_prefs is a stream.", "Give held-out pairs as a list or a datasets.Dataset.")
     return pairs, held_out.verify()
 
 
-def _outside(ood_prefs: object | None, rows: object, held_out: object | None) -> dict[str, Any]:
-    """Rows of other distributions by name, looked at."""
-    if ood_prefs is None:
-        return {}
-    if held_out is None:
-        raise SettingsError(
-            "ood_prefs are given, and no row is held out to compare with.", "Give eval_prefs= or an eval_fraction."
-        )
-    sets = ood_prefs if isinstance(ood_prefs, dict) else {"ood_prefs": ood_prefs}
-    if isinstance(rows, QuestionDataset):
-        return {name: load_questions(source, name).verify() for name, source in sets.items()}
-    loaded = {name: load(source, name=name) for name, source in sets.items()}
-    for name, data in loaded.items():
-        if isinstance(data, PairStream):
-            raise DataError(f"{name} is a stream.", "Give rows with random access.")
-        data.verify()
-    return loaded
-
-
-def _trainer(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    adapter: VisionAdapter,
-    config: TowerConfig,
-    rows: PairDataset | PairStream | QuestionDataset,
-    held_out: PairDataset | QuestionDataset | None,
-    lora: int | LoraConfig | None,
-    rewards: Any,
-) -> PivotTrainer | PivotGRPOTrainer | PivotRLOOTrainer:
-    common: dict[str, Any] = {
-        "model": model,
-        "args": config,
-        "train_dataset": rows,
-        "eval_dataset": held_out,
-        "processing_class": processor,
-        "lora": lora,
-        "adapter": adapter,
-    }
-    if isinstance(config, PivotGRPOConfig):
-        return PivotGRPOTrainer(**common, reward_funcs=rewards)
-    if isinstance(config, PivotRLOOConfig):
-        return PivotRLOOTrainer(**common, reward_funcs=rewards)
-    return PivotTrainer(**common)
-
-
-def _train(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    adapter: VisionAdapter,
-    config: TowerConfig,
-    rows: PairDataset | PairStream | QuestionDataset,
-    held_out: PairDataset | QuestionDataset | None,
-    looks: _Looks,
-    lora: int | LoraConfig | None,
-    rewards: list[Any] | None,
-    resume: bool,
-    described: dict[str, Any],
-) -> PivotResult:
-    """Train in place; on any failure, a keyboard interrupt included, put the model back as it was."""
-    folder = Path(config.output_dir or ".")
-    with in_place(adapter, plan(adapter, config.train, lora, config.frozen or ()), folder) as training:
-        set_seed(config.seed)
-        trainer = _trainer(model, processor, adapter, config, rows, held_out, lora, rewards)
-        if held_out is not None and looks.outside:
-            trainer.add_callback(GeneralizationRecorder(trainer, held_out, looks.outside))
-        pairs = first_with_images(held_out, looks.saliency) if isinstance(held_out, PairDataset) else None
-        if looks.probes or pairs is not None:
-            who = Subject("model", adapter, adapter.image_processor(processor), processor)
-            trainer.add_callback(ProbeRecorder(trainer, who, looks.probes, looks.steps, pairs, folder))
-        trained = trainer.trained_parameters()
-        metrics = {}
-        if held_out is not None:
-            metrics["before"] = trainer.reference_metrics()
-        checkpoint = last_checkpoint(folder) if resume else None
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if held_out is not None:
-            metrics["after"] = trainer.held_out_metrics()
-        history = trainer.state.log_history
-        kept_lora = None
-        if isinstance(trainer.model, PeftModel):
-            kept_lora = _lora_of(trainer.model)
-            trainer.model.merge_and_unload()
-        del trainer
-    return PivotResult(
-        model=model,
-        processor=processor,
-        output_dir=folder,
-        metrics=metrics,
-        history=history,
-        weight_change=weight_change(adapter, training.before),
-        trained=trained,
-        settings=described,
-        adapter=adapter,
-        cost=training.cost,
-        _lora=kept_lora,
-    )
-
-
-def _lora_of(model: PeftModel) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Configuration and weights, on the host, of a model's LoRA."""
-    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in get_peft_model_state_dict(model).items()}
-    config = model.peft_config[model.active_adapter]
-    assert isinstance(config, LoraConfig)
-    return config, weights
-
-
-def _origin(
-    base: object,
-    model: PreTrainedModel,
-    adapter: VisionAdapter,
-    config: TowerConfig,
-    rows: PairDataset | PairStream | QuestionDataset,
-    held_out: PairDataset | QuestionDataset | None,
-    cost: Cost,
-) -> dict[str, Any]:
-    """Where a run comes from, in words that may be published."""
-    known = None if isinstance(rows, PairStream) else rows
-    return {
-        "base": {
-            "mllm": plain_name(base),
-            "mllm_revision": getattr(model.config, "_commit_hash", None),
-            "encoder": plain_name(getattr(adapter.tower.config, "_name_or_path", "")) or None,
-            "licence": licence_of(str(base)),
-        },
-        "family": adapter.family,
-        "mllm_class": type(model).__name__,
-        "encoder_class": type(adapter.tower).__name__,
-        "tower": tower_facts(adapter),
-        "data": {
-            "name": "" if (name := getattr(rows, "name", "")) in ("prefs", "questions") else plain_name(name),
-            "rows": None if known is None else len(known),
-            "fingerprint": None if known is None else known.fingerprint(),
-            "held_out": len(held_out) if held_out is not None else 0,
-        },
-        "versions": versions(),
-        "seed": config.seed,
-        "batch": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
-        "cost": asdict(cost),
-    }
+def _trainer(run: Run, rewards: Sequence[Any] | None) -> PivotTrainer | PivotGRPOTrainer | PivotRLOOTrainer:
+    if rewards is None:
+        return PivotTrainer(**run.trainer_arguments())
+    if isinstance(run.config, PivotGRPOConfig):
+        return PivotGRPOTrainer(**run.trainer_arguments(), reward_funcs=rewards)
+    return PivotRLOOTrainer(**run.trainer_arguments(), reward_funcs=rewards)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from peft import LoraConfig
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import Publication, publish, save_encoder, save_lora
+from pivot_plugin.encoders.publishing import PublishOptions
 from pivot_plugin.encoders.record import versions
 from pivot_plugin.encoders.store import SHARD
 from pivot_plugin.errors import EncoderError, SettingsError
@@ -37,7 +38,7 @@ class PivotResult:
         history: the trainer's log, a dict per entry; the watch's findings under names that begin with "watch/".
         weight_change: relative change of the tower's weights, per block.
         trained: per part, parameters that trained and parameters there are.
-        settings: what the run was given.
+        settings: the options that the run was started with.
         adapter: of the model's family.
         cost: time, memory and floating-point operations.
         origin: model, data and versions, as they may be published.
@@ -108,7 +109,10 @@ class PivotResult:
         shown = saliency_sheet(self.probes) if picture else None
         if weights == "encoder":
             return save_encoder(
-                *(self.adapter, self.processor, folder, record),
+                self.adapter,
+                self.processor,
+                folder,
+                record,
                 sections=sections,
                 picture=shown,
                 max_shard_size=max_shard_size,
@@ -125,21 +129,15 @@ class PivotResult:
         licence: str | None = None,
         picture: bool = True,
         max_shard_size: str = SHARD,
-        private: bool | None = None,
-        revision: str = "main",
-        tag: str | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        exist_ok: bool = False,
-        dry_run: bool = False,
+        **options: Unpack[PublishOptions],
     ) -> Publication:
         """Save the encoder in the run's folder and publish it in one commit.
 
         Args:
             repo_id: "owner/name".
             weights, licence, picture, max_shard_size: as for `save`.
-            private, revision, tag, token, commit_message, create_pr, exist_ok, dry_run: as for `pivot.publish`.
+            **options: as for `pivot.publish`: `private`, `revision`, `tag`, `token`, `commit_message`, `create_pr`,
+                `exist_ok`, `dry_run`, `time_limit`.
 
         Raises:
             EncoderError: as `save`.
@@ -148,18 +146,7 @@ class PivotResult:
         folder = self.save(
             self.output_dir / weights, weights, licence=licence, picture=picture, max_shard_size=max_shard_size
         )
-        return publish(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            tag=tag,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            exist_ok=exist_ok,
-            dry_run=dry_run,
-        )
+        return publish(folder, repo_id, **options)
 
     @property
     def probes(self) -> dict[str, dict[int, ProbeResult]]:
@@ -181,14 +168,14 @@ class PivotResult:
 
 def _before_and_after(probes: Mapping[str, Mapping[int, ProbeResult]]) -> dict[str, Any]:
     """Scores of probes before the first step and after the last, by label and name."""
-    found: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     for label, steps in probes.items():
         first, last = steps.get(0), steps[max(steps)]
-        found[label] = {
+        table[label] = {
             name: {
                 "before": first.scores[name].as_dict() if first and name in first.scores else None,
                 "after": score.as_dict() if last is not first else None,
             }
             for name, score in last.scores.items()
         }
-    return found
+    return table

@@ -19,7 +19,7 @@ DECIDED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", 
 
 
 def configuration(
-    settings: dict[str, Any], folder: Path, objective: str | Sequence[str], train: Train, lora: bool, held_out: bool
+    settings: Mapping[str, Any], folder: Path, objective: str | Sequence[str], train: Train, lora: bool, held_out: bool
 ) -> TowerConfig:
     """The configuration of a run.
 
@@ -35,15 +35,15 @@ def configuration(
         SettingsError: for an option that does not exist or cannot be used.
     """
     preset = dict(resolve(objective))
-    kind = CONFIGS[preset.pop("trainer", None)]
-    _known(kind, settings, f"optimize with objective={objective!r}")
+    config_cls = CONFIGS[preset.pop("trainer", None)]
+    _check_names(config_cls, settings, f"optimize with objective={objective!r}")
     if "loss_type" in settings and "loss_type" in preset and objective != "dpo":
         raise SettingsError(
             f"Both objective={objective!r} and loss_type={settings['loss_type']!r} are given.", "Give one of them."
         )
-    watched = watch_defaults(settings, kind is PivotConfig) if held_out else {}
-    given = {"learning_rate": learning_rate(objective, lora), **preset, **watched, **settings}
-    return _made(kind, folder, train, given)
+    watch = watch_defaults(settings, on_pairs=config_cls is PivotConfig) if held_out else {}
+    values = {"learning_rate": learning_rate(objective, lora), **preset, **watch, **settings}
+    return _construct(config_cls, folder, train, values)
 
 
 def instruct_configuration(
@@ -62,37 +62,38 @@ def instruct_configuration(
     Raises:
         SettingsError: for an option that does not exist or cannot be used.
     """
-    _known(InstructConfig, settings, "This run")
+    _check_names(InstructConfig, settings, "This run")
     if decided := [name for name in DECIDED if name in settings]:
         raise SettingsError(
             f"{decided[0]}={settings[decided[0]]!r} is given.",
             "Leave it out: answers alone are in the loss, and conversations with images are not packed.",
         )
-    watched = watch_defaults(dict(settings), on_pairs=True) if held_out else {}
-    config = _made(InstructConfig, folder, train, {**defaults, **watched, **settings})
+    watch = watch_defaults(settings, on_pairs=True) if held_out else {}
+    config = _construct(InstructConfig, folder, train, {**defaults, **watch, **settings})
     assert isinstance(config, InstructConfig)
     if "gradient_accumulation_steps" not in settings:
         config.gradient_accumulation_steps = max(1, round(batch / (config.train_batch_size * config.world_size)))
     return config
 
 
-def _known(kind: type[TowerConfig], settings: Mapping[str, Any], who: str) -> None:
+def _check_names(config_cls: type[TowerConfig], settings: Mapping[str, Any], verb: str) -> None:
     """Make sure that every option exists."""
-    known = {field.name for field in fields(kind)}
-    if absent := [name for name in settings if name not in known]:
-        raise unknown("option", absent[0], known, f"{who} has no option {absent[0]!r}.")
+    names = {field.name for field in fields(config_cls)}
+    if absent := [name for name in settings if name not in names]:
+        raise unknown("option", absent[0], names, f"{verb} has no option {absent[0]!r}.")
 
 
-def _made(kind: type[TowerConfig], folder: Path, train: Train, given: Mapping[str, Any]) -> TowerConfig:
+def _construct(config_cls: type[TowerConfig], folder: Path, train: Train, values: Mapping[str, Any]) -> TowerConfig:
+    """A configuration, or what is wrong with it in our words."""
     try:
-        return kind(output_dir=str(folder), train=train, **given)
+        return config_cls(output_dir=str(folder), train=train, **values)
     except PivotError:
         raise
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise SettingsError(f"The settings cannot be used: {error}", "Change the option it names.") from error
 
 
-def watch_defaults(settings: dict[str, Any], on_pairs: bool) -> dict[str, Any]:
+def watch_defaults(settings: Mapping[str, Any], on_pairs: bool) -> dict[str, Any]:
     """How a run with held-out rows is watched, where its settings do not say: ten looks, and the best checkpoint kept.
 
     Args:
@@ -116,7 +117,14 @@ def watch_defaults(settings: dict[str, Any], on_pairs: bool) -> dict[str, Any]:
 
 
 def unwatched(config: TowerConfig) -> None:
-    """Switch the watch off, for a run that turns out to hold nothing out."""
+    """Switch the watch off.
+
+    Whether rows are held out is known for sure when they have been read, long after options that cannot be are refused
+    by making the configuration: a stream gives none to hold out, nor do very few rows.
+
+    Args:
+        config: of a run that holds nothing out.
+    """
     config.eval_strategy = IntervalStrategy.NO
     config.load_best_model_at_end = False
     if config.save_strategy == SaveStrategy.BEST:

@@ -1,8 +1,5 @@
 """A model before training: the weights that may change, and the state that training switches."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -13,13 +10,94 @@ from pivot_plugin.adapters import VisionAdapter
 from .plan import TrainingPlan
 
 
+class Snapshot:
+    """A model as it is before training, to be settled after success and restored after a failure.
+
+    Args:
+        adapter: of the model.
+        plan: what trains.
+
+    Attributes:
+        weights: copies, on the host, of the model's own weights that a run may change, by name.
+    """
+
+    def __init__(self, adapter: VisionAdapter, plan: TrainingPlan) -> None:
+        model = adapter.model
+        self.weights = trainable_weights(adapter, plan)
+        self._model = model
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._training = {name: module.training for name, module in model.named_modules()}
+        self._dropout = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+        self._forward = model.__dict__.get("forward")
+        self._checkpointing = is_checkpointing(model)
+        text_config = model.config.get_text_config()
+        self._pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
+        self._use_cache = getattr(text_config, "use_cache", None)
+        self._tags, self._device = model.model_tags, model.device
+        self._modules = dict(model.named_modules())
+        self._wrapped = hasattr(model, "peft_config")
+
+    def settle(self) -> None:
+        """Switch back what training has switched; weights, modules and device stay as training left them."""
+        self._unpatch()
+        self._switch_back()
+
+    def restore(self) -> None:
+        """Make the model exactly what it was: weights, modules and device as well as what training has switched."""
+        self._unpatch()
+        self._put_modules_back()
+        if not self._wrapped:
+            # peft's mark on a model that it has wrapped
+            self._model.__dict__.pop("peft_config", None)
+        self._model.to(self._device)
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                parameters[name].copy_(weight)
+        self._switch_back()
+
+    def _unpatch(self) -> None:
+        """Take away what wraps the forward pass; while the modules are still those that were trained."""
+        model = self._model
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if self._forward is not None:
+            model.forward = self._forward
+        if not self._checkpointing and is_checkpointing(model):
+            # transformers 5.23 renamed gradient to activation checkpointing
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        model.disable_input_require_grads()
+
+    def _put_modules_back(self) -> None:
+        """Undo whatever has wrapped or replaced modules of the model."""
+        for path, module in self._modules.items():
+            parent, _, child = path.rpartition(".")
+            if path and self._modules[parent]._modules.get(child) is not module:
+                self._modules[parent]._modules[child] = module
+
+    def _switch_back(self) -> None:
+        """Put gradient flags, modes, dropout, pad tokens, the cache switch and tags back."""
+        model = self._model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, True))
+        for name, module in model.named_modules():
+            module.training = self._training.get(name, False)
+            if name in self._dropout:
+                module.p = self._dropout[name]
+        text_config = model.config.get_text_config()
+        text_config.pad_token_id, model.generation_config.pad_token_id = self._pads
+        if self._use_cache is not None:
+            text_config.use_cache = self._use_cache
+        model.model_tags = self._tags
+
+
 def trainable_weights(adapter: VisionAdapter, plan: TrainingPlan) -> dict[str, torch.Tensor]:
     """Copies, on the host, of the model's own weights that a run may change."""
-    own = set(plan.parameters)
+    trained = set(plan.parameters)
 
     def may_change(name: str) -> bool:
         if plan.lora is None:
-            return name in own
+            return name in trained
         saved = plan.lora.modules_to_save or []
         # target_modules may be a user's: full names, ends of names, or a pattern, as peft understands them
         in_target = check_target_module_exists(plan.lora, name.rpartition(".")[0])
@@ -35,60 +113,3 @@ def trainable_weights(adapter: VisionAdapter, plan: TrainingPlan) -> dict[str, t
 def is_checkpointing(model: PreTrainedModel) -> bool:
     """Whether a model recomputes its activations in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-@contextmanager
-def restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
-    """Leave a model in the state a user expects: trained after success, exactly as it was after a failure.
-
-    What training switches on (patched forward, gradient flags, dropout, pad tokens, checkpointing) is switched back in
-    both cases. Weights are the caller's to put back.
-    """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training = {name: module.training for name, module in model.named_modules()}
-    dropout = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    forward = model.__dict__.get("forward")
-    checkpointing = is_checkpointing(model)
-    text_config = model.config.get_text_config()
-    pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
-    use_cache = getattr(text_config, "use_cache", None)
-    tags, device = model.model_tags, model.device
-    modules = dict(model.named_modules())
-    wrapped = hasattr(model, "peft_config")
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        for name in ("forward", "_original_forward"):
-            model.__dict__.pop(name, None)
-        if forward is not None:
-            model.forward = forward
-        if not checkpointing and is_checkpointing(model):
-            # transformers 5.23 renamed gradient to activation checkpointing
-            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
-        model.disable_input_require_grads()
-        if failed:
-            _put_back(modules)
-            if not wrapped:
-                # peft's mark on a model that it has wrapped
-                model.__dict__.pop("peft_config", None)
-            model.to(device)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags.get(name, True))
-        for name, module in model.named_modules():
-            module.training = training.get(name, False)
-            if name in dropout:
-                module.p = dropout[name]
-        text_config.pad_token_id, model.generation_config.pad_token_id = pads
-        if use_cache is not None:
-            text_config.use_cache = use_cache
-        model.model_tags = tags
-
-
-def _put_back(modules: dict[str, nn.Module]) -> None:
-    """Undo whatever wrapped or replaced modules of a model, given all of them by path as they were."""
-    for path, module in modules.items():
-        parent, _, child = path.rpartition(".")
-        if path and modules[parent]._modules.get(child) is not module:
-            modules[parent]._modules[child] = module

@@ -1,0 +1,264 @@
+"""What a run is, and the steps that every verb takes in the same order.
+
+    options = RunOptions(...)                    what cannot be is refused before anything is loaded
+    run = begin(model, ..., options, load_rows)  the folder is claimed; model, plan and rows are there and fit
+    run.announce()                               a record that says: not finished
+    with run.in_place() as training:             whatever goes wrong here leaves the model as it was
+        trainer = ...                            of the verb's own kind, made from `run.trainer_arguments()`
+        run.train(trainer)                       from the first step, or from the last complete checkpoint
+        merge_lora(trainer)
+    run.record(result)                           a record that says: finished
+    run.wait()
+
+Of several processes one, the keeper, writes into the folder. The others wait for it where a run begins, so that none
+trains in a folder that is refused, and where it ends, so that none reads what is not written yet.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.config import TowerConfig
+from pivot_plugin.data.pairs import PairStream
+from pivot_plugin.data.rows import OnBadRow, RowDataset
+from pivot_plugin.data.split import hold_out
+from pivot_plugin.errors import SettingsError
+from pivot_plugin.models.find import check_processor, find_adapter
+from pivot_plugin.models.loading import load_model
+from pivot_plugin.training.checkpoints import last_checkpoint
+from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.plan import TrainingPlan, plan
+
+from .folder import claim, write_record
+from .in_place import InPlace, in_place
+from .settings import unwatched
+
+LoadRows = Callable[[], tuple[RowDataset | PairStream, RowDataset | None]]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is told, whole before anything is loaded.
+
+    Attributes:
+        config: of the trainer; its `output_dir` is the run's folder.
+        choices: the verb's own options and the user's settings, by name.
+        lora: a LoRA rank, a peft config, or None to train the weights themselves.
+        eval_fraction: share of the rows to hold out where none are given for that.
+        on_bad_row: "raise" or "skip".
+        resume: whether to go on from the last complete checkpoint.
+
+    Raises:
+        SettingsError: for a value that cannot be.
+    """
+
+    config: TowerConfig
+    choices: Mapping[str, Any]
+    lora: int | LoraConfig | None
+    eval_fraction: float
+    on_bad_row: OnBadRow
+    resume: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise SettingsError(f"eval_fraction is {self.eval_fraction}.", "Give a share of at least 0 and below 1.")
+        if self.on_bad_row not in get_args(OnBadRow):
+            raise SettingsError(
+                f"on_bad_row is {self.on_bad_row!r}.", f"Choose {' or '.join(map(repr, get_args(OnBadRow)))}."
+            )
+        if not isinstance(self.lora, int | LoraConfig | None):
+            raise SettingsError(f"lora is {self.lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir or ".")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's record keeps of its options, and what a run must be given again to go on."""
+        return {
+            **self.choices,
+            "train": self.config.train,
+            "lora": _plain(self.lora),
+            "eval_fraction": self.eval_fraction,
+            "learning_rate": self.config.learning_rate,
+        }
+
+
+class Finished(Protocol):
+    """What every verb's result has for the record of its run."""
+
+    metrics: Any
+    trained: dict[str, tuple[int, int]]
+    history: list[dict[str, float]]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one model in one folder, ready for its trainer.
+
+    Attributes:
+        base: folder or Hub id the model comes from, empty where that is not known.
+        model: the MLLM, to be trained in place.
+        processor: the model's.
+        adapter: of the model's family.
+        plan: what trains.
+        rows: to train on, looked at already, where they are no stream.
+        held_out: rows to measure on, None where there are none.
+        options: what the run was told.
+    """
+
+    base: str
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    adapter: VisionAdapter
+    plan: TrainingPlan
+    rows: RowDataset | PairStream
+    held_out: RowDataset | None
+    options: RunOptions
+
+    @property
+    def config(self) -> TowerConfig:
+        """Of the trainer."""
+        return self.options.config
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return self.options.folder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's record keeps of its options."""
+        return self.options.settings
+
+    @property
+    def family(self) -> str:
+        """Name of the model's family."""
+        return self.adapter.family
+
+    @property
+    def keeper(self) -> bool:
+        """Whether this process is the one that writes into the folder."""
+        return _is_keeper(self.config)
+
+    def announce(self) -> None:
+        """Write the record of a run that is not finished."""
+        if self.keeper:
+            write_record(self.output_dir, {"finished": False, "settings": self.settings})
+
+    def in_place(self) -> AbstractContextManager[InPlace]:
+        """Train the model meanwhile; see `in_place`."""
+        return in_place(self.adapter, self.plan, self.output_dir, self.config.seed)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What every trainer of this package is made from."""
+        return {
+            "model": self.model,
+            "args": self.config,
+            "train_dataset": self.rows,
+            "eval_dataset": self.held_out,
+            "processing_class": self.processor,
+            "adapter": self.adapter,
+            "plan": self.plan,
+        }
+
+    def train(self, trainer: Trainer) -> None:
+        """Train, from the last complete checkpoint where the run goes on with an earlier one."""
+        checkpoint = last_checkpoint(self.output_dir) if self.options.resume else None
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def record(self, result: Finished, **details: Any) -> None:
+        """Write the record of a finished run.
+
+        Args:
+            result: the verb's.
+            **details: what only this verb records.
+        """
+        record = {
+            "finished": True,
+            "settings": self.settings,
+            "metrics": result.metrics,
+            "trained": result.trained,
+            "history": result.history,
+            "cost": asdict(result.cost),
+            **details,
+        }
+        write_record(self.output_dir, record)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.config.distributed_state.wait_for_everyone()
+
+
+def begin(
+    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None, options: RunOptions, load_rows: LoadRows
+) -> Run:
+    """Make a run ready for its trainer: cheap questions first, so that little is paid for before a refusal.
+
+    Args:
+        model: the MLLM, or the path or Hub id of one.
+        processor: the model's; found by its name where None.
+        options: what the run is told.
+        load_rows: reads and checks the rows to train on and those held out, None for these where they are to be taken
+            from the former.
+
+    Raises:
+        SettingsError: if the folder cannot be used, or the options do not fit the model.
+        ModelError, DataError: for a model or rows that cannot be used.
+    """
+    config = options.config
+    base = str(model) if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
+    if _is_keeper(config):
+        claim(options.folder, options.settings, options.resume)
+    config.distributed_state.wait_for_everyone()
+    model, processor = load_model(model, processor)
+    adapter = find_adapter(model)
+    check_processor(model, processor, adapter)
+    training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
+    rows, held_out = load_rows()
+    if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
+        rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
+    if held_out is None:
+        # of a stream or of very few rows none can be held out, and that shows only now
+        unwatched(config)
+    return Run(base, model, processor, adapter, training_plan, rows, held_out, options)
+
+
+def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
+    """Merge the LoRA that was trained into the model.
+
+    Args:
+        trainer: after training.
+
+    Returns:
+        the LoRA's configuration and its weights on the host, None where weights trained themselves.
+    """
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        return None
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in get_peft_model_state_dict(model).items()}
+    config = model.peft_config[model.active_adapter]
+    assert isinstance(config, LoraConfig)
+    model.merge_and_unload()
+    return config, weights
+
+
+def _is_keeper(config: TowerConfig) -> bool:
+    return config.process_index == 0
+
+
+def _plain(lora: int | LoraConfig | None) -> int | dict[str, Any] | None:
+    """A LoRA setting as JSON has it; sets in order, which differs from process to process."""
+    if not isinstance(lora, LoraConfig):
+        return lora
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in lora.to_dict().items()}
