@@ -64,4 +64,7 @@ def build(name: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.08)
+            elif parameter.numel() == 1:
+                # a gate, which starts closed and would hide the images
+                torch.nn.init.constant_(parameter, 0.5)
     return model.float().eval(), processor

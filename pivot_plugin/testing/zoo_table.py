@@ -21,6 +21,15 @@ _QWEN = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
+_OMNI = {
+    "image_token": "<|IMAGE|>",
+    "video_token": "<|VIDEO|>",
+    "audio_token": "<|AUDIO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
 _GLM_MARKER = "<|begin_of_image|><|image|><|end_of_image|>"
 _GLM: dict[str, Any] = {
     "marker": _GLM_MARKER,
@@ -62,6 +71,8 @@ _PIXTRAL = {
 }
 _PIXTRAL_IMAGES = {"size": {"longest_edge": 112}, "patch_size": {"height": 14, "width": 14}}
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "in_channels": 3}
+# a grid of 64 x 64 patches, with attention inside windows alone
+_SAM_64 = {"image_size": 256, "patch_size": 4, "window_size": 8, "global_attn_indexes": []}
 _SMALL_AUDIO = {"num_mel_bins": 16, "n_window": 8, "max_source_positions": 32}
 
 TABLE = (
@@ -104,7 +115,7 @@ TABLE = (
         tokens=_LLAVA_TOKENS,
         processor="LlavaProcessor",
         image_processor="CLIPImageProcessor",
-        processor_settings={"patch_size": 64, "vision_feature_select_strategy": "default"},
+        processor_settings={"patch_size": 64, "vision_feature_select_strategy": "full"},
         image_settings={"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}},
         config={
             "vision_config": {
@@ -127,7 +138,7 @@ TABLE = (
             "downsample_rate": "1/2",
             "deepstack_layer_map": [[-2, 0], [-1, 1]],
             "spatial_target_layers": [0, 1, 2, 2],
-            "vision_config": {"patch_size": 14},
+            "vision_config": {"patch_size": 14, "image_size": 56},
         },
     ),
     ZooFamily(
@@ -204,11 +215,11 @@ TABLE = (
         "aria",
         marker="<|img|>",
         tokens={"image_token": "<|img|>"},
-        processor_settings={"size_conversion": {56: 4, 112: 16}},
-        image_settings={"max_image_size": 56, "min_image_size": 28},
+        # the image processor makes nothing but 490 and 980 pixels; so the patches are large
+        processor_settings={"size_conversion": {490: 4, 980: 16}},
         config={
-            "vision_config": {"patch_size": 14, "image_size": 56},
-            "projector_patch_to_query_dict": {16: 4, 64: 16},
+            "vision_config": {"patch_size": 70, "image_size": 980},
+            "projector_patch_to_query_dict": {49: 4, 196: 16},
             "max_value_projector_patch_to_query_dict": 16,
         },
     ),
@@ -239,7 +250,8 @@ TABLE = (
             "eoi_token": "<|END_OF_IMG|>",
             "img_line_break_token": "<|IMG_LINE_BREAK|>",
         },
-        image_settings={**_SQUARE_64, "max_patches": 4},
+        # here a patch is an image token of one tile, and their number is its square
+        image_settings={**_SQUARE_64, "max_patches": 4, "patch_size": 2},
     ),
     ZooFamily(
         "aya_vision",
@@ -269,6 +281,7 @@ TABLE = (
                 "latent_channels": 4,
                 "channel_multiplier": [1, 1, 1, 1],
                 "num_attention_heads": 1,
+                "hidden_size": 32,
             },
             "vocabulary_map": {
                 "<image>": "id:<image>",
@@ -413,14 +426,14 @@ TABLE = (
     ),
     ZooFamily(
         "blip-2",
-        tokens={"image_token": "<image>"},
+        model_tokens={"image_token": "<image>"},
         processor_settings={"num_query_tokens": 4},
         image_settings=_SQUARE_56,
-        config={"num_query_tokens": 4, "image_token_index": "id:<image>"},
+        config={"num_query_tokens": 4, "image_token_index": "id:<image>", "qformer_config": {"hidden_size": WIDTH}},
     ),
     ZooFamily(
         "instructblip",
-        tokens={"image_token": "<image>"},
+        model_tokens={"image_token": "<image>"},
         processor_settings={"num_query_tokens": 4},
         image_settings=_SQUARE_56,
         config={"num_query_tokens": 4, "image_token_index": "id:<image>"},
@@ -464,7 +477,9 @@ TABLE = (
         marker="<imgpad>",
         unnamed_tokens=("<imgpad>",),
         model_tokens={"image_token": "<imgpad>"},
-        image_settings=_SQUARE_64,
+        # the processor writes 256 tokens for every image, which is 64 x 64 patches
+        image_settings={"size": {"height": 256, "width": 256}},
+        config={"vision_config": _SAM_64},
     ),
     ZooFamily(
         "perception_lm",
@@ -512,6 +527,7 @@ TABLE = (
     ZooFamily(
         "florence2",
         tokens={"image_token": "<image>"},
+        bos="<|im_start|>",
         image_processor="CLIPImageProcessor",
         image_settings={
             "size": {"height": 64, "width": 64},
@@ -544,28 +560,348 @@ TABLE = (
         image_settings=_AREA_14,
     ),
     ZooFamily(
-        "llama4",
-        marker="<|image|>",
-        unnamed_tokens=(
-            "<|image|>",
-            "<|image_start|>",
-            "<|image_end|>",
-            "<|patch|>",
-            "<|tile_x_separator|>",
-            "<|tile_y_separator|>",
-        ),
-        model_tokens={"image_token": "<|patch|>"},
-        processor_settings={"patch_size": 14, "pixel_shuffle_ratio": 0.5},
-        image_settings={**_SQUARE_56, "max_patches": 4},
+        "cohere_compass",
+        marker="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        tokens={
+            "image_token": "<|IMAGE_PAD|>",
+            "video_token": "<|VIDEO_PAD|>",
+            "vision_start_token": "<|VISION_START|>",
+            "vision_end_token": "<|VISION_END|>",
+        },
+        image_settings=_AREA_16,
+        config={"text_config": {"rope_parameters": {"full_attention": _MROPE}}},
+    ),
+    ZooFamily(
+        "cosmos3_edge",
+        marker=_QWEN_MARKER,
+        tokens=_QWEN,
+        image_settings=_AREA_16,
+        config={"text_config": {"rope_parameters": _MROPE}},
+    ),
+    ZooFamily(
+        "cosmos3_omni",
+        marker=_QWEN_MARKER,
+        tokens=_QWEN,
+        processor="Qwen3VLProcessor",
+        image_settings=_AREA_16,
+        config={"text_config": {"rope_parameters": _MROPE}},
+    ),
+    ZooFamily(
+        "deepseek_ocr2",
+        tokens={"image_token": "<image>"},
+        processor_settings={"patch_size": 4},
+        image_settings={"size": {"height": 256, "width": 256}, "tile_size": 192},
         config={
             "vision_config": {
-                "projector_input_dim": WIDTH,
-                "projector_output_dim": WIDTH,
-                "vision_output_dim": WIDTH,
-                "intermediate_size": 4 * WIDTH,
+                "sam_config": {**_SAM_64, "downsample_channels": [32, WIDTH]},
+            },
+            "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        },
+    ),
+    ZooFamily(
+        "unlimited_ocr",
+        tokens={"image_token": "<image>"},
+        processor_settings={"patch_size": 4},
+        image_settings={"size": {"height": 64, "width": 64}, "tile_size": 64, "maximum_pad_value": 64},
+        config={
+            "vision_config": {
+                "sam_config": {"image_size": 64, "patch_size": 4, "window_size": 8, "downsample_channels": [32, WIDTH]},
             },
         },
     ),
+    ZooFamily(
+        "dots3_note",
+        marker="<|img|><|imgpad|><|endofimg|>",
+        tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_comp_pad|>"},
+        unnamed_tokens=("<|img|>", "<|endofimg|>"),
+        image_settings=_AREA_14,
+    ),
+    ZooFamily(
+        "fuyu",
+        marker="|SPEAKER|",
+        unnamed_tokens=("|SPEAKER|", "|NEWLINE|"),
+        model_tokens={"image_token": "|SPEAKER|"},
+        image_settings={"size": {"height": 64, "width": 64}, "patch_size": {"height": 16, "width": 16}},
+        config={"patch_size": 16, "image_size": 64},
+    ),
+    ZooFamily(
+        "gemma3n",
+        marker="<image_soft_token>",
+        tokens=_GEMMA,
+        processor_settings={"image_seq_length": 16, "audio_seq_length": 4},
+        image_settings=_SQUARE_64,
+        needs=("timm",),
+    ),
+    ZooFamily(
+        "gemma4_unified",
+        marker="<image_soft_token>",
+        tokens=_GEMMA,
+        image_settings={"max_soft_tokens": 70},
+    ),
+    ZooFamily(
+        "git",
+        marker="",
+        image_settings=_CROPPED_56,
+    ),
+    ZooFamily("glm5_next", config={}, **_GLM),
+    ZooFamily("glmga", processor="Glm46VProcessor", config={"text_config": {"rope_parameters": _MROPE}}, **_GLM),
+    ZooFamily(
+        "granite_docling",
+        tokens={"image_token": "<image>"},
+        unnamed_tokens=_IDEFICS_TOKENS,
+        processor_settings={"image_seq_len": 1},
+        image_settings={**_SQUARE_64, "max_patches": 4},
+        config={"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    ),
+    ZooFamily(
+        "hunyuan_vl",
+        marker="<|hy_place_image_start|><|hy_place_image|><|hy_place_image_end|>",
+        tokens={
+            "image_token": "<|hy_place_image|>",
+            "image_start_token": "<|hy_place_image_start|>",
+            "image_end_token": "<|hy_place_image_end|>",
+        },
+        unnamed_tokens=("<|hy_newline|>",),
+        image_settings=_AREA_16,
+        config={
+            "im_start_id": "id:<|hy_place_image_start|>",
+            "im_end_id": "id:<|hy_place_image_end|>",
+            "im_newline_id": "id:<|hy_newline|>",
+            "vision_config": {"max_image_size": 128, "min_image_size": 64, "img_max_token_num": 64},
+            "text_config": {"rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
+        },
+    ),
+    ZooFamily(
+        "hy_v4_vl",
+        marker=_QWEN_MARKER,
+        tokens=_QWEN,
+        image_settings=_AREA_16,
+        config={"text_config": {"rope_parameters": _MROPE}, "vision_config": {"max_image_size": 128}},
+    ),
+    ZooFamily("hyperclovax_vision_v2", marker=_QWEN_MARKER, tokens=_QWEN, image_settings=_AREA_14),
+    ZooFamily(
+        "idefics",
+        tokens={"image_token": "<image>"},
+        unnamed_tokens=("<fake_token_around_image>",),
+        bos="<|im_start|>",
+        processor_settings={"image_size": 56},
+        image_settings={"image_size": 56},
+        config={"use_resampler": False, "perceiver_config": {"use_resampler": False}},
+    ),
+    ZooFamily(
+        "inkling2",
+        marker="<|unused_200054|>",
+        tokens={"image_token": "<|unused_200054|>"},
+        image_settings={"size": {"height": 40, "width": 40}},
+        config={"vision_config": {"patch_size": 20, "posemb_grid_size": 8}},
+    ),
+    ZooFamily(
+        "inkling2_loop",
+        marker="<|unused_200054|>",
+        tokens={"image_token": "<|unused_200054|>"},
+        image_settings={"size": {"height": 40, "width": 40}},
+        config={
+            "vision_config": {"patch_size": 20, "posemb_grid_size": 8},
+            "text_config": {"loop_layer_index_start": 1, "loop_layer_index_end": 2},
+        },
+    ),
+    ZooFamily(
+        "inkling_mm_model",
+        marker="<|content_image|><|unused_200054|>",
+        tokens={"image_token": "<|unused_200054|>", "audio_token": "<|unused_200053|>"},
+        unnamed_tokens=("<|content_image|>", "<|content_audio_input|>"),
+        image_settings={"size": {"height": 40, "width": 40}},
+        config={"vision_config": {"patch_size": 40}},
+    ),
+    ZooFamily(
+        "kosmos-2",
+        processor="Kosmos2Processor",
+        marker="<image>",
+        bos="<|im_start|>",
+        image_settings=_CROPPED_56,
+        config={"latent_query_num": 4},
+    ),
+    ZooFamily(
+        "kosmos-2.5",
+        processor="Kosmos2_5Processor",
+        marker="",
+        image_settings={"max_patches": 16},
+        config={"latent_query_num": 4},
+    ),
+    ZooFamily("lfm3_vl", marker=_QWEN_MARKER, tokens=_QWEN, image_settings=_AREA_16),
+    *(
+        ZooFamily(
+            name,
+            marker="<image>",
+            tokens={
+                "image_token": "<image>",
+                "video_token": "<video>",
+                "image_start_token": "<im_start>",
+                "image_end_token": "<im_end>",
+                "slice_start_token": "<slice>",
+                "slice_end_token": "</slice>",
+                "image_id_start_token": "<image_id>",
+                "image_id_end_token": "</image_id>",
+            },
+            image_settings={"scale_resolution": 112, "patch_size": 14, "max_slice_nums": 4},
+            config={
+                "vision_config": {"insert_layer_id": 1, "patch_size": 14, "image_size": 112},
+                "insert_layer_id": 1,
+                "patch_size": 14,
+            },
+        )
+        for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
+    ),
+    ZooFamily(
+        "minimax_m3_vl",
+        marker="]<]image[>[",
+        tokens={"image_token": "]<]image[>[", "video_token": "]<]video[>["},
+        unnamed_tokens=("]<]start of image[>[", "]<]end of image[>["),
+        image_settings=_AREA_14,
+    ),
+    ZooFamily(
+        "mistral_large4",
+        processor_settings={"patch_size": 14, "spatial_merge_size": 2},
+        image_settings={**_PIXTRAL_IMAGES, "patch_size": {"height": 28, "width": 28}},
+        config={"vision_config": {"image_size": 112, "patch_size": 14}},
+        **_PIXTRAL,
+    ),
+    *(
+        ZooFamily(
+            name,
+            marker="<|patch|>",
+            tokens={"image_token": "<|patch|>", "video_token": "<|video|>", **audio},
+            unnamed_tokens=(
+                "<|image_start|>",
+                "<|image_end|>",
+                "<|vid_frame_separator|>",
+                "<|vid_start|>",
+                "<|vid_end|>",
+                "<|soft_audio_start|>",
+                "<|soft_audio_end|>",
+            ),
+            image_settings={"max_image_tokens": 16},
+            config={"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}, "out_hidden_size": 4 * WIDTH},
+        )
+        for name, audio in (("muse_glimmer", {}), ("muse_spark", {"audio_token": "<|audio|>"}))
+    ),
+    ZooFamily(
+        "nemotron_h_omni",
+        tokens={"image_token": "<image>", "video_token": "<video>", "audio_token": "<so_embedding>"},
+        unnamed_tokens=("<so_start>", "<so_end>", "<img>", "</img>"),
+        image_settings={"min_num_patches": 4, "max_num_patches": 16},
+        config={
+            "image_token_id": "id:<image>",
+            "video_token_id": "id:<video>",
+            "vision_config": {"patch_dim": 768, "max_img_size": 128},
+        },
+    ),
+    ZooFamily(
+        "qianfan_ocr",
+        tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+        model_tokens={"image_token": "<IMG_CONTEXT>"},
+        processor_settings={"image_seq_length": 4},
+        image_settings={**_SQUARE_56, "max_patches": 4, "crop_to_patches": True},
+    ),
+    ZooFamily(
+        "pp_chart2table",
+        marker="<imgpad>",
+        unnamed_tokens=("<imgpad>",),
+        model_tokens={"image_token": "<imgpad>"},
+        image_settings={"size": {"height": 256, "width": 256}},
+        config={"vision_config": _SAM_64},
+    ),
+    ZooFamily(
+        "qwen2_5_omni_thinker",
+        processor="Qwen2_5OmniProcessor",
+        image_processor="Qwen2VLImageProcessor",
+        video_processor="Qwen2VLVideoProcessor",
+        feature_extractor="WhisperFeatureExtractor",
+        marker="<|vision_bos|><|IMAGE|><|vision_eos|>",
+        tokens=_OMNI,
+        image_settings=_AREA_14,
+        config={"audio_config": _SMALL_AUDIO, "text_config": {"rope_parameters": _MROPE}},
+    ),
+    ZooFamily(
+        "qwen3_omni_moe_thinker",
+        processor="Qwen3OmniMoeProcessor",
+        image_processor="Qwen2VLImageProcessor",
+        video_processor="Qwen2VLVideoProcessor",
+        feature_extractor="WhisperFeatureExtractor",
+        marker="<|vision_bos|><|IMAGE|><|vision_eos|>",
+        tokens=_OMNI,
+        image_settings=_AREA_16,
+        config={"audio_config": _SMALL_AUDIO, "text_config": {"rope_parameters": _MROPE}},
+    ),
+    ZooFamily(
+        "qwen4_exp",
+        marker=_QWEN_MARKER,
+        tokens=_QWEN,
+        image_settings=_AREA_16,
+        config={"text_config": {"rope_parameters": _MROPE}},
+    ),
+    ZooFamily(
+        "shieldgemma2",
+        marker="<start_of_image>",
+        tokens={role: _GEMMA[role] for role in ("image_token", "boi_token", "eoi_token")},
+        processor_settings={"image_seq_length": 4},
+        image_settings=_SQUARE_64,
+        config={"mm_tokens_per_image": 4},
+    ),
+    ZooFamily(
+        "step3p7",
+        marker="<im_patch>",
+        unnamed_tokens=("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>"),
+        model_tokens={"image_token": "<im_patch>"},
+        image_settings={"size": {"height": 112, "width": 112}, "patch_size": 56},
+        config={"vision_config": {"image_size": 112, "patch_size": 14, "max_position_embeddings": 64}},
+    ),
+    ZooFamily(
+        "apertus1p5",
+        tokens={
+            "image_token": "<|image|>",
+            "audio_token": "<|audio|>",
+            "boi_token": "<|img_start|>",
+            "eoi_token": "<|img_end|>",
+            "image_wrapper_token": "<|img_token_start|>",
+            "eol_token": "<|img_end_of_row|>",
+            "boa_token": "<|audio_start|>",
+            "eoa_token": "<|audio_end|>",
+        },
+        marker="<|image|>",
+        image_settings={"size": {"min_pixels": 32 * 32, "max_pixels": 64 * 64}},
+    ),
+    ZooFamily("blip", marker="", image_settings=_SQUARE_64),
+    ZooFamily(
+        "diffusion_gemma",
+        marker="<image_soft_token>",
+        tokens=_GEMMA,
+        image_processor="Gemma4ImageProcessor",
+        video_processor="Gemma4VideoProcessor",
+        feature_extractor="Gemma4AudioFeatureExtractor",
+        image_settings={"max_soft_tokens": 70},
+        config={"vision_config": {"position_embedding_size": 64}, "canvas_length": 8},
+    ),
+    ZooFamily("pix2struct", marker="", image_settings={"max_patches": 16}),
+    ZooFamily("pp_formulanet", marker="", image_settings=_SQUARE_64),
+    ZooFamily(
+        "t5gemma2",
+        marker="<start_of_image>",
+        tokens={role: _GEMMA[role] for role in ("image_token", "boi_token", "eoi_token")},
+        processor_settings={"image_seq_length": 4},
+        image_settings=_SQUARE_64,
+    ),
+    ZooFamily("udop", marker="", image_settings=_SQUARE_64),
 )
 
-UNSUPPORTED: dict[str, str] = {}
+UNSUPPORTED: dict[str, str] = {
+    "llama4": "its own forward raises AttributeError: it reads image_outputs from a language model's output",
+    "evolla": "reads proteins, not images",
+    "instructblipvideo": "reads videos, and its processor takes no image",
+    "mistral4": "a language model alone: it is in the mapping as the text part of others",
+    "pi0": "predicts the actions of a robot from its state; it has no logits over text",
+}
