@@ -60,11 +60,16 @@ def build(name: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        # random towers start with tiny outputs; a larger spread makes wrong features visible in the logits
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.08)
-            elif parameter.numel() == 1:
-                # a gate, which starts closed and would hide the images
-                torch.nn.init.constant_(parameter, 0.5)
+            _draw(parameter)
     return model.float().eval(), processor
+
+
+def _draw(parameter: torch.nn.Parameter) -> None:
+    """Weights wide enough that what a picture shows reaches the logits, through any number of layers."""
+    if parameter.ndim > 1:
+        inputs = parameter[0].numel()
+        torch.nn.init.normal_(parameter, std=max(0.08, inputs**-0.5))
+    elif parameter.numel() == 1:
+        # a gate, which starts closed
+        torch.nn.init.constant_(parameter, 0.5)

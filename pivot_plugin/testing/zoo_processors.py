@@ -20,6 +20,9 @@ def zoo_tokenizer(family: ZooFamily) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([token for token in family.unnamed_tokens if token], special_tokens=True)
     if family.bos:
         tokenizer.bos_token = family.bos
+    if family.unk:
+        tokenizer.unk_token = family.unk
+    tokenizer.init_kwargs.update(family.tokenizer_settings)
     return tokenizer
 
 

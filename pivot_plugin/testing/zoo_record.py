@@ -17,6 +17,8 @@ class ZooFamily:
         model_tokens: roles in the configuration that are filled by another token than the tokenizer's of that name.
         unnamed_tokens: further special tokens.
         bos: the token that starts a text, where the processor wants one.
+        unk: the token for what the tokenizer does not know, where the processor wants one.
+        tokenizer_settings: what a published tokenizer would add to the processor's defaults.
         config: settings of the configuration that the rules of `tiny_config` do not get right.
         processor: name of the processor class, where the auto classes do not know it.
         processor_settings: what the processor class is given besides its parts.
@@ -25,7 +27,6 @@ class ZooFamily:
         video_processor: name of the video processor class, where the auto classes do not know it.
         video_settings: what the video processor is given.
         feature_extractor: name of the feature extractor class, where the auto classes do not know it.
-        tied: settings of the model class, as keyword arguments.
         needs: packages that transformers wants for this family alone.
     """
 
@@ -36,6 +37,8 @@ class ZooFamily:
     model_tokens: Mapping[str, str] = field(default_factory=dict)
     unnamed_tokens: tuple[str, ...] = ()
     bos: str | None = None
+    unk: str | None = None
+    tokenizer_settings: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     processor: str | None = None
     processor_settings: Mapping[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "image_token_embed_dim, moe_hidden_size, out_hidden_size, output_dim, patch_embed_hidden_size, projection_dim, "
         "projection_hidden_dim, projection_hidden_size, projector_hidden_size, projector_input_dim, "
         "projector_output_dim, text_hidden_size, vision_hidden_size, word_embed_proj_dim, num_position_embeddings, "
-        "adapter_in_dim, adapter_out_dim, hc_lowrank, ple_embed_dim",
+        "adapter_in_dim, adapter_input_size, adapter_out_dim, codebook_dim, hc_lowrank, ple_embed_dim",
     ),
     (
         2 * WIDTH,

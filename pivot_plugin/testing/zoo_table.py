@@ -426,13 +426,15 @@ TABLE = (
     ),
     ZooFamily(
         "blip-2",
+        marker="",  # the processor puts the image first
         model_tokens={"image_token": "<image>"},
         processor_settings={"num_query_tokens": 4},
         image_settings=_SQUARE_56,
-        config={"num_query_tokens": 4, "image_token_index": "id:<image>", "qformer_config": {"hidden_size": WIDTH}},
+        config={"num_query_tokens": 4, "image_token_index": "id:<image>"},
     ),
     ZooFamily(
         "instructblip",
+        marker="",  # the processor puts the image first
         model_tokens={"image_token": "<image>"},
         processor_settings={"num_query_tokens": 4},
         image_settings=_SQUARE_56,
@@ -526,6 +528,7 @@ TABLE = (
     ),
     ZooFamily(
         "florence2",
+        marker="",  # the processor puts the image first
         tokens={"image_token": "<image>"},
         bos="<|im_start|>",
         image_processor="CLIPImageProcessor",
@@ -575,6 +578,8 @@ TABLE = (
         "cosmos3_edge",
         marker=_QWEN_MARKER,
         tokens=_QWEN,
+        # the model asks for them, the processor's own default leaves them out
+        tokenizer_settings={"return_mm_token_type_ids": True},
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE}},
     ),
@@ -602,7 +607,7 @@ TABLE = (
         "unlimited_ocr",
         tokens={"image_token": "<image>"},
         processor_settings={"patch_size": 4},
-        image_settings={"size": {"height": 64, "width": 64}, "tile_size": 64, "maximum_pad_value": 64},
+        image_settings={"size": {"height": 64, "width": 64}, "tile_size": 64, "maximum_pad_value": 64, "max_patches": 4},
         config={
             "vision_config": {
                 "sam_config": {"image_size": 64, "patch_size": 4, "window_size": 8, "downsample_channels": [32, WIDTH]},
@@ -618,7 +623,7 @@ TABLE = (
     ),
     ZooFamily(
         "fuyu",
-        marker="|SPEAKER|",
+        marker="",  # the processor puts the image first
         unnamed_tokens=("|SPEAKER|", "|NEWLINE|"),
         model_tokens={"image_token": "|SPEAKER|"},
         image_settings={"size": {"height": 64, "width": 64}, "patch_size": {"height": 16, "width": 16}},
@@ -629,7 +634,11 @@ TABLE = (
         marker="<image_soft_token>",
         tokens=_GEMMA,
         processor_settings={"image_seq_length": 16, "audio_seq_length": 4},
-        image_settings=_SQUARE_64,
+        image_settings={"size": {"height": 256, "width": 256}},
+        config={
+            "text_config": {"num_kv_shared_layers": 0},
+            "vision_config": {"hidden_size": 2048},
+        },
         needs=("timm",),
     ),
     ZooFamily(
@@ -637,13 +646,22 @@ TABLE = (
         marker="<image_soft_token>",
         tokens=_GEMMA,
         image_settings={"max_soft_tokens": 70},
+        config={
+            "vision_config": {
+                "model_type": "gemma4_unified_vision",
+                "mm_embed_dim": WIDTH,
+                "mm_posemb_size": 64,
+                "output_proj_dims": WIDTH,
+            },
+        },
     ),
     ZooFamily(
         "git",
         marker="",
         image_settings=_CROPPED_56,
+        config={"vision_config": {"image_size": 56, "patch_size": 14}},
     ),
-    ZooFamily("glm5_next", config={}, **_GLM),
+    ZooFamily("glm5_next", config={"text_config": {"qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 4}}, **_GLM),
     ZooFamily("glmga", processor="Glm46VProcessor", config={"text_config": {"rope_parameters": _MROPE}}, **_GLM),
     ZooFamily(
         "granite_docling",
@@ -668,7 +686,7 @@ TABLE = (
             "im_end_id": "id:<|hy_place_image_end|>",
             "im_newline_id": "id:<|hy_newline|>",
             "vision_config": {"max_image_size": 128, "min_image_size": 64, "img_max_token_num": 64},
-            "text_config": {"rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
+            "text_config": {"rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}, "head_dim": HEAD},
         },
     ),
     ZooFamily(
@@ -693,7 +711,10 @@ TABLE = (
         marker="<|unused_200054|>",
         tokens={"image_token": "<|unused_200054|>"},
         image_settings={"size": {"height": 40, "width": 40}},
-        config={"vision_config": {"patch_size": 20, "posemb_grid_size": 8}},
+        config={
+            "vision_config": {"patch_size": 20, "posemb_grid_size": 8},
+            "text_config": {"n_layers_per_attn_res_block": 1},
+        },
     ),
     ZooFamily(
         "inkling2_loop",
@@ -702,7 +723,11 @@ TABLE = (
         image_settings={"size": {"height": 40, "width": 40}},
         config={
             "vision_config": {"patch_size": 20, "posemb_grid_size": 8},
-            "text_config": {"loop_layer_index_start": 1, "loop_layer_index_end": 2},
+            "text_config": {
+                "n_layers_per_attn_res_block": 1,
+                "loop_layer_index_start": 1,
+                "loop_layer_index_end": 2,
+            },
         },
     ),
     ZooFamily(
@@ -716,15 +741,21 @@ TABLE = (
     ZooFamily(
         "kosmos-2",
         processor="Kosmos2Processor",
-        marker="<image>",
+        marker="",  # the processor puts the image first
         bos="<|im_start|>",
+        # an image is the 64 ids after the unknown token's
+        unnamed_tokens=("<unk>", *(f"<image_{index}>" for index in range(64)), "</image>"),
+        unk="<unk>",
         image_settings=_CROPPED_56,
-        config={"latent_query_num": 4},
+        config={"latent_query_num": 64, "vision_config": {"image_size": 56}},
     ),
     ZooFamily(
         "kosmos-2.5",
         processor="Kosmos2_5Processor",
-        marker="",
+        marker="",  # the processor puts the image first
+        bos="<|im_start|>",
+        tokens={"image_token": "<s>", "boi_token": "<image>", "eoi_token": "</image>"},
+        processor_settings={"num_image_tokens": 4},
         image_settings={"max_patches": 16},
         config={"latent_query_num": 4},
     ),
@@ -781,12 +812,24 @@ TABLE = (
                 "<|soft_audio_end|>",
             ),
             image_settings={"max_image_tokens": 16},
-            config={"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}, "out_hidden_size": 4 * WIDTH},
+            config={
+                "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8},
+                "out_hidden_size": 4 * WIDTH,
+                **audio_config,
+            },
         )
-        for name, audio in (("muse_glimmer", {}), ("muse_spark", {"audio_token": "<|audio|>"}))
+        for name, audio, audio_config in (
+            ("muse_glimmer", {}, {}),
+            (
+                "muse_spark",
+                {"audio_token": "<|audio|>"},
+                {"audio_config": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}},
+            ),
+        )
     ),
     ZooFamily(
         "nemotron_h_omni",
+        feature_extractor="ParakeetFeatureExtractor",
         tokens={"image_token": "<image>", "video_token": "<video>", "audio_token": "<so_embedding>"},
         unnamed_tokens=("<so_start>", "<so_end>", "<img>", "</img>"),
         image_settings={"min_num_patches": 4, "max_num_patches": 16},
@@ -809,7 +852,8 @@ TABLE = (
     ),
     ZooFamily(
         "pp_chart2table",
-        marker="<imgpad>",
+        # the template, not the processor, writes an image's 256 tokens
+        marker="<img>" + "<imgpad>" * 256 + "</img>",
         unnamed_tokens=("<imgpad>",),
         model_tokens={"image_token": "<imgpad>"},
         image_settings={"size": {"height": 256, "width": 256}},
@@ -824,7 +868,11 @@ TABLE = (
         marker="<|vision_bos|><|IMAGE|><|vision_eos|>",
         tokens=_OMNI,
         image_settings=_AREA_14,
-        config={"audio_config": _SMALL_AUDIO, "text_config": {"rope_parameters": _MROPE}},
+        config={
+            "vision_start_token_id": "id:<|vision_bos|>",
+            "audio_config": _SMALL_AUDIO,
+            "text_config": {"rope_parameters": _MROPE},
+        },
     ),
     ZooFamily(
         "qwen3_omni_moe_thinker",
@@ -835,22 +883,27 @@ TABLE = (
         marker="<|vision_bos|><|IMAGE|><|vision_eos|>",
         tokens=_OMNI,
         image_settings=_AREA_16,
-        config={"audio_config": _SMALL_AUDIO, "text_config": {"rope_parameters": _MROPE}},
+        config={
+            "vision_start_token_id": "id:<|vision_bos|>",
+            "audio_config": _SMALL_AUDIO,
+            "text_config": {"rope_parameters": _MROPE},
+        },
     ),
     ZooFamily(
         "qwen4_exp",
         marker=_QWEN_MARKER,
         tokens=_QWEN,
         image_settings=_AREA_16,
-        config={"text_config": {"rope_parameters": _MROPE}},
-    ),
-    ZooFamily(
-        "shieldgemma2",
-        marker="<start_of_image>",
-        tokens={role: _GEMMA[role] for role in ("image_token", "boi_token", "eoi_token")},
-        processor_settings={"image_seq_length": 4},
-        image_settings=_SQUARE_64,
-        config={"mm_tokens_per_image": 4},
+        config={
+            "text_config": {
+                "rope_parameters": _MROPE,
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": HEAD,
+                "indexer_budget": 16,
+                "indexer_compress_ratio": 4,
+            }
+        },
     ),
     ZooFamily(
         "step3p7",
@@ -858,7 +911,13 @@ TABLE = (
         unnamed_tokens=("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>"),
         model_tokens={"image_token": "<im_patch>"},
         image_settings={"size": {"height": 112, "width": 112}, "patch_size": 56},
-        config={"vision_config": {"image_size": 112, "patch_size": 14, "max_position_embeddings": 64}},
+        config={
+            "vision_config": {"image_size": 112, "patch_size": 14, "max_position_embeddings": 64},
+            "text_config": {
+                "sliding_window": 16,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+        },
     ),
     ZooFamily(
         "apertus1p5",
@@ -877,25 +936,12 @@ TABLE = (
     ),
     ZooFamily("blip", marker="", image_settings=_SQUARE_64),
     ZooFamily(
-        "diffusion_gemma",
-        marker="<image_soft_token>",
-        tokens=_GEMMA,
-        image_processor="Gemma4ImageProcessor",
-        video_processor="Gemma4VideoProcessor",
-        feature_extractor="Gemma4AudioFeatureExtractor",
-        image_settings={"max_soft_tokens": 70},
-        config={"vision_config": {"position_embedding_size": 64}, "canvas_length": 8},
-    ),
-    ZooFamily("pix2struct", marker="", image_settings={"max_patches": 16}),
-    ZooFamily("pp_formulanet", marker="", image_settings=_SQUARE_64),
-    ZooFamily(
         "t5gemma2",
         marker="<start_of_image>",
         tokens={role: _GEMMA[role] for role in ("image_token", "boi_token", "eoi_token")},
-        processor_settings={"image_seq_length": 4},
+        processor_settings={"image_seq_length": 16},
         image_settings=_SQUARE_64,
     ),
-    ZooFamily("udop", marker="", image_settings=_SQUARE_64),
 )
 
 UNSUPPORTED: dict[str, str] = {
@@ -903,5 +949,11 @@ UNSUPPORTED: dict[str, str] = {
     "evolla": "reads proteins, not images",
     "instructblipvideo": "reads videos, and its processor takes no image",
     "mistral4": "a language model alone: it is in the mapping as the text part of others",
+    "diffusion_gemma": "denoises a block of tokens at once; it has no logits of a next token",
+    "pix2struct": "a question is drawn into the picture with a font that is downloaded; the text input is the answer",
+    "pp_formulanet": "writes the formula in a picture, and its processor takes no question",
+    "shieldgemma2": "a gemma3 model whose processor writes the questions itself, one for each policy",
+    "udop": "wants the words of a document and their boxes beside the image, from an OCR program",
+    "vision-encoder-decoder": "a frame for any two models, without a processor and without a question",
     "pi0": "predicts the actions of a robot from its state; it has no logits over text",
 }
