@@ -62,9 +62,7 @@ def _part(name: str, family: ZooFamily) -> Any:
     if name.endswith("tokenizer"):
         return byte_tokenizer()
     if name == "image_processor":
-        return _made(
-            family.image_processor or IMAGE_PROCESSOR_MAPPING_NAMES[family.model_type], family.image_settings
-        )
+        return _made(family.image_processor or IMAGE_PROCESSOR_MAPPING_NAMES[family.model_type], family.image_settings)
     if name == "video_processor":
         return _made(family.video_processor or VIDEO_PROCESSOR_MAPPING_NAMES[family.model_type], family.video_settings)
     if name == "feature_extractor":

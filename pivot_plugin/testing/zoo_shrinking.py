@@ -55,7 +55,10 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "v_head_dim, image_seq_length, num_query_tokens, latent_query_num, mm_tokens_per_image, num_image_tokens, "
         "loop_gate_rank, laurel_rank, index_topk",
     ),
-    (4, "moe_num_experts, n_routed_experts, num_experts, num_local_experts, resampler_n_latents, resampler_num_latents"),
+    (
+        4,
+        "moe_num_experts, n_routed_experts, num_experts, num_local_experts, resampler_n_latents, resampler_num_latents",
+    ),
     (2, "moe_k, moe_topk, num_experts_per_tok, top_k_experts"),
     (1, "n_group, topk_group, topk_groups, first_k_dense_replace, num_global_layers"),
     (WINDOW, "sliding_window, sliding_window_size"),
@@ -163,9 +166,10 @@ def _stand_in(name: str, value: int | None, token_ids: Mapping[str, int]) -> int
         return token_ids["<pad>"]
     if name.startswith(("eos", "eod", "sep")):
         return token_ids["<|im_end|>"]
-    if name.startswith("video"):
-        return token_ids["<video>"]
-    return token_ids["<|im_start|>"]
+    if name.startswith("bos"):
+        return token_ids["<|im_start|>"]
+    # one that no prompt about pictures has
+    return token_ids["<video>"]
 
 
 def _size(name: str, value: Any) -> Any:

@@ -73,7 +73,7 @@ _PIXTRAL_IMAGES = {"size": {"longest_edge": 112}, "patch_size": {"height": 14, "
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "in_channels": 3}
 # a grid of 64 x 64 patches, with attention inside windows alone
 _SAM_64 = {"image_size": 256, "patch_size": 4, "window_size": 8, "global_attn_indexes": []}
-_SMALL_AUDIO = {"num_mel_bins": 16, "n_window": 8, "max_source_positions": 32}
+_SMALL_AUDIO = {"downsample_hidden_size": 16, "num_mel_bins": 16, "n_window": 8, "max_source_positions": 32}
 
 TABLE = (
     ZooFamily(
@@ -196,7 +196,10 @@ TABLE = (
         config={"vision_config": {"patch_size": 14, "image_size": 56}},
         needs=("num2words",),
     ),
-    ZooFamily("mistral3", **_PIXTRAL, processor_settings={"patch_size": 14, "spatial_merge_size": 2},
+    ZooFamily(
+        "mistral3",
+        **_PIXTRAL,
+        processor_settings={"patch_size": 14, "spatial_merge_size": 2},
         image_settings={**_PIXTRAL_IMAGES, "patch_size": {"height": 28, "width": 28}},
         config={"vision_config": {"image_size": 112, "patch_size": 14}},
     ),
@@ -386,10 +389,21 @@ TABLE = (
     ),
     ZooFamily("glm4v", config={"text_config": {"rope_parameters": _MROPE}}, **_GLM),
     ZooFamily("glm46v", config={"text_config": {"rope_parameters": _MROPE}}, **_GLM),
-    ZooFamily("glm4v_moe", image_processor="Glm4vImageProcessor", video_processor="Glm4vVideoProcessor",
-        config={"text_config": {"rope_parameters": _MROPE_HALF}}, **_GLM),
-    ZooFamily("glm_ocr", processor="Glm46VProcessor", image_processor="Glm46VImageProcessor",
-        video_processor="Glm46VVideoProcessor", config={"text_config": {"rope_parameters": _MROPE}}, **_GLM),
+    ZooFamily(
+        "glm4v_moe",
+        image_processor="Glm4vImageProcessor",
+        video_processor="Glm4vVideoProcessor",
+        config={"text_config": {"rope_parameters": _MROPE_HALF}},
+        **_GLM,
+    ),
+    ZooFamily(
+        "glm_ocr",
+        processor="Glm46VProcessor",
+        image_processor="Glm46VImageProcessor",
+        video_processor="Glm46VVideoProcessor",
+        config={"text_config": {"rope_parameters": _MROPE}},
+        **_GLM,
+    ),
     ZooFamily(
         "qwen3_vl_moe",
         marker=_QWEN_MARKER,
@@ -607,7 +621,12 @@ TABLE = (
         "unlimited_ocr",
         tokens={"image_token": "<image>"},
         processor_settings={"patch_size": 4},
-        image_settings={"size": {"height": 64, "width": 64}, "tile_size": 64, "maximum_pad_value": 64, "max_patches": 4},
+        image_settings={
+            "size": {"height": 64, "width": 64},
+            "tile_size": 64,
+            "maximum_pad_value": 64,
+            "max_patches": 4,
+        },
         config={
             "vision_config": {
                 "sam_config": {"image_size": 64, "patch_size": 4, "window_size": 8, "downsample_channels": [32, WIDTH]},
@@ -619,25 +638,34 @@ TABLE = (
         marker="<|img|><|imgpad|><|endofimg|>",
         tokens={"image_token": "<|imgpad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_comp_pad|>"},
         unnamed_tokens=("<|img|>", "<|endofimg|>"),
-        image_settings=_AREA_14,
-    ),
-    ZooFamily(
-        "fuyu",
-        marker="",  # the processor puts the image first
-        unnamed_tokens=("|SPEAKER|", "|NEWLINE|"),
-        model_tokens={"image_token": "|SPEAKER|"},
-        image_settings={"size": {"height": 64, "width": 64}, "patch_size": {"height": 16, "width": 16}},
-        config={"patch_size": 16, "image_size": 64},
+        image_settings={**_AREA_14, "temporal_patch_size": 1},
+        config={
+            "text_config": {
+                "head_dim": 2 * HEAD,
+                "swa_num_attention_heads": 4,
+                "swa_num_key_value_heads": 4,
+                "swa_q_lora_rank": HEAD,
+                "swa_kv_lora_rank": HEAD,
+                "swa_head_dim": 2 * HEAD,
+                "swa_qk_nope_head_dim": HEAD,
+                "swa_v_head_dim": HEAD,
+            },
+            "audio_config": {"downsample_hidden_size": 16},
+        },
     ),
     ZooFamily(
         "gemma3n",
         marker="<image_soft_token>",
         tokens=_GEMMA,
         processor_settings={"image_seq_length": 16, "audio_seq_length": 4},
-        image_settings={"size": {"height": 256, "width": 256}},
+        image_settings=_SQUARE_64,
         config={
             "text_config": {"num_kv_shared_layers": 0},
-            "vision_config": {"hidden_size": 2048},
+            "vision_config": {
+                "hidden_size": 2048,
+                "model_args": {"channel_multiplier": 0.1, "msfa_output_resolution": 4},
+            },
+            "vision_soft_tokens_per_image": 16,
         },
         needs=("timm",),
     ),
@@ -735,8 +763,8 @@ TABLE = (
         marker="<|content_image|><|unused_200054|>",
         tokens={"image_token": "<|unused_200054|>", "audio_token": "<|unused_200053|>"},
         unnamed_tokens=("<|content_image|>", "<|content_audio_input|>"),
-        image_settings={"size": {"height": 40, "width": 40}},
-        config={"vision_config": {"patch_size": 40}},
+        image_settings={"size": {"height": 20, "width": 20}},
+        config={"vision_config": {"patch_size": 20}, "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 16}},
     ),
     ZooFamily(
         "kosmos-2",
@@ -756,8 +784,7 @@ TABLE = (
         bos="<|im_start|>",
         tokens={"image_token": "<s>", "boi_token": "<image>", "eoi_token": "</image>"},
         processor_settings={"num_image_tokens": 4},
-        image_settings={"max_patches": 16},
-        config={"latent_query_num": 4},
+        config={"latent_query_num": 4, "vision_config": {"patch_embed_hidden_size": 768}},
     ),
     ZooFamily("lfm3_vl", marker=_QWEN_MARKER, tokens=_QWEN, image_settings=_AREA_16),
     *(
@@ -823,7 +850,7 @@ TABLE = (
             (
                 "muse_spark",
                 {"audio_token": "<|audio|>"},
-                {"audio_config": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}},
+                {"audio_config": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_hidden_layers": 4, "patch_sizes": [16, 6, 5, 4]}},
             ),
         )
     ),
@@ -837,6 +864,7 @@ TABLE = (
             "image_token_id": "id:<image>",
             "video_token_id": "id:<video>",
             "vision_config": {"patch_dim": 768, "max_img_size": 128},
+            "text_config": {"n_groups": 2},
         },
     ),
     ZooFamily(
@@ -870,7 +898,9 @@ TABLE = (
         image_settings=_AREA_14,
         config={
             "vision_start_token_id": "id:<|vision_bos|>",
-            "audio_config": _SMALL_AUDIO,
+            "audio_start_token_id": "id:<|audio_bos|>",
+            "audio_end_token_id": "id:<|audio_eos|>",
+            "audio_config": {**_SMALL_AUDIO, "downsample_hidden_size": ...},
             "text_config": {"rope_parameters": _MROPE},
         },
     ),
@@ -885,6 +915,8 @@ TABLE = (
         image_settings=_AREA_16,
         config={
             "vision_start_token_id": "id:<|vision_bos|>",
+            "audio_start_token_id": "id:<|audio_bos|>",
+            "audio_end_token_id": "id:<|audio_eos|>",
             "audio_config": _SMALL_AUDIO,
             "text_config": {"rope_parameters": _MROPE},
         },
@@ -933,6 +965,14 @@ TABLE = (
         },
         marker="<|image|>",
         image_settings={"size": {"min_pixels": 32 * 32, "max_pixels": 64 * 64}},
+        # codes of pictures and of sounds are tokens behind those of text
+        config={
+            "text_config": {"vocab_size": 512},
+            "vision_config": {**_VQ, "codebook_size": 64, "channel_multiplier": [1, 1, 1, 1, 2], "resolution": 64},
+            "audio_config": {"codebook_size": 16, "num_filters": 4},
+            "image_token_offset": 320,
+            "audio_token_offset": 384,
+        },
     ),
     ZooFamily("blip", marker="", image_settings=_SQUARE_64),
     ZooFamily(
@@ -947,6 +987,10 @@ TABLE = (
 UNSUPPORTED: dict[str, str] = {
     "llama4": "its own forward raises AttributeError: it reads image_outputs from a language model's output",
     "evolla": "reads proteins, not images",
+    "fuyu": (
+        "has no vision tower, patches go through one linear layer; and its processor cuts off the first token of an "
+        "image, which is the underscore that a SentencePiece tokenizer puts there"
+    ),
     "instructblipvideo": "reads videos, and its processor takes no image",
     "mistral4": "a language model alone: it is in the mapping as the text part of others",
     "diffusion_gemma": "denoises a block of tokens at once; it has no logits of a next token",
