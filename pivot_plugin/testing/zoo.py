@@ -18,7 +18,10 @@ from .zoo_table import TABLE, UNSUPPORTED
 
 __all__ = ["FAMILIES", "UNSUPPORTED", "ZooFamily", "build", "missing_packages"]
 
-FAMILIES: dict[str, ZooFamily] = {family.name: family for family in TABLE}
+# an older transformers does not have all of them
+FAMILIES: dict[str, ZooFamily] = {
+    family.name: family for family in TABLE if family.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+}
 
 
 def missing_packages(name: str) -> list[str]:

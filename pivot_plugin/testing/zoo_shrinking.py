@@ -18,11 +18,12 @@ WINDOW = 16
 _SIZES: tuple[tuple[int, str], ...] = (
     (
         WIDTH,
-        "d_model, decoder_hidden_size, embed_dim, encoder_hidden_size, hidden_dim, hidden_size, image_text_hidden_size, "
-        "image_token_embed_dim, moe_hidden_size, out_hidden_size, output_dim, patch_embed_hidden_size, projection_dim, "
-        "projection_hidden_dim, projection_hidden_size, projector_hidden_size, projector_input_dim, "
-        "projector_output_dim, text_hidden_size, vision_hidden_size, word_embed_proj_dim, num_position_embeddings, "
-        "adapter_in_dim, adapter_input_size, adapter_out_dim, codebook_dim, hc_lowrank, ple_embed_dim",
+        "d_model, decoder_hidden_size, embed_dim, encoder_hidden_size, hidden_dim, hidden_size, "
+        "image_text_hidden_size, image_token_embed_dim, moe_hidden_size, out_hidden_size, output_dim, "
+        "patch_embed_hidden_size, projection_dim, projection_hidden_dim, projection_hidden_size, "
+        "projector_hidden_size, projector_input_dim, projector_output_dim, text_hidden_size, vision_hidden_size, "
+        "word_embed_proj_dim, num_position_embeddings, adapter_in_dim, adapter_input_size, adapter_out_dim, "
+        "codebook_dim, hc_lowrank, ple_embed_dim",
     ),
     (
         2 * WIDTH,
@@ -43,7 +44,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     ),
     (
         HEADS,
-        "attention_heads, conf_num_attention_heads, decoder_attention_heads, encoder_attention_heads, index_n_heads, "
+        "attention_heads, conf_num_attention_heads, decoder_attention_heads, encoder_attention_heads, "
         "linear_num_heads, linear_num_key_heads, linear_num_value_heads, num_attention_heads, num_heads, "
         "num_sliding_attention_heads, resampler_heads, resampler_n_heads, swa_num_attention_heads, mamba_num_heads",
     ),

@@ -258,8 +258,14 @@ TABLE = (
     ),
     ZooFamily(
         "aya_vision",
-        unnamed_tokens=("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>")
-        + ("TILE_GLOBAL", *(f"TILE_{tile}" for tile in range(1, 5))),
+        unnamed_tokens=(
+            "<|START_OF_IMG|>",
+            "<|END_OF_IMG|>",
+            "<|IMG_PATCH|>",
+            "<|IMG_LINE_BREAK|>",
+            "TILE_GLOBAL",
+            *(f"TILE_{tile}" for tile in range(1, 5)),
+        ),
         model_tokens={"image_token": "<|IMG_PATCH|>"},
         processor_settings={"patch_size": 14, "img_size": 56, "downsample_factor": 2},
         image_settings={**_SQUARE_56, "max_patches": 4, "crop_to_patches": True},
@@ -329,6 +335,8 @@ TABLE = (
         processor_settings={"image_seq_length": 8},
         image_settings={"max_soft_tokens": 70},
         config={
+            # as the larger published ones have it
+            "text_config": {"use_bidirectional_attention": "vision"},
             "vision_config": {
                 "model_type": "gemma4_vision",
                 "hidden_size": WIDTH,
@@ -533,6 +541,8 @@ TABLE = (
             "video_end_token": "<|VIDEO_END|>",
         },
         image_settings=_AREA_14,
+        # it has to be a file, to be saved beside the rest; on images nothing is drawn
+        video_settings={"font": __file__},
         config={
             "text_config": {
                 "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]},
@@ -850,7 +860,14 @@ TABLE = (
             (
                 "muse_spark",
                 {"audio_token": "<|audio|>"},
-                {"audio_config": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_hidden_layers": 4, "patch_sizes": [16, 6, 5, 4]}},
+                {
+                    "audio_config": {
+                        "num_hidden_layers": 4,
+                        "hidden_sizes": [16, 16, 32, 32],
+                        "depths": [1, 1, 1, 1],
+                        "patch_sizes": [16, 6, 5, 4],
+                    }
+                },
             ),
         )
     ),

@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 QUESTION = "What is shown here?"
+# of a prompt that are looked at, which an image is wider than the gaps between
+PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def traits(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image
         ),
         rope_index=hasattr(model.base_model, "get_rope_index") or hasattr(model, "get_rope_index"),
         position_axes=0 if positions is None else positions.shape[0] if positions.ndim == 3 else 1,
-        looks_ahead=_looks_ahead(seen, logits, inputs, image_tokens),
+        looks_ahead=_looks_ahead(seen, logits),
         head=_head(model, seen, logits),
     )
 
@@ -150,25 +152,31 @@ def _runs(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Im
     return True
 
 
-@torch.no_grad()
 def _image_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[int, int]:
-    """Tokens that are only a place for an image feature: what their own embedding is makes no difference."""
-    expected = model(**inputs).logits
-    embeddings = model.get_input_embeddings()
-    found = {}
-    for token, count in zip(*inputs["input_ids"].unique(return_counts=True), strict=True):
-        row = int(token)
-        if row >= len(embeddings.weight):
-            continue
-        kept = embeddings.weight[row].clone()
-        embeddings.weight[row] += 1.0
-        changed = (model(**inputs).logits - expected).abs().amax(dim=(0, 1))
-        embeddings.weight[row] = kept
-        # with tied embeddings the token's own logit changes all the same
-        changed[row] = 0.0
-        if changed.max() == 0.0:
-            found[row] = int(count)
-    return found
+    """Tokens that are only a place for an image feature: nothing that comes out depends on their own embedding."""
+    ids = inputs["input_ids"]
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if embedded or output.shape[:2] != ids.shape:
+            return output
+        # on its own, so that it has a gradient where the model's weights have none
+        embedded.append(output.detach().requires_grad_())
+        # models write features into what they are given
+        return embedded[0].clone()
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            model(**inputs).logits.square().sum().backward()
+    finally:
+        hook.remove()
+        model.zero_grad(set_to_none=True)
+    if not embedded or embedded[0].grad is None:
+        return {}
+    unused = (embedded[0].grad[0] == 0).all(dim=-1)
+    tokens, counts = ids[0, unused].unique(return_counts=True)
+    return dict(zip(tokens.tolist(), counts.tolist(), strict=True))
 
 
 def _path(model: PreTrainedModel, module: object) -> str | None:
@@ -185,16 +193,22 @@ def _image_features(model: PreTrainedModel, inputs: Mapping[str, Any]) -> str:
     if owner is None:
         return "has none"
     named = inspect.signature(owner.get_image_features).parameters
-    try:
-        with torch.no_grad():
-            output = owner.get_image_features(
-                **{name: value for name, value in inputs.items() if name in named}, return_dict=True
-            )
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    about_images = {name: value for name, value in inputs.items() if not name.endswith(("_ids", "attention_mask"))}
+    # some hand on, as keyword arguments, what they do not name
+    for given in ({name: value for name, value in inputs.items() if name in named}, about_images):
+        try:
+            with torch.no_grad():
+                output = owner.get_image_features(**given, return_dict=True)
+            break
+        except Exception as error:
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    else:
+        return failure
     pooled = getattr(output, "pooler_output", output)
     parts = list(pooled) if isinstance(pooled, (list, tuple)) else [pooled]
-    return ", ".join(str(tuple(part.shape)) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts)
+    return ", ".join(
+        str(tuple(part.shape)) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts
+    )
 
 
 def _other_towers(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -215,9 +229,7 @@ def _other_towers(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[st
             hook.remove()
     known = [path for path in (tower, decoder) if path]
     related = [
-        path
-        for path in dict.fromkeys(ran)
-        if not any(_within(path, other) or _within(other, path) for other in known)
+        path for path in dict.fromkeys(ran) if not any(_within(path, other) or _within(other, path) for other in known)
     ]
     return tuple(path for path in related if not any(_within(path, other) and path != other for other in related))
 
@@ -226,24 +238,22 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _looks_ahead(
-    seen: Mapping[str, Any], logits: torch.Tensor, inputs: Mapping[str, Any], image_tokens: Mapping[int, int]
-) -> str:
+def _looks_ahead(seen: Mapping[str, Any], logits: torch.Tensor) -> str:
     embeddings = seen.get("inputs_embeds")
-    ids = inputs["input_ids"]
     if not isinstance(embeddings, torch.Tensor) or not embeddings.requires_grad:
         return "unknown: the language model is given no embeddings"
-    if embeddings.shape[1] != logits.shape[1] or ids.shape[1] != logits.shape[1]:
+    length = logits.shape[1]
+    if embeddings.shape[1] != length:
         return "unknown: logits and prompt are of different lengths"
-    is_image = torch.isin(ids[0], torch.tensor(list(image_tokens), dtype=ids.dtype))
-    ahead_of = {}
-    places = {"text": int((~is_image).nonzero()[0]), "image": int(is_image.nonzero()[0]) if is_image.any() else 0}
-    for kind, place in places.items():
+    ahead = []
+    # the last place has none ahead
+    for place in torch.linspace(0, length - 2, min(length - 1, PLACES)).long().tolist():
         (gradient,) = torch.autograd.grad(logits[0, place].square().sum(), embeddings, retain_graph=True)
-        ahead_of[kind] = bool(gradient[0, place + 1 :].abs().max() > 0)
-    if ahead_of["text"]:
-        return "everywhere in the prompt"
-    return "inside images" if ahead_of["image"] else "no"
+        ahead.append(bool(gradient[0, place + 1 :].abs().max() > 0))
+    if not any(ahead):
+        return "no"
+    # a prompt begins with text
+    return "everywhere in the prompt" if ahead[0] else "inside images"
 
 
 @torch.no_grad()
