@@ -64,7 +64,7 @@ _IDEFICS_TOKENS = (
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
 _MROPE_HALF = {**_MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
 _MROPE_QUARTER = {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
-_PIXTRAL = {
+_PIXTRAL: dict[str, Any] = {
     "tokens": {"image_token": "[IMG]"},
     "unnamed_tokens": ("[IMG_BREAK]", "[IMG_END]"),
     "marker": "[IMG]",
