@@ -62,6 +62,22 @@ def test_the_same_picture_makes_the_same_answer(name: str) -> None:
     assert torch.equal(logits(name, picture(0)), logits(name, picture(0)))
 
 
+def test_padding_changes_nothing(name: str) -> None:
+    model, processor = built(name)
+    inputs = prompt_inputs(model, processor, [picture(0)])
+    length = inputs["input_ids"].shape[1]
+    about_text = {key for key in inputs if key in ("input_ids", "attention_mask") or key.endswith("token_type_ids")}
+    others = {key: value for key, value in inputs.items() if key not in about_text and isinstance(value, torch.Tensor)}
+    if model.config.is_encoder_decoder or any(value.ndim > 1 and value.shape[1] == length for value in others.values()):
+        pytest.skip("further inputs run along the prompt")
+    padded = {key: torch.nn.functional.pad(inputs[key], (0, 3)) for key in about_text}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        answer = model(**{**inputs, **padded}).logits
+    # what comes before the prompt, where a family puts the image there
+    assert torch.allclose(answer[:, : expected.shape[1]], expected, atol=1e-3)
+
+
 def test_a_seed_stands_for_its_weights_and_leaves_the_random_state(name: str) -> None:
     model, _ = built(name)
     state = torch.random.get_rng_state()
