@@ -18,10 +18,8 @@ def zoo_tokenizer(family: ZooFamily) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a family's special tokens, those it names and those it only has."""
     tokenizer = byte_tokenizer(**family.tokens)
     tokenizer.add_tokens([token for token in family.unnamed_tokens if token], special_tokens=True)
-    if family.bos:
-        tokenizer.bos_token = family.bos
-    if family.unk:
-        tokenizer.unk_token = family.unk
+    for role, token in family.text_tokens.items():
+        setattr(tokenizer, role, token)
     tokenizer.init_kwargs.update(family.tokenizer_settings)
     return tokenizer
 

@@ -16,8 +16,7 @@ class ZooFamily:
         tokens: special tokens that the family's tokenizer has as attributes, by role, as in {"image_token": "<image>"}.
         model_tokens: roles in the configuration that are filled by another token than the tokenizer's of that name.
         unnamed_tokens: further special tokens.
-        bos: the token that starts a text, where the processor wants one.
-        unk: the token for what the tokenizer does not know, where the processor wants one.
+        text_tokens: further tokens that every tokenizer may have and this processor wants, as in {"bos_token": "<s>"}.
         tokenizer_settings: what a published tokenizer would add to the processor's defaults.
         config: settings of the configuration that the rules of `tiny_config` do not get right.
         processor: name of the processor class, where the auto classes do not know it.
@@ -36,8 +35,7 @@ class ZooFamily:
     tokens: Mapping[str, str] = field(default_factory=dict)
     model_tokens: Mapping[str, str] = field(default_factory=dict)
     unnamed_tokens: tuple[str, ...] = ()
-    bos: str | None = None
-    unk: str | None = None
+    text_tokens: Mapping[str, str] = field(default_factory=dict)
     tokenizer_settings: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     processor: str | None = None

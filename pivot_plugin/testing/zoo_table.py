@@ -272,7 +272,7 @@ TABLE = (
     ),
     ZooFamily(
         "emu3",
-        bos="<|extra_203|>",
+        text_tokens={"bos_token": "<|extra_203|>"},
         tokens={
             "image_token": "<image>",
             "boi_token": "<|image start|>",
@@ -302,7 +302,9 @@ TABLE = (
     ZooFamily(
         "chameleon",
         tokens={"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"},
-        unnamed_tokens=tuple(f"IMGIMG{letter}Z" for letter in "ABCDEFGHIJ"),
+        # the processor closes every text with it
+        text_tokens={"sep_token": "<reserved08706>"},
+        unnamed_tokens=("<reserved08706>", *(f"IMGIMG{letter}Z" for letter in "ABCDEFGHIJ")),
         processor_settings={"image_seq_length": 16},
         image_settings={"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
         config={
@@ -381,7 +383,7 @@ TABLE = (
             "<frame_end>",
             "<im_low>",
         ),
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>"},
         image_settings={**_SQUARE_56, "max_crops": 4, "overlap_margins": [1, 1]},
         config={
             "image_start_token_id": "id:<im_start>",
@@ -465,7 +467,7 @@ TABLE = (
     ZooFamily(
         "paligemma",
         tokens={"image_token": "<image>"},
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>"},
         image_settings={**_SQUARE_56, "image_seq_length": 16},
         config={"text_config": {"num_image_tokens": 16}},
     ),
@@ -473,7 +475,7 @@ TABLE = (
         "paligemma2",
         model_type="paligemma",
         tokens={"image_token": "<image>"},
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>"},
         image_settings={**_SQUARE_56, "image_seq_length": 16},
         config={
             "text_config": {
@@ -489,7 +491,7 @@ TABLE = (
         marker="<|image|>",
         tokens={"image_token": "<|image|>"},
         unnamed_tokens=("<|python_tag|>", "<|begin_of_text|>"),
-        bos="<|begin_of_text|>",
+        text_tokens={"bos_token": "<|begin_of_text|>"},
         image_settings=_SQUARE_56,
         config={
             "vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * WIDTH},
@@ -554,7 +556,7 @@ TABLE = (
         "florence2",
         marker="",  # the processor puts the image first
         tokens={"image_token": "<image>"},
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>"},
         image_processor="CLIPImageProcessor",
         image_settings={
             "size": {"height": 64, "width": 64},
@@ -739,7 +741,7 @@ TABLE = (
         "idefics",
         tokens={"image_token": "<image>"},
         unnamed_tokens=("<fake_token_around_image>",),
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>"},
         processor_settings={"image_size": 56},
         image_settings={"image_size": 56},
         config={"use_resampler": False, "perceiver_config": {"use_resampler": False}},
@@ -780,10 +782,9 @@ TABLE = (
         "kosmos-2",
         processor="Kosmos2Processor",
         marker="",  # the processor puts the image first
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>", "unk_token": "<unk>"},
         # an image is the 64 ids after the unknown token's
         unnamed_tokens=("<unk>", *(f"<image_{index}>" for index in range(64)), "</image>"),
-        unk="<unk>",
         image_settings=_CROPPED_56,
         config={"latent_query_num": 64, "vision_config": {"image_size": 56}},
     ),
@@ -791,7 +792,7 @@ TABLE = (
         "kosmos-2.5",
         processor="Kosmos2_5Processor",
         marker="",  # the processor puts the image first
-        bos="<|im_start|>",
+        text_tokens={"bos_token": "<|im_start|>"},
         tokens={"image_token": "<s>", "boi_token": "<image>", "eoi_token": "</image>"},
         processor_settings={"num_image_tokens": 4},
         config={"latent_query_num": 4, "vision_config": {"patch_embed_hidden_size": 768}},
