@@ -31,11 +31,14 @@ class Snapshot:
         self._forward = model.__dict__.get("forward")
         self._checkpointing = is_checkpointing(model)
         text_config = model.config.get_text_config()
-        self._pads = (text_config.pad_token_id, model.generation_config.pad_token_id)
+        self._pads = (getattr(text_config, "pad_token_id", None), model.generation_config.pad_token_id)
         self._use_cache = getattr(text_config, "use_cache", None)
         self._tags, self._device = model.model_tags, model.device
         self._modules = dict(model.named_modules())
         self._wrapped = hasattr(model, "peft_config")
+        inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        configs = {id(config): config for config in (text_config, *(module.config for module in inner))}
+        self._attention = [(config, config._attn_implementation) for config in configs.values()]
 
     def settle(self) -> None:
         """Switch back what training has switched; weights, modules and device stay as training left them."""
@@ -76,7 +79,7 @@ class Snapshot:
                 self._modules[parent]._modules[child] = module
 
     def _switch_back(self) -> None:
-        """Put gradient flags, modes, dropout, pad tokens, the cache switch and tags back."""
+        """Put gradient flags, modes, dropout, pad tokens, the cache switch, tags and attention back."""
         model = self._model
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, True))
@@ -89,6 +92,9 @@ class Snapshot:
         if self._use_cache is not None:
             text_config.use_cache = self._use_cache
         model.model_tags = self._tags
+        for config, implementation in self._attention:
+            # not by set_attn_implementation, which would look for the package of flash attention
+            config._attn_implementation_internal = implementation
 
 
 def trainable_weights(adapter: VisionAdapter, plan: TrainingPlan) -> dict[str, torch.Tensor]:
