@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -56,6 +57,14 @@ class Assembled:
 class VisionAdapter:
     """What must be known of an MLLM family. The defaults serve any transformers model with `get_encoder`.
 
+    What a family may have to say otherwise, by what needs it; most need two of these:
+
+        to train     projector_names, unread_names, blocks, feature_layer, image_token_id, select_images, positions
+        to probe     run_tower, hidden_state, on_grid, project, whole_views, tokens_on_grid, shown_box
+        to publish   image_processor, usage
+        to graft     replace_tower, projector_first_layer
+        to assemble  assemble, begin_projector, load
+
     A stand-alone encoder has an adapter too, of which only what concerns images is of use: its tower path is "".
 
     Args:
@@ -66,7 +75,7 @@ class VisionAdapter:
         ModelError: if the model has no vision tower.
     """
 
-    family: ClassVar[str] = "generic"
+    family: str = "generic"
     projector_names: ClassVar[tuple[str, ...]] = ("multi_modal_projector", "mm_projector", "connector", "merger")
     """Names of the modules between tower and language model, wherever they stand."""
     unread_names: ClassVar[tuple[str, ...]] = ("head", "pooler")
@@ -77,7 +86,7 @@ class VisionAdapter:
     def __init__(self, model: PreTrainedModel, family: str | None = None) -> None:
         self.model = model
         if family is not None:
-            self.family = family  # type: ignore[misc]
+            self.family = family
         self.tower_path = self._find_tower()
 
     # Where things are
@@ -128,24 +137,7 @@ class VisionAdapter:
             return "language_model"
         return "projector"
 
-    # Around a language model
-
-    def assemble(
-        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object
-    ) -> "Assembled | None":
-        """The MLLM that an encoder of this family makes with a language model; None where a LLaVA serves.
-
-        Args:
-            decoder: causal language model, whose weights become the MLLM's.
-            tokenizer: its own, to which tokens may be added.
-            image_processor: the encoder's.
-
-        Raises:
-            EncoderError: for a language model that this family cannot have.
-        """
-        return None
-
-    # What trains
+    # To train
 
     @property
     def feature_layer(self) -> int | None:
@@ -207,8 +199,6 @@ class VisionAdapter:
             )
         return targets
 
-    # Images
-
     @property
     def image_token_id(self) -> int:
         """The token that stands for one image feature in the language model's input."""
@@ -241,6 +231,8 @@ class VisionAdapter:
             (L,) or, for multi-axis rotary embeddings, (axes, L) integers; None for 0, 1, ..., L-1.
         """
         return None
+
+    # To probe
 
     def patch_features(self, inputs: ImageInputs, tower: PreTrainedModel | None = None) -> list[ImageFeatures]:
         """Features of every image on its patch grid, as the projector reads them.
@@ -329,21 +321,6 @@ class VisionAdapter:
         """
         return list(range(len(image_tokens)))
 
-    def shown_box(self, processor: object, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Which part of an image its patch grid covers: left, top, right and bottom as shares of width and height.
-
-        Args:
-            processor: the MLLM's, or an image processor.
-            size: width and height of the image.
-        """
-        processor = getattr(processor, "image_processor", processor)
-        shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
-        if not (getattr(processor, "do_center_crop", False) and shortest):
-            return 0.0, 0.0, 1.0, 1.0
-        crop, edge = processor.crop_size, min(size)  # type: ignore[attr-defined]
-        across, down = (min(1.0, crop[n] / shortest * edge / s) for n, s in zip(("width", "height"), size, strict=True))
-        return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
-
     def tokens_on_grid(self, tokens: torch.Tensor, inputs: ImageInputs) -> ImageFeatures:
         """Put the language model's image tokens of one image (or a gradient of theirs) on their grid.
 
@@ -362,7 +339,22 @@ class VisionAdapter:
             )
         return ImageFeatures(tokens, (side, side))
 
-    # The encoder out and in
+    def shown_box(self, processor: object, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Which part of an image its patch grid covers: left, top, right and bottom as shares of width and height.
+
+        Args:
+            processor: the MLLM's, or an image processor.
+            size: width and height of the image.
+        """
+        processor = getattr(processor, "image_processor", processor)
+        shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
+        if not (getattr(processor, "do_center_crop", False) and shortest):
+            return 0.0, 0.0, 1.0, 1.0
+        crop, edge = processor.crop_size, min(size)  # type: ignore[attr-defined]
+        across, down = (min(1.0, crop[n] / shortest * edge / s) for n, s in zip(("width", "height"), size, strict=True))
+        return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
+
+    # To publish
 
     def extract(self) -> PreTrainedModel:
         """A stand-alone copy of the tower, in eval mode, every parameter free to train."""
@@ -371,6 +363,26 @@ class VisionAdapter:
         # by which a loaded encoder is read at the same layer
         setattr(encoder.config, FEATURE_LAYER, self.feature_layer)
         return encoder.requires_grad_(True)
+
+    def image_processor(self, processor: object) -> BaseImageProcessor:
+        """The image processor to publish with the stand-alone encoder: a copy of the model's own."""
+        return copy.deepcopy(processor.image_processor)  # type: ignore[attr-defined]
+
+    def usage(self) -> str:
+        """Two lines of Python for a model card, which read the tower by itself with nothing but transformers.
+
+        Returns:
+            code that makes `features` of `encoder`, the tower, and `inputs`, what its image processor gives.
+        """
+        layer = self.feature_layer
+        keyword = "" if layer is None else ", output_hidden_states=True"
+        # a tower for images of any size takes all patches in one row, and the grids they lie on
+        by_grid = "grid_thw" in inspect.signature(self.tower.forward).parameters
+        arguments = 'inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]' if by_grid else "**inputs"
+        read = "last_hidden_state" if layer is None else f"hidden_states[{layer}]"
+        return f"outputs = encoder({arguments}{keyword})\nfeatures = outputs.{read}"
+
+    # To graft
 
     def mismatches(self, encoder: PreTrainedModel) -> list[str]:
         """Why an encoder cannot take the place of this model's tower as it is: every difference, in words."""
@@ -416,11 +428,6 @@ class VisionAdapter:
             )
         self.tower.load_state_dict(encoder.state_dict())
 
-    @property
-    def projector_first_layer(self) -> str | None:
-        """Path of the projector's first linear layer where another model's projector can begin with it, else None."""
-        return None
-
     def replace_tower(self, encoder: PreTrainedModel, image_processor: object, processor: object, layer: int) -> None:
         """Put an encoder of any class in the place of the tower, with a new projector of the model's own kind.
 
@@ -442,9 +449,67 @@ class VisionAdapter:
             "Graft an encoder of the same architecture, or use a LLaVA-like model.",
         )
 
-    def image_processor(self, processor: object) -> BaseImageProcessor:
-        """The image processor to publish with the stand-alone encoder: a copy of the model's own."""
-        return copy.deepcopy(processor.image_processor)  # type: ignore[attr-defined]
+    @property
+    def projector_first_layer(self) -> str | None:
+        """Path of the projector's first linear layer where another model's projector can begin with it, else None."""
+        return None
+
+    # To assemble
+
+    def assemble(
+        self,
+        decoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: object,
+        feature_layer: int,
+    ) -> Assembled | None:
+        """The MLLM that this stand-alone encoder makes with a language model; None leaves it to the next adapter.
+
+        Args:
+            decoder: causal language model, whose weights become the MLLM's.
+            tokenizer: its own, to which tokens may be added.
+            image_processor: the encoder's.
+            feature_layer: hidden state that the projector is to read, where the family leaves a choice.
+
+        Raises:
+            EncoderError: for an encoder or a language model that the family cannot have.
+        """
+        return None
+
+    def projector_layers(self) -> list[str]:
+        """Paths of the projector's linear layers, from the tower to the language model."""
+        return [
+            path
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and any(_inside(path, outer) for outer in self.projector_paths)
+        ]
+
+    def begin_projector(self, tuned: Mapping[str, torch.Tensor], count: int) -> list[nn.Linear]:
+        """Have the projector begin with the first layers of another one, and go on with as many new ones.
+
+        Args:
+            tuned: weights of the projector that the encoder was trained with, as they lie beside it.
+            count: layers to take of it.
+
+        Returns:
+            the new layers whose weights are the caller's to draw; none where the projector's own serve.
+
+        Raises:
+            EncoderError: if the family cannot, or the layers do not fit; nothing is changed then.
+        """
+        raise EncoderError(
+            f"The projector of a {type(self.model).__name__} (family {self.family}) cannot begin with the layers of "
+            "another.",
+            'Use the projector variant "0", or an encoder that a LLaVA reads.',
+        )
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """A saved model of this family, with a projector as `begin_projector` leaves it.
+
+        Args:
+            folder: written by the model's `save_pretrained`.
+        """
+        return type(self.model).from_pretrained(folder, dtype="auto")
 
 
 def is_encoder(model: PreTrainedModel) -> bool:

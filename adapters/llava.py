@@ -1,16 +1,34 @@
-"""LLaVA, LLaVA-NeXT and LLaVA-OneVision: a CLIP or SigLIP tower, one of its hidden states, an MLP projector."""
+"""LLaVA, LLaVA-NeXT and LLaVA-OneVision: a CLIP or SigLIP tower, one of its hidden states, an MLP projector.
 
+Also every vision transformer by itself: what it makes with a language model is a LLaVA.
+"""
+
+import copy
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from PIL import Image
+from safetensors import safe_open
+from tokenizers import AddedToken
+from torch import nn
 from transformers import (
     CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
     SiglipImageProcessor,
 )
 from transformers.image_processing_utils import BaseImageProcessor
@@ -20,7 +38,12 @@ from transformers.utils import ModelOutput
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.hooks import hookimpl
 
-from .base import ImageFeatures, ImageInputs, VisionAdapter
+from .base import Assembled, ImageFeatures, ImageInputs, VisionAdapter, is_encoder
+
+IMAGE_TOKEN = "<image>"
+# where transformers' own projector has linear_1 and linear_2, one with more layers is a row of them: 0, 2, 4, ...
+_DEEP_LAYER = re.compile(r".*multi_modal_projector\.(\d+)\.(weight|bias)")
+LinearWeights = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class LlavaAdapter(VisionAdapter):
@@ -38,16 +61,60 @@ class LlavaAdapter(VisionAdapter):
         self._check_replacement(encoder, processor)
         config, backbone = self.model.config, self.model.base_model
         strategy = "default" if others else "full"
-        place, precision = self.model.device, self.model.dtype
+        device, dtype = self.model.device, self.model.dtype
         config.vision_config = encoder.config
         config.vision_feature_layer = layer
         config.vision_feature_select_strategy = strategy
         config.image_seq_length = patches + others - bool(others)
-        backbone.vision_tower = encoder.to(device=place, dtype=precision)
-        kind = type(backbone.multi_modal_projector)
-        backbone.multi_modal_projector = kind(config).to(device=place, dtype=precision)
+        backbone.vision_tower = encoder.to(device=device, dtype=dtype)
+        projector_cls = type(backbone.multi_modal_projector)
+        backbone.multi_modal_projector = projector_cls(config).to(device=device, dtype=dtype)
         self._teach(processor, image_processor, patches, others, strategy)
         self.__dict__.pop("projector_paths", None)
+
+    def begin_projector(self, tuned: Mapping[str, torch.Tensor], count: int) -> list[nn.Linear]:
+        layers = _linear_layers(tuned)
+        takes, gives = layers[0][0].shape[1], self.tower.config.hidden_size
+        if takes != gives:
+            raise EncoderError(
+                f"The tuned projector takes {takes} numbers per patch, the encoder gives {gives}.",
+                'Use the projector variant "0".',
+            )
+        layers = layers[:count]
+        projector = self.model.base_model.multi_modal_projector
+        if count == 1 and layers[0][0].shape == projector.linear_1.weight.shape:
+            # what plain transformers have is what is written
+            _fill(projector.linear_1, layers[0])
+            return []
+        width = self.model.config.get_text_config().hidden_size
+        sizes = [(weight.shape[1], weight.shape[0]) for weight, _ in layers]
+        sizes += [(layers[-1][0].shape[0], width), *[(width, width)] * (count - 1)]
+        weight = projector.linear_1.weight
+        deep = _deep_projector(sizes).to(device=weight.device, dtype=weight.dtype)
+        linear = [module for module in deep if isinstance(module, nn.Linear)]
+        for module, layer in zip(linear, layers, strict=False):
+            _fill(module, layer)
+        self.model.base_model.multi_modal_projector = deep
+        return linear[count:]
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                deep = [name for name in sorted(tensors.keys()) if _DEEP_LAYER.fullmatch(name)]
+                weights |= {name: tensors.get_tensor(name) for name in deep}
+        if not weights:
+            return super().load(folder)
+        # transformers' loader knows LLaVA's own projector alone, and would tell at length what it does not find
+        with _only_errors():
+            model = super().load(folder)
+        own = {name.partition("multi_modal_projector.")[2]: tensor for name, tensor in weights.items()}
+        numbers = sorted(int(name.removesuffix(".weight")) for name in own if name.endswith(".weight"))
+        shapes = [own[f"{number}.weight"].shape for number in numbers]
+        projector = _deep_projector([(takes, gives) for gives, takes in shapes])
+        projector.load_state_dict(own, assign=True)
+        model.base_model.multi_modal_projector = projector
+        return model.eval()
 
     def _check_replacement(self, encoder: PreTrainedModel, processor: object) -> None:
         """Refuse an encoder that the family cannot take."""
@@ -131,6 +198,98 @@ class LlavaOnevisionAdapter(TiledLlavaAdapter):
         return super().select_images(per_image, start, stop)
 
 
+class EncoderAdapter(VisionAdapter):
+    """A vision transformer by itself, of any class that no other adapter knows."""
+
+    def assemble(
+        self,
+        decoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: object,
+        feature_layer: int,
+    ) -> Assembled | None:
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = _around(decoder, tokenizer)
+        processor = LlavaProcessor(
+            image_processor=image_processor, tokenizer=tokenizer, patch_size=1, image_token=IMAGE_TOKEN
+        )
+        encoder = copy.deepcopy(self.model)
+        LlavaAdapter(model).replace_tower(encoder, image_processor, processor, feature_layer)
+
+        def with_template(template: str) -> ProcessorMixin:
+            processor.chat_template = template
+            return processor
+
+        return Assembled(model, f"{IMAGE_TOKEN}\\n", with_template)
+
+
+def _around(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
+    """A LLaVA around a language model, with a stand-in for the tower and the projector."""
+    if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
+        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    stand_in = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14, patch_size=14
+    )
+    config = LlavaConfig(
+        vision_config=stand_in,
+        text_config=decoder.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with init_empty_weights():
+        model = LlavaForConditionalGeneration(config)
+    model.model.language_model = decoder.base_model
+    model.lm_head = decoder.get_output_embeddings()
+    device, dtype = decoder.device, decoder.dtype
+    model.model.vision_tower = CLIPVisionModel(stand_in).to(device=device, dtype=dtype)
+    projector_cls = type(model.model.multi_modal_projector)
+    model.model.multi_modal_projector = projector_cls(config).to(device=device, dtype=dtype)
+    # what was made on the meta device and replaced must not be what the model believes to be tied
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(decoder.generation_config)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _linear_layers(tensors: Mapping[str, torch.Tensor]) -> list[LinearWeights]:
+    """Weights and biases of the two layers of a saved LLaVA projector."""
+    layers = []
+    for name in ("linear_1", "linear_2"):
+        path = next((key for key in tensors if key.endswith(f"{name}.weight")), None)
+        if path is None:
+            raise EncoderError(f"The tuned projector has no layer {name}.", 'Use the projector variant "0".')
+        layers.append((tensors[path], tensors.get(path.replace(".weight", ".bias"))))
+    return layers
+
+
+def _deep_projector(sizes: Sequence[tuple[int, int]]) -> nn.Sequential:
+    """Linear layers that take and give so many numbers, with LLaVA's GELU between them."""
+    modules: list[nn.Module] = []
+    for takes, gives in sizes:
+        modules += [nn.Linear(takes, gives), nn.GELU()]
+    return nn.Sequential(*modules[:-1])
+
+
+@torch.no_grad()
+def _fill(module: nn.Linear, layer: LinearWeights) -> None:
+    module.weight.copy_(layer[0])
+    module.bias.copy_(torch.zeros_like(module.bias) if layer[1] is None else layer[1])
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Have transformers say nothing but errors meanwhile."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
 def _edge(size: int | Sequence[int]) -> int:
     """Pixels of a square's edge, which some configurations give twice."""
     return int(size if isinstance(size, int) else size[0])
@@ -170,4 +329,4 @@ def pivot_adapter(model: PreTrainedModel) -> VisionAdapter | None:
         return TiledLlavaAdapter(model)
     if isinstance(model, LlavaOnevisionForConditionalGeneration):
         return LlavaOnevisionAdapter(model)
-    return None
+    return EncoderAdapter(model) if is_encoder(model) else None

@@ -57,9 +57,13 @@ class QwenVLAdapter(VisionAdapter):
     time_share: ClassVar[int] = 4
 
     def assemble(
-        self, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: object
+        self,
+        decoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: object,
+        feature_layer: int,
     ) -> Assembled | None:
-        kind, config_kind, processor_kind, video_kind = self.mllm
+        model_cls, config_cls, processor_cls, video_cls = self.mllm
         if not isinstance(decoder, self.language_model):
             raise EncoderError(
                 f"A {type(self.model).__name__} cuts its patches as no LLaVA does, and its own family, {self.family}, "
@@ -74,16 +78,16 @@ class QwenVLAdapter(VisionAdapter):
         time = max(1, half // 2 * self.time_share // 16)
         height = (half // 2 - time) // 2
         rope = {**text.rope_parameters, "mrope_section": [time, height, half // 2 - time - height]}
-        known = config_kind.sub_configs["text_config"]().to_dict()
-        shared = {name: value for name, value in text.to_dict().items() if name in known and name != "model_type"}
-        config = config_kind(
+        fields = config_cls.sub_configs["text_config"]().to_dict()
+        shared = {name: value for name, value in text.to_dict().items() if name in fields and name != "model_type"}
+        config = config_cls(
             vision_config={**tower.config.to_dict(), self.out_width: text.hidden_size},
             text_config={**shared, "rope_parameters": rope},
             tie_word_embeddings=bool(text.tie_word_embeddings),
             **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()},
         )
         with init_empty_weights():
-            model = kind(config)
+            model = model_cls(config)
         # positions in three directions are those of a text where they are equal: what was learnt stays true
         model.model.language_model.load_state_dict(decoder.base_model.state_dict(), assign=True)
         model.lm_head = decoder.get_output_embeddings()
@@ -92,8 +96,8 @@ class QwenVLAdapter(VisionAdapter):
             if weights[name].shape != parameter.shape:
                 # the merger's last layer, as wide as the language model
                 weights[name] = torch.empty(parameter.shape)
-        place = {"device": decoder.device, "dtype": decoder.dtype}
-        visual.load_state_dict({name: weight.to(**place) for name, weight in weights.items()}, assign=True)
+        device, dtype = decoder.device, decoder.dtype
+        visual.load_state_dict({n: weight.to(device=device, dtype=dtype) for n, weight in weights.items()}, assign=True)
         visual.to(decoder.device)
         model.tie_weights()
         model.generation_config = copy.deepcopy(decoder.generation_config)
@@ -102,10 +106,10 @@ class QwenVLAdapter(VisionAdapter):
         return Assembled(
             model,
             marker,
-            lambda template: processor_kind(
+            lambda template: processor_cls(
                 image_processor=image_processor,
                 tokenizer=tokenizer,
-                video_processor=video_kind(),
+                video_processor=video_cls(),
                 chat_template=template,
             ),
         )

@@ -36,6 +36,8 @@ def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pivot_plugin"}
     for wanted in ("hooks/hookspecs.py", "adapters/llava.py", "py.typed", "quickstart/first_stage.safetensors"):
         assert f"pivot_plugin/{wanted}" in names
+    for template in ("encoders/card.md.jinja", "data/card.md.jinja", "report/template.html"):
+        assert f"pivot_plugin/{template}" in names
     sources = {p.relative_to(ROOT / "pivot_plugin") for p in (ROOT / "pivot_plugin").rglob("*.py")}
     for source in sources:
         assert f"pivot_plugin/{source}" in names

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import zipfile
@@ -18,7 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.files import cache_folder
+from pivot_plugin.files import cache_folder, whole_folder
 
 from .images import MAX_PIXELS, ImageAccess
 from .jsonlines import JsonLines
@@ -286,16 +285,12 @@ def _zip(path: Path, access: ImageAccess) -> Source:
     cache = cache_folder("archives")
     target = cache / key
     if not target.exists():
-        unfinished = target.with_name(f"{key}-{os.getpid()}")
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(path) as archive, whole_folder(target) as unfinished:
                 _check_archive(archive, path, cache)
                 archive.extractall(unfinished)
-            unfinished.rename(target)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError, OSError) as error:
             raise DataError(f"{path.name} cannot be unpacked: {error}.", "Check that the archive is whole.") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     inner = target
     entries = [entry for entry in inner.iterdir() if entry.name != "__MACOSX"]
     if len(entries) == 1 and entries[0].is_dir():

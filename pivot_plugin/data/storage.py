@@ -2,8 +2,6 @@
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from PIL.Image import Image as PILImage
 
 from pivot_plugin import __version__
 from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.files import whole_folder
 
 from .checking import CheckReport, check
 from .images import ImageAccess
@@ -37,6 +36,7 @@ FEATURES = Features(
 SHARD_BYTES = 200_000_000
 SHARD_ROWS = 20_000
 CARD = "README.md"
+CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def save(pairs: PairDataset, folder: str | Path, built: str = "") -> CheckReport:
@@ -60,18 +60,11 @@ def save(pairs: PairDataset, folder: str | Path, built: str = "") -> CheckReport
     pairs.verify()
     report = check(pairs)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with whole_folder(target) as aside:
             (aside / "data").mkdir()
             for number, rows in enumerate(_shards(pairs)):
                 Dataset.from_list(rows, features=FEATURES).to_parquet(aside / "data" / f"train-{number:05d}.parquet")
             (aside / CARD).write_text(str(_card(pairs, report, built)), encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise SettingsError(
             f"{str(target)!r} cannot be written: {error.strerror or error}.", "Choose another folder, or make room."
@@ -162,26 +155,14 @@ def _card(pairs: PairDataset, report: CheckReport, built: str) -> DatasetCard:
         task_categories=["visual-question-answering"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )
-    defects = [
-        f"| {defect.kind} | {defect.severity} | {len(defect.rows) or '-'} | {' '.join(defect.examples[:1])} |"
-        for defect in report.defects
-    ]
-    built_by = ["| source | pairs |", "|---|---|", *(f"| {name} | {n:,} |" for name, n in sorted(sources.items()))]
-    blocks = [
-        f"---\n{data.to_yaml()}\n---",
-        "# Preference pairs",
-        f"{len(pairs):,} pairs about images, in TRL's conversational vision layout: `images`, `prompt`, `chosen`, "
-        "`rejected` (messages), `id`, `source`, `score_chosen`, `score_rejected`.",
-        "## How the pairs were built",
-        built or "Not said.",
-        "\n".join(built_by),
-        "## Defects found by `pivot prefs check`",
-        "\n".join(["| kind | severity | rows | |", "|---|---|---|---|", *defects]) if defects else "None.",
-        "## Numbers",
-        f"```json\n{json.dumps(report.statistics, indent=2)}\n```",
-        "## Use",
-        "```python\nimport pivot_plugin as pivot\nfrom pivot_plugin.preferences import load\n\n"
-        'pivot.optimize(model, load("<this repository or folder>"))\n```',
-        f"Written by pivot_plugin {__version__} with datasets {datasets.__version__}.",
-    ]
-    return DatasetCard("\n\n".join(blocks) + "\n")
+    return DatasetCard.from_template(
+        data,
+        template_path=str(CARD_TEMPLATE),
+        pairs=f"{len(pairs):,}",
+        built=built,
+        sources=[(name, f"{count:,}") for name, count in sorted(sources.items())],
+        defects=report.defects,
+        statistics=json.dumps(report.statistics, indent=2),
+        version=__version__,
+        datasets_version=datasets.__version__,
+    )

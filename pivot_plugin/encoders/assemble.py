@@ -1,23 +1,17 @@
-"""A LLaVA-architecture MLLM out of a bare vision encoder and a language model, as a plain transformers model.
+"""An MLLM out of a bare vision encoder and a language model, as a plain transformers model.
 
-What the paper starts from: encoder, a two-layer projector, an instructed language model (arXiv 2510.16333, section 3.1
-and appendix E.1). Align and instruct it before its preferences are optimised.
+Which MLLM that is, and how it is built, the encoder's adapter knows; here is what all of them need: both models, and a
+chat template that knows images. What the paper starts from is encoder, a two-layer projector, an instructed language
+model (arXiv 2510.16333, section 3.1 and appendix E.1). Align and instruct it before its preferences are optimised.
 """
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from accelerate import init_empty_weights
-from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -26,13 +20,13 @@ from transformers import (
     ViTModel,
 )
 
-from pivot_plugin.encoders import graft, load_encoder
-from pivot_plugin.errors import ModelError, SettingsError
-from pivot_plugin.models.find import find_adapter
+from pivot_plugin.adapters.base import Assembled
+from pivot_plugin.errors import EncoderError, ModelError, SettingsError
+from pivot_plugin.models.find import find_adapter, find_adapters
 
-from .towers import draw_projector, image_processor_of
+from .loading import load_encoder
+from .towers import DEFAULT_FEATURE_LAYER, draw_projector, image_processor_of, note_origin
 
-IMAGE_TOKEN = "<image>"
 # By name, for language models without a template. "chatml" as Qwen's, "plain" for base models that never saw turns.
 CHAT_TEMPLATES = {
     "chatml": (
@@ -63,8 +57,7 @@ _PARTS_AS_TEXT = (
 def assemble(
     encoder: PreTrainedModel | str | Path,
     language_model: PreTrainedModel | str | Path,
-    projector: Literal["mlp2x"] | None = "mlp2x",
-    feature_layer: int = -2,
+    feature_layer: int = DEFAULT_FEATURE_LAYER,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     image_processor: object | None = None,
@@ -75,10 +68,10 @@ def assemble(
 
     Args:
         encoder: any vision transformer (CLIP, SigLIP, DINO, ViT, ViT-MAE, an extracted InternViT, ...), loaded, or its
-            folder or Hub id. Not changed. A Qwen-VL tower, which cuts patches of its own, makes a model of its own
-            family, with a merger drawn by `seed`; the language model must be of the family's class then.
+            folder or Hub id. Not changed. It makes a LLaVA, with a projector of two linear layers; but a Qwen-VL tower,
+            which cuts patches of its own, makes a model of its own family, whose language model must be of the family's
+            class.
         language_model: any causal language model, loaded, or its folder or Hub id. Its modules become part of the MLLM.
-        projector: "mlp2x": linear, GELU, linear, drawn by `seed`.
         feature_layer: hidden state of the encoder that the projector reads.
         tokenizer, image_processor: of loaded models; found by where these come from where None.
         chat_template: name of one in `CHAT_TEMPLATES`, or a Jinja template, for a language model that has none.
@@ -88,74 +81,35 @@ def assemble(
         the MLLM in the language model's precision and on its device, in eval mode, and its processor.
 
     Raises:
-        EncoderError: for an encoder that a LLaVA cannot read.
+        EncoderError: for an encoder that no MLLM can read, or a language model that its family cannot have.
         ModelError: if a model cannot be loaded.
-        SettingsError: for sizes that need a projector that is not given, or a language model without chat template.
+        SettingsError: for a language model without chat template.
     """
     tower, images = _encoder(encoder, image_processor)
-    decoder, tokens = _language_model(language_model, tokenizer)
-    width, wanted = getattr(tower.config, "hidden_size", None), decoder.config.get_text_config().hidden_size
-    if projector != "mlp2x":
-        raise SettingsError(
-            f"The encoder gives {width} numbers per patch, the language model takes {wanted}, and projector is "
-            f"{projector!r}.",
-            'Use projector="mlp2x", the only one that LLaVA models have.',
-        )
-    template = _template(tokens, chat_template)
-    tokens = copy.deepcopy(tokens)
-    made = find_adapter(tower, encoder=True).assemble(decoder, tokens, images)
-    if made is not None:
-        draw_projector(find_adapter(made.model), seed)
-        return made.model.eval(), made.processor(_with_images(template, made.image_text))
-    tokens.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokens.pad_token is None:
-        tokens.pad_token = tokens.eos_token
-    model = _joined(decoder, tokens)
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokens,
-        patch_size=1,
-        image_token=IMAGE_TOKEN,
-        chat_template=_with_images(template, f"{IMAGE_TOKEN}\\n"),
-    )
-    graft(
-        *(model, tower, "new"),
-        processor=processor,
-        image_processor=images,
-        feature_layer=feature_layer,
-        seed=seed,
-    )
-    return model.eval(), processor
+    decoder, tokenizer = _language_model(language_model, tokenizer)
+    template = _template(tokenizer, chat_template)
+    made = _made(tower, decoder, copy.deepcopy(tokenizer), images, feature_layer)
+    draw_projector(find_adapter(made.model), seed)
+    note_origin(made.model, tower)
+    return made.model.eval(), made.processor(_with_images(template, made.image_text))
 
 
-def _joined(decoder: PreTrainedModel, tokens: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
-    """A LLaVA around a language model, with a stand-in for the tower and the projector."""
-    if len(tokens) > decoder.get_input_embeddings().num_embeddings:
-        decoder.resize_token_embeddings(len(tokens), mean_resizing=False)
-    text = decoder.config
-    stand_in = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14, patch_size=14
+def _made(
+    tower: PreTrainedModel,
+    decoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: object,
+    feature_layer: int,
+) -> Assembled:
+    """The MLLM of the first adapter that makes one of this encoder."""
+    for adapter in find_adapters(tower):
+        made = adapter.assemble(decoder, tokenizer, image_processor, feature_layer)
+        if made is not None:
+            return made
+    raise EncoderError(
+        f"No adapter makes an MLLM of a {type(tower).__name__}.",
+        "Install or write a plugin whose adapter overrides assemble; `pivot adapters` lists what is installed.",
     )
-    config = LlavaConfig(
-        vision_config=stand_in,
-        text_config=text,
-        image_token_index=tokens.convert_tokens_to_ids(IMAGE_TOKEN),
-        tie_word_embeddings=bool(text.tie_word_embeddings),
-        pad_token_id=tokens.pad_token_id,
-    )
-    with init_empty_weights():
-        model = LlavaForConditionalGeneration(config)
-    model.model.language_model = decoder.base_model
-    model.lm_head = decoder.get_output_embeddings()
-    place, precision = decoder.device, decoder.dtype
-    model.model.vision_tower = CLIPVisionModel(stand_in).to(device=place, dtype=precision)
-    kind = type(model.model.multi_modal_projector)
-    model.model.multi_modal_projector = kind(config).to(device=place, dtype=precision)
-    # what was made on the meta device and replaced must not be what the model believes to be tied
-    model.tie_weights()
-    model.generation_config = copy.deepcopy(decoder.generation_config)
-    model.generation_config.pad_token_id = tokens.pad_token_id
-    return model
 
 
 def _encoder(encoder: PreTrainedModel | str | Path, image_processor: object | None) -> tuple[PreTrainedModel, Any]:

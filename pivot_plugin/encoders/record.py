@@ -15,9 +15,11 @@ from pivot_plugin import __version__
 from pivot_plugin.errors import EncoderError
 
 PROVENANCE = "pivot.json"
+PROJECTOR_FILE = "projector.safetensors"
 FORMAT = 1
 LARGEST = 4_000_000
 DEEPEST = 12
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 REMEDY = "Save or download the encoder again."
 
 
@@ -151,9 +153,6 @@ def _depth(value: Any) -> int:
     if isinstance(value, list):
         return 1 + max(map(_depth, value), default=0)
     return 0
-
-
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 
 
 def plain_name(source: object) -> str:

@@ -12,26 +12,24 @@ With weights="lora" the folder is one of PEFT: adapter_config.json, adapter_mode
 import copy
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-import pivot_plugin
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.files import whole_folder
 
-from .card import PICTURE, card
-from .record import FORMAT, PROVENANCE, sha256, without_paths
+from .card import CARD, PICTURE, card
+from .loading import has_auto_class
+from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, sha256, versions, without_paths
 from .signature import signature
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ def save_encoder(
         EncoderError: if the folder holds something else, or cannot be written.
     """
     encoder, image_processor = adapter.extract(), adapter.image_processor(processor)
-    with _written_aside(Path(folder)) as aside:
+    with _encoder_folder(Path(folder)) as aside:
         encoder.save_pretrained(aside, max_shard_size=max_shard_size)
         image_processor.save_pretrained(aside)
         projector = {
@@ -74,9 +72,9 @@ def save_encoder(
             for name, parameter in adapter.model.named_parameters()
             if adapter.part_of(name) == "projector"
         }
-        save_file(projector, aside / "projector.safetensors")
-        record = _described(adapter, encoder) | {"signature": _signature(encoder, image_processor)}
-        _finish(aside, record | dict(provenance), sections, picture)
+        save_file(projector, aside / PROJECTOR_FILE)
+        added = {"signature": _signature(encoder, image_processor), **provenance}
+        _finish(aside, adapter, encoder, added, sections, picture)
     return Path(folder)
 
 
@@ -120,10 +118,10 @@ def save_lora(
     own_config.modules_to_save = None
     own_config.task_type = None
     own_config.base_model_name_or_path = (provenance.get("base") or {}).get("encoder")
-    with _written_aside(Path(folder)) as aside:
+    with _encoder_folder(Path(folder)) as aside:
         own_config.save_pretrained(aside)
         save_file(own, aside / "adapter_model.safetensors", {"format": "pt"})
-        _finish(aside, _described(adapter, adapter.tower) | {"weights": "lora"} | dict(provenance), sections, picture)
+        _finish(aside, adapter, adapter.tower, {"weights": "lora", **provenance}, sections, picture)
     return Path(folder)
 
 
@@ -155,52 +153,46 @@ def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, An
         "unread": list(unread),
         "heads": heads,
         "projector_first_layer": adapter.projector_first_layer,
-        "versions": {
-            "pivot_plugin": pivot_plugin.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
 
 
-def _finish(aside: Path, record: Mapping[str, Any], sections: Sequence[str], picture: Image.Image | None) -> None:
+def _finish(
+    aside: Path,
+    adapter: VisionAdapter,
+    encoder: PreTrainedModel,
+    provenance: Mapping[str, Any],
+    sections: Sequence[str],
+    picture: Image.Image | None,
+) -> None:
     """Write what stands beside the weights."""
-    kept = without_paths(record)
-    kept["sha256"] = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
+    record = without_paths(_described(adapter, encoder) | dict(provenance))
+    record["sha256"] = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
     if picture is not None:
         picture.save(aside / PICTURE)
-    (aside / PROVENANCE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(str(card(kept, sections, picture is not None)), encoding="utf-8")
+    (aside / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    written = card(
+        record,
+        adapter.usage(),
+        None if has_auto_class(encoder.config) else type(encoder).__module__,
+        sections=sections,
+        picture=picture is not None,
+    )
+    (aside / CARD).write_text(str(written), encoding="utf-8")
 
 
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside another that takes its place when all went well."""
+def _encoder_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of an encoder's folder when all went well."""
     if folder.exists() and any(folder.iterdir()) and not (folder / PROVENANCE).exists():
         raise EncoderError(
             f"Folder {str(folder)!r} is not empty and holds no encoder of ours.", "Choose another folder, or empty it."
         )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise EncoderError(f"{str(folder)!r} cannot be written: {error}.", "Choose another folder.") from error
-    try:
-        aside.chmod(0o755)
-        yield aside
-        _replace(folder, aside)
+        with whole_folder(folder) as aside:
+            yield aside
     except OSError as error:
         raise EncoderError(
-            f"{str(folder)!r} cannot be written: {error}.", "What was there before is unchanged; make room and repeat."
+            f"{str(folder)!r} cannot be written: {error}.",
+            "What was there before is unchanged; choose another folder, or make room and repeat.",
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(folder: Path, aside: Path) -> None:
-    """Put a finished folder in the place of an old one."""
-    old = aside.with_name(f"{aside.name}.old")
-    if folder.exists():
-        folder.replace(old)
-    aside.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)

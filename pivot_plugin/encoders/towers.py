@@ -11,14 +11,15 @@ from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.base import FEATURE_LAYER
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.models.find import find_adapter
 
-from .record import origin_of
+from .record import PROJECTOR_FILE, origin_of
 
 Projector = Literal["keep", "new", "first-layer"]
 # LLaVA's, and the paper's (arXiv 2510.16333, appendix E.1)
-FEATURE_LAYER = -2
+DEFAULT_FEATURE_LAYER = -2
 
 
 def extract_encoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -83,19 +84,29 @@ def graft(
                 "Pass processor=, the model's own, and save it with the model.",
             )
         first = _first_layer(adapter, encoder, projector_weights) if projector == "first-layer" else None
-        own = image_processor or image_processor_of(encoder)
-        adapter.replace_tower(copy.deepcopy(encoder), own, processor, _layer(encoder, feature_layer))
+        images = image_processor or image_processor_of(encoder)
+        adapter.replace_tower(copy.deepcopy(encoder), images, processor, _layer(encoder, feature_layer))
         _initialise(adapter, first, seed)
-    origin = origin_of(encoder)
-    if origin is not None:
-        model.config.pivot_encoder = {"name": origin.name, "revision": origin.revision}
+    note_origin(model, encoder)
     return model
 
 
-def _layer(encoder: PreTrainedModel, asked: int | None) -> int:
-    if asked is not None:
-        return asked
-    recorded = getattr(encoder.config, "vision_feature_layer", FEATURE_LAYER)
+def note_origin(model: PreTrainedModel, encoder: PreTrainedModel) -> None:
+    """Have an MLLM's configuration say which encoder it has, where that is known.
+
+    Args:
+        model: with the encoder.
+        encoder: as it was loaded.
+    """
+    origin = origin_of(encoder)
+    if origin is not None:
+        model.config.pivot_encoder = {"name": origin.name, "revision": origin.revision}
+
+
+def _layer(encoder: PreTrainedModel, feature_layer: int | None) -> int:
+    if feature_layer is not None:
+        return feature_layer
+    recorded = getattr(encoder.config, FEATURE_LAYER, DEFAULT_FEATURE_LAYER)
     # of a tower that was read at its own output, LLaVA reads the last hidden state
     return -1 if recorded is None else int(recorded)
 
@@ -110,9 +121,9 @@ def image_processor_of(encoder: PreTrainedModel) -> object:
         SettingsError: if there is none.
     """
     origin = origin_of(encoder)
-    place = str(origin.folder) if origin else encoder.name_or_path
+    source = str(origin.folder) if origin else encoder.name_or_path
     try:
-        return AutoImageProcessor.from_pretrained(place)
+        return AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"No image processor is known for this {type(encoder).__name__}.",
@@ -121,7 +132,7 @@ def image_processor_of(encoder: PreTrainedModel) -> object:
 
 
 def _first_layer(
-    adapter: VisionAdapter, encoder: PreTrainedModel, given: str | Path | None
+    adapter: VisionAdapter, encoder: PreTrainedModel, projector_weights: str | Path | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of the first layer of the projector that the encoder was trained with.
 
@@ -129,7 +140,8 @@ def _first_layer(
         EncoderError: with everything that keeps it from being used in this model.
     """
     origin = origin_of(encoder)
-    file = Path(given) if given else origin.folder / "projector.safetensors" if origin else None
+    beside = origin.folder / PROJECTOR_FILE if origin else None
+    file = Path(projector_weights) if projector_weights else beside
     if file is None or not file.is_file():
         raise EncoderError(
             "There is no projector to take the first layer of.",
@@ -137,23 +149,25 @@ def _first_layer(
         )
     tensors = load_file(file)
     recorded = origin.record.get("projector_first_layer") if origin else None
-    path = str(recorded or next((n.removesuffix(".weight") for n in tensors if n.endswith("linear_1.weight")), ""))
+    # of weights without a record, the layer that is called as this projector's
+    name = str(recorded or adapter.projector_first_layer or "").rpartition(".")[2]
+    path = str(recorded or next((n.removesuffix(".weight") for n in tensors if n.endswith(f".{name}.weight")), ""))
     weight, bias = tensors.get(f"{path}.weight"), tensors.get(f"{path}.bias")
-    found = []
+    problems = []
     if adapter.projector_first_layer is None:
-        found.append(f"the projector of family {adapter.family} cannot begin with the layer of another")
+        problems.append(f"the projector of family {adapter.family} cannot begin with the layer of another")
     if weight is None:
-        found.append(f"{file.name} has no first layer that another projector could begin with")
+        problems.append(f"{file.name} has no first layer that another projector could begin with")
     else:
         width = adapter.model.config.get_text_config().hidden_size
         if weight.shape[0] != width:
-            found.append(f"the first layer gives {weight.shape[0]} numbers, the language model takes {width}")
+            problems.append(f"the first layer gives {weight.shape[0]} numbers, the language model takes {width}")
         if weight.shape[1] != encoder.config.hidden_size:
-            found.append(
+            problems.append(
                 f"the first layer takes {weight.shape[1]} numbers, the encoder gives {encoder.config.hidden_size}"
             )
-    if found or weight is None:
-        raise EncoderError(f"The first layer cannot be reused: {'; '.join(found)}.", 'Use projector="new".')
+    if problems or weight is None:
+        raise EncoderError(f"The first layer cannot be reused: {'; '.join(problems)}.", 'Use projector="new".')
     return weight, bias
 
 

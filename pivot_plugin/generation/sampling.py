@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.sources import Source
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.files import same_settings
 from pivot_plugin.models.fingerprints import model_fingerprint
 
 from .engines import Engine, Sampling, TransformersEngine, VLLMEngine
@@ -132,13 +133,12 @@ class _Candidates:
         # a run that was killed may have left half a line
         whole = lines[:-1]
         if whole:
-            earlier = json.loads(whole[0])
-            if differing := sorted(name for name in settings if earlier.get(name) != settings[name]):
-                raise SettingsError(
-                    f"{str(path)!r} holds candidates of a run with another {differing[0]}: "
-                    f"{str(earlier.get(differing[0]))[:80]}, now {str(settings[differing[0]])[:80]}.",
-                    "Choose another output_dir, delete this one, or use the same settings.",
-                )
+            same_settings(
+                json.loads(whole[0]),
+                settings,
+                f"The run whose candidates {str(path)!r} holds",
+                "Choose another output_dir, delete this one, or use the same settings.",
+            )
             for line in whole[1:]:
                 row = json.loads(line)
                 self.completions[row["question"]] = row["completions"]

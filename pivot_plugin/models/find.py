@@ -1,13 +1,10 @@
 """The adapter of a model's family, and whether a processor belongs to a model."""
 
-from transformers import (
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import ModelError
-from pivot_plugin.hooks import ask
+from pivot_plugin.hooks import ask, collect
 
 
 def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter:
@@ -42,6 +39,20 @@ def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter
             "Pass a multimodal model such as LlavaForConditionalGeneration.",
         )
     return adapter
+
+
+def find_adapters(model: PreTrainedModel) -> list[VisionAdapter]:
+    """Every adapter that knows a model, those of the newest plugins first.
+
+    Args:
+        model: an MLLM, or a stand-alone encoder.
+
+    Raises:
+        ModelError, PluginError: as `find_adapter`.
+    """
+    find_adapter(model, encoder=True)
+    newest_first = reversed(collect("pivot_adapter", model=model))
+    return [adapter for _, adapter in newest_first if isinstance(adapter, VisionAdapter)]
 
 
 def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAdapter) -> None:

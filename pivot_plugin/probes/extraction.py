@@ -7,7 +7,6 @@ image processor, what is read, and the images. An extraction that was interrupte
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from pivot_plugin.adapters import ImageFeatures
 from pivot_plugin.data.images import ImageAccess, content_key
 from pivot_plugin.errors import DataError, ModelError, SettingsError
-from pivot_plugin.files import cache_folder
+from pivot_plugin.files import cache_folder, write_whole
 from pivot_plugin.models.fingerprints import model_fingerprint
 
 from .subjects import Subject, subject
@@ -303,12 +302,9 @@ def _chunk_key(depends: str, images: Sequence[Any], chunk: range, access: ImageA
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    aside = path.with_name(f".{path.stem}-{os.getpid()}")
     try:
-        save_file(tensors, aside)
-        aside.replace(path)
+        write_whole(path, lambda aside: save_file(tensors, aside))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise SettingsError(
             f"Features cannot be kept in {str(path.parent)!r}: {error}.",
             "Make room, give another cache= folder, or cache=False.",

@@ -29,7 +29,7 @@ _KEYS: dict[str, Any] = {
     "output_dir": None,
     "seeds": None,
     "seeds_from": None,
-    "assemble": dict.fromkeys(("projector", "feature_layer", "chat_template")),
+    "assemble": dict.fromkeys(("feature_layer", "chat_template")),
     "align": dict.fromkeys(_RUN | _INSTRUCT | {"plain"}) | {"data": _DATA},
     "instruct": dict.fromkeys(_RUN | _INSTRUCT | {"train", "lora"}) | {"data": _DATA},
     "optimize": dict.fromkeys(_RUN | _PAIRS | {"train", "lora", "saliency"})

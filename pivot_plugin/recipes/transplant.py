@@ -5,26 +5,24 @@ Variants, by how many layers are kept (and frozen) and how many are new (arXiv 2
     0      a new projector
     1+1    the first layer of the projector that the encoder was trained with, and one new layer
     2+2    both its layers, and two new ones
+
+How a projector gets more layers than transformers gives it, the adapter of the family knows.
 """
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.encoders.assemble import assemble
-from pivot_plugin.encoders.towers import draw
+from pivot_plugin.encoders.record import PROJECTOR_FILE
+from pivot_plugin.encoders.towers import DEFAULT_FEATURE_LAYER, draw
 from pivot_plugin.errors import EncoderError
-from pivot_plugin.models.loading import load_model
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.loading import empty_model, load_model
 
-PROJECTOR = "multi_modal_projector"
-PROJECTOR_FILE = "projector.safetensors"
 KEPT = {"0": 0, "1+1": 1, "2+2": 2}
 
 
@@ -33,10 +31,10 @@ def transplant(
     language_model: PreTrainedModel | str | Path,
     variant: str = "0",
     *,
-    feature_layer: int = -2,
+    feature_layer: int = DEFAULT_FEATURE_LAYER,
     seed: int = 0,
     **options: Any,
-) -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Put an encoder into a new MLLM.
 
     Args:
@@ -53,24 +51,9 @@ def transplant(
         EncoderError: if there are no layers to keep, or they do not fit the encoder.
     """
     model, processor = assemble(encoder, language_model, feature_layer=feature_layer, seed=seed, **options)
-    kept = KEPT[variant]
-    if not kept:
-        return model, processor
-    layers = _tuned_layers(encoder, model)[:kept]
-    width = model.config.get_text_config().hidden_size
-    old = model.model.multi_modal_projector
-    if kept == 1 and layers[0][0].shape == old.linear_1.weight.shape:
-        # what plain transformers have is what is written
-        _fill(old.linear_1, layers[0])
-        return model, processor
-    new = [(layers[-1][0].shape[0], width), *[(width, width)] * (kept - 1)]
-    sizes = [(weight.shape[1], weight.shape[0]) for weight, _ in layers] + new
-    projector = _stack(sizes).to(device=old.linear_1.weight.device, dtype=old.linear_1.weight.dtype)
-    linear = [module for module in projector if isinstance(module, nn.Linear)]
-    for module, layer in zip(linear, layers, strict=False):
-        _fill(module, layer)
-    draw(linear[kept:], model, seed)
-    model.model.multi_modal_projector = projector
+    if count := KEPT[variant]:
+        tuned = _tuned_projector(encoder)
+        draw(find_adapter(model).begin_projector(tuned, count), model, seed)
     return model, processor
 
 
@@ -81,75 +64,28 @@ def kept_layers(model: PreTrainedModel, variant: str) -> list[str]:
         model: made by `transplant`.
         variant: it was made with.
     """
-    linear = [
-        path
-        for path, module in model.named_modules()
-        if f"{PROJECTOR}." in f"{path}." and isinstance(module, nn.Linear)
-    ]
-    return linear[: KEPT[variant]]
+    return find_adapter(model).projector_layers()[: KEPT[variant]]
 
 
 def load_transplant(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A transplant that was saved, whose projector may have more layers than LLaVA's.
+    """A transplant that was saved, whose projector may have more layers than its family's own.
 
     Args:
         folder: written by `save_pretrained` of model and processor.
+
+    Raises:
+        ModelError: if there is none.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    pattern = re.compile(rf"(?:.*\.)?{PROJECTOR}\.(\d+)\.weight")
-    sizes = {int(m[1]): (w.shape[1], w.shape[0]) for name, w in weights.items() if (m := pattern.fullmatch(name))}
-    if not sizes:
-        return load_model(folder, None)
-    # transformers' loader knows LLaVA's own projector alone, and would tell at length what it does not find
-    said = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
-    finally:
-        transformers.logging.set_verbosity(said)
-    projector = _stack([sizes[index] for index in sorted(sizes)])
-    mark = f"{PROJECTOR}."
-    projector.load_state_dict({n.partition(mark)[2]: w for n, w in weights.items() if mark in n}, assign=True)
-    model.model.multi_modal_projector = projector
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return load_model(find_adapter(empty_model(str(folder))).load(folder), None)
 
 
-def _tuned_layers(
-    encoder: PreTrainedModel | str | Path, model: PreTrainedModel
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Weights and biases of the two layers of the projector that an encoder was trained with."""
+def _tuned_projector(encoder: PreTrainedModel | str | Path) -> dict[str, torch.Tensor]:
+    """Weights of the projector that an encoder was trained with."""
     file = Path(encoder) / PROJECTOR_FILE if isinstance(encoder, str | Path) else None
     if file is None or not file.is_file():
         raise EncoderError(
             f"There is no {PROJECTOR_FILE} with the encoder, so no layer of a tuned projector can be kept.",
             'Use the projector variant "0", or an encoder folder that a run has written.',
         )
-    tensors: Mapping[str, torch.Tensor] = load_file(file)
-    layers = []
-    for name in ("linear_1", "linear_2"):
-        path = next((key for key in tensors if key.endswith(f"{name}.weight")), None)
-        if path is None:
-            raise EncoderError(f"{file.name} has no layer {name}.", 'Use the projector variant "0".')
-        layers.append((tensors[path], tensors.get(path.replace(".weight", ".bias"))))
-    takes, gives = layers[0][0].shape[1], model.model.vision_tower.config.hidden_size
-    if takes != gives:
-        raise EncoderError(
-            f"The tuned projector takes {takes} numbers per patch, the encoder gives {gives}.",
-            'Use the projector variant "0".',
-        )
-    return layers
-
-
-def _stack(sizes: list[tuple[int, int]]) -> nn.Sequential:
-    modules: list[nn.Module] = []
-    for takes, gives in sizes:
-        modules += [nn.Linear(takes, gives), nn.GELU()]
-    return nn.Sequential(*modules[:-1])
-
-
-@torch.no_grad()
-def _fill(module: nn.Linear, layer: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    module.weight.copy_(layer[0])
-    module.bias.copy_(torch.zeros_like(module.bias) if layer[1] is None else layer[1])
+    tensors: dict[str, torch.Tensor] = load_file(file)
+    return tensors

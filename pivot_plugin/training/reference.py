@@ -7,13 +7,14 @@ none, and the next run computes only what is missing.
 
 import hashlib
 import json
-import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pivot_plugin.files import write_whole
 
 Logps = tuple[float, float]
 _COLUMNS = ("key", "chosen", "rejected")
@@ -33,7 +34,7 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         described_file = self.folder / "reference.json"
         if not described_file.exists():
-            self._aside(described_file, lambda path: path.write_text(described))
+            write_whole(described_file, described)
 
     def read(self) -> dict[str, Logps]:
         """All that is known: by pair key, log-probabilities (natural log, summed over tokens) of both answers."""
@@ -58,10 +59,4 @@ class ReferenceCache:
                 "rejected": pa.array([rejected for _, (_, rejected) in rows], pa.float32()),
             }
         )
-        self._aside(self.folder / f"{uuid.uuid4().hex}.parquet", lambda path: pq.write_table(table, path))
-
-    @staticmethod
-    def _aside(path: Path, write: Callable[[Path], object]) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        write(temporary)
-        temporary.rename(path)
+        write_whole(self.folder / f"{uuid.uuid4().hex}.parquet", lambda path: pq.write_table(table, path))
