@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -142,9 +143,9 @@ def run(
 
         read = load_recipe(recipe)
         if output_dir is not None:
-            read.output_dir = str(output_dir)
+            read = replace(read, output_dir=output_dir)
         if seeds is not None:
-            read.seeds = _numbers(seeds)
+            read = replace(read, seeds=_numbers(seeds))
         found = plan_recipe(read) if dry_run else run_recipe(read, estimate=estimate)
     if not as_json:
         print(found)

@@ -22,6 +22,7 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -40,9 +41,12 @@ from transformers import (
 )
 
 import pivot_plugin as pivot
+from pivot_plugin.adapters.base import Assembled, VisionAdapter
+from pivot_plugin.adapters.llava import EncoderAdapter
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.encoders.assemble import CHAT_TEMPLATES
 from pivot_plugin.errors import EncoderError, ModelError, SettingsError
+from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, subject
 from pivot_plugin.testing.families import byte_tokenizer
@@ -302,3 +306,36 @@ def test_a_qwen_tower_wants_its_family_s_language_model(make: Any) -> None:
             tokenizer=tokenizer,
             image_processor=processor.image_processor,
         )
+
+
+class OwnTower(VisionAdapter):
+    """Of a plugin that knows a tower, and not what MLLM it makes."""
+
+    family = "mine"
+
+
+class OwnAssembly(OwnTower):
+    """Of a plugin that knows both."""
+
+    def assemble(self, decoder: Any, tokenizer: Any, image_processor: Any, feature_layer: int) -> Assembled | None:
+        made = EncoderAdapter(self.model).assemble(decoder, tokenizer, image_processor, feature_layer)
+        assert made is not None
+        made.model.config.made_by = self.family
+        return made
+
+
+@pytest.mark.parametrize(("adapter", "made_by"), [(OwnTower, None), (OwnAssembly, "mine")])
+def test_the_first_adapter_that_makes_an_mllm_of_the_encoder_does(adapter: Any, made_by: str | None) -> None:
+    class Plugin:
+        @hookimpl
+        def pivot_adapter(self, model: Any) -> VisionAdapter | None:
+            return adapter(model) if isinstance(model, SiglipVisionModel) else None
+
+    manager().register(plugin := Plugin(), "own-tower")
+    try:
+        assert find_adapter(encoder("siglip")[0], encoder=True).family == "mine"
+        model, _ = assembled("siglip")
+    finally:
+        manager().unregister(plugin)
+    assert type(model) is LlavaForConditionalGeneration
+    assert getattr(model.config, "made_by", None) == made_by
