@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pivot_plugin.choices import OnBadRow
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks.types import Layout
 
 from .images import MAX_PIXELS, ImageAccess
 from .layout import normalise, recognise
 from .records import inspect_row
-from .rows import OnBadRow, RowDataset, as_mapping, normalised
+from .rows import RowDataset, as_mapping, normalised
 from .skipped import SKIPPED_FILE, SkippedRows
 from .sources import open_source
 

@@ -28,7 +28,7 @@ def empty_model(name: str) -> PreTrainedModel:
 
 
 def load_model(
-    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None
+    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """An MLLM and its processor, loaded where they are not.
 

@@ -19,7 +19,7 @@ from .extraction import Features, features
 from .generalization import generalization_factor, plot_generalization
 from .gradients import PairSaliency, pointing_game, saliency
 from .linear import linear_probe, prototype_probe
-from .lookup import Probing
+from .lookup import ProbeTask
 from .neighbours import Captioned, alignment, mutual_knn
 from .patches import PatchProbe, probe_patches
 from .questions import vqa
@@ -38,7 +38,7 @@ __all__ = [
     "PairSaliency",
     "PatchProbe",
     "ProbeResult",
-    "Probing",
+    "ProbeTask",
     "Score",
     "Subject",
     "alignment",

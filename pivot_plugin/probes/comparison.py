@@ -159,8 +159,9 @@ def compare(
     Args:
         examined: what to compare, the one the others are held against first: models, encoders, folders or Hub ids of
             either, folders of runs, results; or a mapping that names them.
-        probes: by label a `probes.Probing`; or data, the label naming the probe ("linear", "prototype", "segmentation",
-            "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a `probes.Subject`.
+        probes: by label a `probes.ProbeTask`; or data, the label naming the probe ("linear", "prototype",
+            "segmentation", "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a
+            `probes.Subject`.
         processor: of loaded models that have no name.
         mllm: an MLLM into a copy of which encoders are grafted, for probes that need one.
         output: JSON file, or folder, that gets the results, also those of a comparison that fails halfway.

@@ -20,7 +20,7 @@ NEED_MLLM = ("saliency", "pointing", "vqa")
 
 
 @dataclass(frozen=True)
-class Probing:
+class ProbeTask:
     """A probe with its data: what `compare` and `optimize` run under a label.
 
     Attributes:
@@ -63,7 +63,7 @@ def runners(probes: Mapping[str, object]) -> dict[str, Runner]:
     """Functions that run probes on a subject, by label.
 
     Args:
-        probes: by label a `Probing`; or data, the label naming the probe; or a function of a `Subject` alone.
+        probes: by label a `ProbeTask`; or data, the label naming the probe; or a function of a `Subject` alone.
 
     Raises:
         SettingsError: for a name nobody knows, with the nearest ones, or for none at all.
@@ -75,14 +75,14 @@ def runners(probes: Mapping[str, object]) -> dict[str, Runner]:
 
 def needs_mllm(label: str, given: object) -> bool:
     """Whether a probe, given as for `runners`, looks at a whole MLLM."""
-    name = given.probe if isinstance(given, Probing) else label
+    name = given.probe if isinstance(given, ProbeTask) else label
     return isinstance(name, str) and name in NEED_MLLM
 
 
 def _runner(label: str, given: object) -> Runner:
     if callable(given):
         return lambda who: as_result(label, given(who))
-    probing = given if isinstance(given, Probing) else Probing(label, given)
+    probing = given if isinstance(given, ProbeTask) else ProbeTask(label, given)
     probe = probing.probe
     if isinstance(probe, str):
         probe = named("pivot_probes", probe, "probe")

@@ -38,7 +38,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.probes.benchmarks import run_benchmarks
 from pivot_plugin.probes.comparison import Comparison, compare
-from pivot_plugin.probes.lookup import NEED_MLLM, Probing, runners
+from pivot_plugin.probes.lookup import NEED_MLLM, ProbeTask, runners
 from pivot_plugin.runs.instruct import MODEL_FOLDER, align, instruct
 from pivot_plugin.runs.optimize import optimize
 from pivot_plugin.training.cost import tower_facts
@@ -607,10 +607,12 @@ class _Run:
         results = run_benchmarks(str(model), output_dir=folder, **(probing.get("options") or {}))
         return {f"{label} {task}": next(iter(metrics.values())) for task, metrics in results.items() if metrics}
 
-    def _probing(self, label: str, spec: Mapping[str, Any]) -> Probing:
+    def _probing(self, label: str, spec: Mapping[str, Any]) -> ProbeTask:
         if label not in self._made:
-            self._made[label] = Probing(spec["probe"], inputs.plain(spec.get("data")), dict(spec.get("options") or {}))
-        made: Probing = self._made[label]
+            self._made[label] = ProbeTask(
+                spec["probe"], inputs.plain(spec.get("data")), dict(spec.get("options") or {})
+            )
+        made: ProbeTask = self._made[label]
         return made
 
     # Parts
