@@ -46,17 +46,11 @@ def compare(
         raise SettingsError(
             f"--option names the probe {unknown[0]!r}.", f"The probes are {', '.join(data_of) or 'none'}."
         )
-    import pivot_plugin as pivot
+    from pivot_plugin.probes import ProbeTask
+    from pivot_plugin.probes.comparison import compare as compare_all
 
-    comparison = pivot.compare(
-        examined,
-        {
-            label: pivot.probes.ProbeTask(name, data, options_of.get(label, {}))
-            for label, (name, data) in data_of.items()
-        },
-        mllm=mllm,
-        output=output,
-    )
+    tasks = {label: ProbeTask(probe, data, options_of.get(label, {})) for label, (probe, data) in data_of.items()}
+    comparison = compare_all(examined, tasks, mllm=mllm, output=output)
     print(json.dumps(comparison.as_dict()) if as_json else comparison)
 
 
