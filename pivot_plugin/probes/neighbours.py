@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 
 from .extraction import features
+from .linear import normalised
 from .scores import ProbeResult, score_of
 from .subjects import subject
 
@@ -104,8 +105,7 @@ def clamped(vectors: np.ndarray) -> np.ndarray:
     """Vectors with magnitudes clamped at their 0.95 quantile, scaled to length one."""
     # the mean over rows of each row's quantile, as the published code has it
     limit = float(np.quantile(np.abs(vectors), OUTLIER_QUANTILE, axis=1).mean())
-    kept = np.clip(vectors, -limit, limit)
-    return kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
+    return normalised(np.clip(vectors, -limit, limit))
 
 
 def _neighbours(vectors: torch.Tensor, k: int) -> list[list[int]]:

@@ -17,9 +17,10 @@ from torch import nn
 from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.errors import DataError, SettingsError
 
-from .data import PRESETS, Masked, masked_images
+from .data import Masked, masked_images
 from .extraction import Features, encoder_size, features
 from .scores import ProbeResult, plain_score, score_of
+from .splits import PRESETS
 from .subjects import subject
 
 HIDDEN = 1024

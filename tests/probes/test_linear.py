@@ -13,8 +13,8 @@ from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, labelled_images, linear_probe, prototype_probe, subject
-from pivot_plugin.probes.data import PRESETS, Preset, per_class, stratified
 from pivot_plugin.probes.linear import normalised, prototypes, top_k
+from pivot_plugin.probes.splits import PRESETS, Preset, per_class, stratified
 
 
 def test_the_score_is_scikit_learn_s_own(llava: Any, labelled: Any) -> None:
