@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.errors import ModelError
 
 from .images import MAX_PIXELS
-from .pairs import PairDataset, load
+from .pairs import load_pairs
 from .records import RowRecord, inspect_rows
 
 Severity = Literal["error", "warning"]
