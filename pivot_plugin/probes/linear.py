@@ -13,11 +13,11 @@ import numpy as np
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.extras import require
 
+from . import subjects
 from .data import Labelled, labelled_images
 from .extraction import features
 from .scores import ProbeResult, score_of
 from .splits import check_share, stratified
-from .subjects import subject
 
 # arXiv 2510.16333, appendix E.3
 PAPER_C = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)
@@ -58,10 +58,10 @@ def linear_probe(
         SettingsError: if scikit-learn is not installed.
     """
     check_share(validation_share)
-    who = subject(examined)
+    subject = subjects.subject(examined)
     fitting, scoring = labelled_images(data, seed=seed)
     vectors, others = (
-        normalised(features(who, part.images, pool="mean", projected=projected, **extraction).pooled())
+        normalised(features(subject, part.images, pool="mean", projected=projected, **extraction).pooled())
         for part in (fitting, scoring)
     )
     if method == "prototype":

@@ -70,21 +70,18 @@ def runners(probes: Mapping[str, object]) -> dict[str, Runner]:
     """
     if not probes:
         raise SettingsError("No probe is given.", f"Give one or more of {', '.join(sorted(available()))} with data.")
-    return {label: _runner(label, given) for label, given in probes.items()}
+    return {label: _runner(label, probe) for label, probe in probes.items()}
 
 
-def needs_mllm(label: str, given: object) -> bool:
-    """Whether a probe, given as for `runners`, looks at a whole MLLM."""
-    name = given.probe if isinstance(given, ProbeTask) else label
+def needs_mllm(label: str, probe: object) -> bool:
+    """Whether a probe, in any form that `runners` takes, looks at a whole MLLM."""
+    name = probe.probe if isinstance(probe, ProbeTask) else label
     return isinstance(name, str) and name in NEED_MLLM
 
 
-def _runner(label: str, given: object) -> Runner:
-    if callable(given):
-        return lambda who: as_result(label, given(who))
-    probing = given if isinstance(given, ProbeTask) else ProbeTask(label, given)
-    probe = probing.probe
-    if isinstance(probe, str):
-        probe = named("pivot_probes", probe, "probe")
-    run = probe
-    return lambda who: as_result(label, run(who, probing.data, **probing.options))
+def _runner(label: str, probe: object) -> Runner:
+    if callable(probe):
+        return lambda subject: as_result(label, probe(subject))
+    task = probe if isinstance(probe, ProbeTask) else ProbeTask(label, probe)
+    run = named("pivot_probes", task.probe, "probe") if isinstance(task.probe, str) else task.probe
+    return lambda subject: as_result(label, run(subject, task.data, **task.options))

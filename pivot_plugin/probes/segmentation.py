@@ -17,11 +17,11 @@ from torch import nn
 from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.errors import DataError, SettingsError
 
+from . import subjects
 from .data import Masked, masked_images
 from .extraction import Features, encoder_size, features
 from .scores import ProbeResult, plain_score, score_of
 from .splits import PRESETS
-from .subjects import subject
 
 HIDDEN = 1024
 EPOCHS, BATCH = 5, 32
@@ -72,11 +72,11 @@ def segmentation_probe(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or epochs < 1:
         raise SettingsError(f"seeds is {seeds!r}, epochs {epochs}.", "Give at least one of each.")
-    who = subject(examined)
+    subject = subjects.subject(examined)
     fitting, scoring = masked_images(data)
-    side = encoder_size(who)
+    side = encoder_size(subject)
     found, others = (
-        features(who, part.images, square=side, projected=projected, **extraction) for part in (fitting, scoring)
+        features(subject, part.images, square=side, projected=projected, **extraction) for part in (fitting, scoring)
     )
     targets, expected = (
         [
