@@ -28,7 +28,7 @@ LAYERS = (
     ("adapters",),
     ("hooks",),
     ("config",),
-    ("files", "extras", "deadline"),
+    ("files", "extras", "deadline", "choices"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,10 +1,12 @@
-"""Commands that look: `pivot inspect` and `pivot adapters`."""
+"""Commands about models: `pivot inspect`, `pivot adapters`, `pivot assemble`."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .options import empty_folder
 
 
 def inspect(
@@ -51,3 +53,26 @@ def adapters(as_json: Annotated[bool, typer.Option("--json", help="Print it as J
     for info in installed():
         table.add_row(info.name, info.distribution, info.version, ", ".join(info.hooks), info.problem or "")
     Console().print(table)
+
+
+def assemble(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of a vision encoder.")],
+    language_model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the MLLM.")],
+    feature_layer: Annotated[int, typer.Option(help="Hidden state that the projector reads.")] = -2,
+    chat_template: Annotated[str | None, typer.Option(help="chatml, plain, or Jinja, where there is none.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
+) -> None:
+    """Join a vision encoder and a language model to an MLLM, in an ordinary transformers folder.
+
+    pivot assemble google/siglip2-so400m-patch16-384 Qwen/Qwen2.5-1.5B-Instruct -o mllm
+    """
+    empty_folder(output_dir)
+    import pivot_plugin as pivot
+
+    model, processor = pivot.assemble(
+        encoder, language_model, feature_layer=feature_layer, chat_template=chat_template, seed=seed
+    )
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    print(f"MLLM: {output_dir} ({model.num_parameters():,} parameters)")

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from pivot_plugin.choices import PairUp
 from pivot_plugin.errors import SettingsError
 
-from .runs import reward_weight
+from .options import reward_weight
 
 group = typer.Typer(help="Check preference pairs, or make them.", no_args_is_help=True)
 
@@ -28,10 +29,10 @@ def check(
 
     pivot prefs check ./pairs --processor llava-hf/llava-1.5-7b-hf
     """
-    named = dict(_named(text) for text in columns or [])
+    theirs = dict(_column(text) for text in columns or [])
     from pivot_plugin.data.checking import check as look
 
-    report = look(source, _processor(processor), split=split, columns=named or None, allow_urls=allow_urls)
+    report = look(source, _processor(processor), split=split, columns=theirs or None, allow_urls=allow_urls)
     print(json.dumps(report.as_dict()) if as_json else report)
     if report.errors:
         raise typer.Exit(1)
@@ -43,7 +44,7 @@ def build(
     questions: Annotated[str, typer.Argument(help="File, folder or Hub id of questions with answers.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the pairs.")],
     rewards: Annotated[list[str] | None, typer.Option("--reward", help="Name, or name=weight; repeat it.")] = None,
-    pair_up: Annotated[str, typer.Option(help="best-worst, best-each or all.")] = "best-worst",
+    pair_up: Annotated[PairUp, typer.Option(help="Which completions of a question make pairs.")] = "best-worst",
     margin: Annotated[float, typer.Option(help="Leave out pairs not further apart than this.")] = 0.0,
     n: Annotated[int, typer.Option("--n", help="Completions per question.")] = 8,
     temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
@@ -70,11 +71,11 @@ def build(
     from pivot_plugin.rewards import resolve_rewards
 
     functions = resolve_rewards([name for name, _ in weighted])
-    asked = load_questions(questions, split=split)
-    mllm, processor = load_model(model, None)
+    dataset = load_questions(questions, split=split)
+    mllm, processor = load_model(model)
     candidates = sample(
         mllm,
-        asked,
+        dataset,
         processor=processor,
         n=n,
         temperature=temperature,
@@ -85,15 +86,15 @@ def build(
         seed=seed,
         output_dir=output_dir / "candidates",
     )
-    pairs = rank(candidates, functions, [weight for _, weight in weighted], pair_up=pair_up, margin=margin)  # type: ignore[arg-type]
-    said = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
-    built = (
+    pairs = rank(candidates, functions, [weight for _, weight in weighted], pair_up=pair_up, margin=margin)
+    judges = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
+    how_built = (
         f"{n} completions per question were sampled at temperature {temperature:g} and paired by score "
-        f"({pair_up}, margin {margin:g}). Rewards: {said}. {len(asked):,} questions gave {len(pairs):,} pairs."
+        f"({pair_up}, margin {margin:g}). Rewards: {judges}. {len(dataset):,} questions gave {len(pairs):,} pairs."
     )
-    report = save(pairs, output_dir / "pairs", built)
+    report = save(pairs, output_dir / "pairs", how_built)
     if as_json:
-        print(json.dumps({"questions": len(asked), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
+        print(json.dumps({"questions": len(dataset), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
     else:
         print(f"{report}\nPairs: {output_dir / 'pairs'}")
 
@@ -127,7 +128,7 @@ def _processor(name: str | None) -> object | None:
     return loaded
 
 
-def _named(text: str) -> tuple[str, str]:
+def _column(text: str) -> tuple[str, str]:
     ours, equals, theirs = text.partition("=")
     if not equals or not ours or not theirs:
         raise SettingsError(f"--column {text!r} is not ours=theirs.", "For example: --column prompt=instruction.")

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.errors import ModelError
 from pivot_plugin.models.image_tokens import ImageTokens
 
 from .images import MAX_PIXELS
-from .pairs import PairDataset, load
+from .pairs import load_pairs
 from .records import RowRecord, inspect_rows
 
 Severity = Literal["error", "warning"]
@@ -111,12 +111,7 @@ def check(source: object, processor: Any = None, max_pixels: int = MAX_PIXELS, *
         DataError: if the source cannot be read at all, or is a stream.
         ModelError: if the processor is none.
     """
-    pairs = load(source, max_pixels=max_pixels, **options)
-    if not isinstance(pairs, PairDataset):
-        raise DataError(
-            "A stream of pairs cannot be checked as a whole.",
-            "Give a data set with random access; a stream's rows are checked as they pass.",
-        )
+    pairs = load_pairs(source, max_pixels=max_pixels, **options)
     found = _Found()
     for row, record in enumerate(
         inspect_rows(pairs, pairs.name, None if processor is None else _TokenCounter(processor))

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pivot_plugin.choices import OnBadRow
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks.types import Layout
 
 from .images import MAX_PIXELS, ImageAccess
 from .layout import normalise, recognise
 from .records import inspect_row
-from .rows import OnBadRow, RowDataset, as_mapping, normalised
+from .rows import RowDataset, as_mapping, normalised
 from .skipped import SKIPPED_FILE, SkippedRows
 from .sources import open_source
 
@@ -161,3 +162,20 @@ def load(
         return PairStream(opened.rows, opened.name, columns, opened.access, on_bad_row, skipped)
     pairs = PairDataset(opened, columns=columns)
     return pairs.verify("skip", skipped) if on_bad_row == "skip" else pairs
+
+
+def load_pairs(source: object, name: str = "prefs", **options: Any) -> PairDataset:
+    """Preference pairs that can be read in any order and more than once: `load` for work that no stream can serve.
+
+    Args:
+        source: as for `load`, with random access.
+        name: of the data, for errors.
+        **options: of `load`.
+
+    Raises:
+        DataError: as `load`, and for a stream.
+    """
+    pairs = load(source, name=name, **options)
+    if isinstance(pairs, PairStream):
+        raise DataError(f"{name} is a stream.", "Give rows with random access: a list, a data set or a file.")
+    return pairs

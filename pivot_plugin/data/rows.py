@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset
 
+from pivot_plugin.choices import OnBadRow as OnBadRow
 from pivot_plugin.errors import DataError, PivotError
 from pivot_plugin.hooks.types import Layout
 
@@ -16,9 +17,6 @@ from .images import KEY_LENGTH, ImageAccess
 from .records import inspect_row, inspect_rows
 from .skipped import SkippedRows
 from .sources import Source, open_source
-
-OnBadRow = Literal["raise", "skip"]
-
 
 Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
 

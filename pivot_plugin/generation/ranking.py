@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, get_args
 
+from pivot_plugin.choices import PairUp
 from pivot_plugin.config import TIME_LIMIT_S
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.data.published import scored_completions
@@ -15,7 +16,6 @@ from pivot_plugin.rewards import Scorer
 
 logger = logging.getLogger(__name__)
 
-PairUp = Literal["best-worst", "best-each", "all"]
 ROWS_AT_ONCE = 256
 
 
@@ -46,7 +46,7 @@ def rank(
         TrainingError: if a reward fails, naming it and the row.
         SettingsError: for an unknown reward or option.
     """
-    if pair_up not in ("best-worst", "best-each", "all") or margin < 0:
+    if pair_up not in get_args(PairUp) or margin < 0:
         raise SettingsError(
             f"pair_up is {pair_up!r}, margin {margin}.",
             "Choose best-worst, best-each or all, and a margin of 0 or more.",

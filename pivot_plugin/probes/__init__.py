@@ -13,18 +13,18 @@ Each takes what is examined (a model, an encoder, a folder, a Hub id, the result
 """
 
 from .benchmarks import GROUPS, benchmark_command, run_benchmarks
-from .data import PRESETS, Labelled, Masked, labelled_images, masked_images
+from .data import Labelled, Masked, labelled_images, masked_images
 from .exploration import candidate_set_sizes, pass_at_k, rollout_branching_factor
 from .extraction import Features, features
 from .generalization import generalization_factor, plot_generalization
 from .gradients import PairSaliency, pointing_game, saliency
 from .linear import linear_probe, prototype_probe
-from .lookup import Probing
+from .lookup import ProbeTask
 from .neighbours import Captioned, alignment, mutual_knn
-from .patches import PatchProbe, probe_patches
 from .questions import vqa
 from .scores import Difference, ProbeResult, Score, difference
 from .segmentation import patch_labels, segmentation_probe
+from .splits import PRESETS
 from .subjects import Subject, subject
 
 __all__ = [
@@ -36,9 +36,8 @@ __all__ = [
     "Labelled",
     "Masked",
     "PairSaliency",
-    "PatchProbe",
     "ProbeResult",
-    "Probing",
+    "ProbeTask",
     "Score",
     "Subject",
     "alignment",
@@ -55,7 +54,6 @@ __all__ = [
     "patch_labels",
     "plot_generalization",
     "pointing_game",
-    "probe_patches",
     "prototype_probe",
     "rollout_branching_factor",
     "run_benchmarks",

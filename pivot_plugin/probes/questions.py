@@ -13,8 +13,8 @@ from pivot_plugin.generation.grading import graded
 from pivot_plugin.rewards.guard import Scorer
 from pivot_plugin.rewards.lookup import needs_answer
 
+from . import subjects
 from .scores import ProbeResult, score_of
-from .subjects import subject
 
 
 def vqa(
@@ -45,8 +45,8 @@ def vqa(
         DataError: for questions that cannot be used.
         ModelError: for an encoder by itself.
     """
-    who = subject(examined)
-    model, processor = who.mllm("VQA")
+    subject = subjects.subject(examined)
+    model, processor = subject.mllm("VQA")
     asked = load_questions(questions).verify()
     if not len(asked):
         raise DataError("There are no questions.", "Give at least one.")

@@ -62,23 +62,6 @@ class Scene:
             _draw(ImageDraw.Draw(drawn), item, 1 + SHAPES.index(item.shape))
         return np.asarray(drawn)
 
-    def patch_labels(self) -> np.ndarray:
-        """Shape class per patch: 0 for background, else 1 + index in `SHAPES`; (8, 8) integers.
-
-        A patch belongs to the object whose box covers most of it, if that is at least a quarter of its area.
-        """
-        side = IMAGE_SIZE // PATCH_SIZE
-        labels = np.zeros((side, side), dtype=np.int64)
-        most = np.full((side, side), PATCH_SIZE * PATCH_SIZE / 4)
-        for item in self.objects:
-            inside = np.zeros((IMAGE_SIZE, IMAGE_SIZE))
-            left, top, right, bottom = item.box
-            inside[top : bottom + 1, left : right + 1] = 1
-            covered = inside.reshape(side, PATCH_SIZE, side, PATCH_SIZE).sum(axis=(1, 3))
-            labels[covered >= most] = 1 + SHAPES.index(item.shape)
-            most = np.maximum(most, covered)
-        return labels
-
 
 @dataclass(frozen=True)
 class Question:

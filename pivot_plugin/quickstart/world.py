@@ -1,8 +1,8 @@
 """The embedded world: a tiny LLaVA over rendered scenes, its preference pairs and its examination.
 
-The model is a real `LlavaForConditionalGeneration` (SigLIP tower, two-layer projector, Llama) of 0.8 M parameters. Its
-first stage (captions, then questions) was run by `pivot_plugin.quickstart.first_stage` and is shipped as package data,
-so that a demonstration starts where the paper's second stage starts.
+The model is a real `LlavaForConditionalGeneration` (SigLIP tower, two-layer projector, Llama) of 613,120 parameters.
+Its first stage (captions, then questions) was run by `pivot_plugin.quickstart.first_stage` and is shipped as package
+data, so that a demonstration starts where the paper's second stage starts.
 """
 
 import random

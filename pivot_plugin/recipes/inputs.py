@@ -14,7 +14,7 @@ from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.encoders import load_encoder
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks import named
-from pivot_plugin.probes.lookup import Probing, runners
+from pivot_plugin.probes.lookup import ProbeTask, runners
 
 from .sections import BENCHMARKS, Evaluation, Made, PivotRecipe, Stored, Tuning
 
@@ -185,19 +185,19 @@ class Parts:
     def probings(self, evaluations: Mapping[str, Evaluation]) -> dict[str, object]:
         """Probes by label, as `probes.compare` takes them; lmms-eval's benchmarks are none of them."""
         return {
-            label: self._probing(evaluation)
+            label: self._probe_task(evaluation)
             for label, evaluation in evaluations.items()
             if evaluation.probe != BENCHMARKS
         }
 
-    def _probing(self, evaluation: Evaluation) -> Probing:
+    def _probe_task(self, evaluation: Evaluation) -> ProbeTask:
         data = evaluation.data
         if isinstance(data, Made):
             wanted = data
             data = self._once((id(data), None), lambda: made(wanted))
         elif isinstance(data, Stored):
             data = data.path
-        return Probing(evaluation.probe, data, evaluation.options)
+        return ProbeTask(evaluation.probe, data, evaluation.options)
 
     def _once(self, key: tuple[int, int | None], make: Callable[[], Any]) -> Any:
         if key not in self._kept:

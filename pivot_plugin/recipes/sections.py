@@ -214,7 +214,7 @@ class Evaluation(Section):
     """A probe with its data.
 
     Attributes:
-        probe: its name, "lmms-eval", or a function as for `probes.Probing`.
+        probe: its name, "lmms-eval", or a function as for `probes.ProbeTask`.
         data: of the probe.
         of: what is examined; None for what the probe is made for: transplanted MLLMs, or encoders.
         options: of the probe.

@@ -78,7 +78,6 @@ def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Pa
         (["--set", "max_stepz=2"], "Did you mean max_steps"),
         (["--set", "oops"], "is not name=value"),
         (["--lora", "many"], "--lora is 'many'"),
-        (["--train", "tower"], "train is 'tower'"),
         (["--objective", "dop"], "Did you mean dpo"),
     ],
 )
@@ -87,6 +86,13 @@ def test_a_typo_is_one_sentence(world: Path, tmp_path: Path, arguments: list[str
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_word_that_is_no_choice_is_refused_with_the_choices(tmp_path: Path) -> None:
+    run = pivot("optimize", "model", "pairs", "--train", "tower", folder=tmp_path)
+    assert run.returncode == 2
+    assert "'tower'" in run.stderr and "'projector+language_model'" in run.stderr
+    assert "keep|new|first-layer" in pivot("graft", "--help", folder=tmp_path).stdout
 
 
 def test_inspect_shows_what_the_adapter_sees(world: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.probes import Probing, features, saliency, subject
+from pivot_plugin.probes import ProbeTask, features, saliency, subject
 from pivot_plugin.probes.kept import kept
 from tests.conftest import picture, row
 
@@ -34,7 +34,7 @@ def test_probes_run_before_at_the_asked_steps_and_after(llava: Any, fast: Any) -
         llava[0],
         PAIRS[4:],
         processor=llava[1],
-        probes={"spread": Probing(spread, IMAGES)},
+        probes={"spread": ProbeTask(spread, IMAGES)},
         probe_steps=[2, 3],
         **options,
     )
@@ -52,7 +52,7 @@ def test_looking_does_not_change_training(make: Any, fast: Any, tmp_path: Path) 
     trained = []
     for name, options in (
         ("blind", {"saliency": 0}),
-        ("seeing", {"saliency": 4, "probes": {"spread": Probing(spread, IMAGES)}, "probe_steps": [1, 2]}),
+        ("seeing", {"saliency": 4, "probes": {"spread": ProbeTask(spread, IMAGES)}, "probe_steps": [1, 2]}),
     ):
         model, processor = make("qwen2_5_vl")
         settings = fast | {"output_dir": tmp_path / name, "eval_prefs": PAIRS[:4], **options}
@@ -105,7 +105,7 @@ def test_a_probe_that_fails_later_does_not_lose_the_run(
 def test_a_probe_that_cannot_work_stops_before_training_and_leaves_the_model(llava: Any, fast: Any) -> None:
     before = weights(llava[0])
     for probe, error, message in (
-        (Probing("vqa", [{"image": IMAGES[0], "question": "what?"}]), DataError, "has no 'answer'"),
+        (ProbeTask("vqa", [{"image": IMAGES[0], "question": "what?"}]), DataError, "has no 'answer'"),
         (lambda who: 1 / 0, SettingsError, "Probe 'p' failed before training: ZeroDivisionError"),
     ):
         with pytest.raises(error, match=message):
@@ -124,7 +124,7 @@ def test_a_probe_that_cannot_work_stops_before_training_and_leaves_the_model(lla
 
 
 def test_a_resumed_run_keeps_what_was_measured_before(llava: Any, fast: Any) -> None:
-    settings = {**fast, "save_strategy": "steps", "save_steps": 2, "probes": {"spread": Probing(spread, IMAGES)}}
+    settings = {**fast, "save_strategy": "steps", "save_steps": 2, "probes": {"spread": ProbeTask(spread, IMAGES)}}
 
     class Stop(Exception):
         pass
