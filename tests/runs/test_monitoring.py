@@ -12,7 +12,7 @@ import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.probes import ProbeTask, features, saliency, subject
 from pivot_plugin.probes.kept import kept
-from tests.conftest import picture, row
+from tests.helpers import picture, row
 
 PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(16)]
 IMAGES = [picture(60, 60, n) for n in range(4)]
