@@ -87,7 +87,7 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
     """(n,) share of each row's k nearest neighbours, by cosine, that two sets of vectors have in common.
 
     Args:
-        first, second: (n, width) vectors of the same n things; widths may differ.
+        first, second: (n, D) vectors of the same n things; widths may differ.
         k: neighbours, fewer than n.
 
     Raises:
@@ -118,7 +118,7 @@ def _neighbours(vectors: torch.Tensor, k: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _texts(data: Captioned, batch_size: int) -> list[np.ndarray]:
-    """Per layer (n, width) mean token vectors of the captions."""
+    """Per layer (n, D) mean token vectors of the captions."""
     model, tokenizer = data.text_model, data.tokenizer
     if isinstance(model, str):
         try:

@@ -13,9 +13,9 @@ from transformers.training_args import TrainingArguments
 
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.errors import PivotError, SettingsError
-from pivot_plugin.probes.kept import keep, kept
 from pivot_plugin.probes.lookup import Runner, runners
 from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.probes.storage import save_result, saved_results
 from pivot_plugin.probes.subjects import Subject
 
 logger = logging.getLogger(__name__)
@@ -92,13 +92,13 @@ class ProbeRecorder(TrainerCallback):
     def _record(self, state: TrainerState, step: int, wanted: Mapping[str, Runner], fatal: bool) -> None:
         if state.is_world_process_zero:
             # a resumed run has its beginning behind it
-            known = kept(self._folder) if wanted and step == 0 else {}
+            known = saved_results(self._folder) if wanted and step == 0 else {}
             for label, run in wanted.items():
                 if step == 0 and 0 in known.get(label, {}):
                     continue
                 result = self._run(label, run, fatal)
                 if result is not None:
-                    keep(self._folder, label, step, result)
+                    save_result(self._folder, label, step, result)
                     self._log(state, label, step, result)
         self._trainer.accelerator.wait_for_everyone()
 
