@@ -112,8 +112,8 @@ def _neighbours(vectors: torch.Tensor, k: int) -> list[list[int]]:
     unit = torch.nn.functional.normalize(vectors.float(), dim=1)
     likeness = unit @ unit.T
     likeness.fill_diagonal_(-torch.inf)
-    found: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
-    return found
+    nearest: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
+    return nearest
 
 
 @torch.no_grad()
