@@ -102,7 +102,7 @@ def test_columns_can_be_named() -> None:
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"prompt": "instrction"}, "Did you mean 'instruction'"),
+        ({"prompt": "instrction"}, "Did you mean instruction"),
         ({"promt": "instruction"}, "columns names 'promt'. Its keys are prompt, chosen"),
     ],
 )
