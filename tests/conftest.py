@@ -10,14 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import hypothesis
-import numpy as np
 import pytest
-from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.testing import FAMILIES, build
-
-Tiny = tuple[PreTrainedModel, ProcessorMixin]
+from tests.helpers import Tiny, picture, row
 
 # how long an example takes depends on what else the machine does, and on who imports a library first
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -69,15 +65,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """Every test has a reference cache of its own."""
     monkeypatch.setenv("PIVOT_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def row(text: str, chosen: str, rejected: str, *images: Image.Image) -> dict[str, Any]:
-    return {"images": list(images), "prompt": text, "chosen": chosen, "rejected": rejected}
 
 
 @pytest.fixture

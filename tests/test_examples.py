@@ -11,8 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from pivot_plugin.testing import build
-
-from .conftest import picture
+from tests.helpers import picture
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -136,3 +136,15 @@ def test_a_built_in_plugin_loads_when_its_hook_is_first_asked(hook: str) -> None
         if plugin.hook == hook:
             assert plugin.module in modules
     assert not own(modules, "adapters.qwen_vl")
+
+
+def test_what_tests_share_is_in_the_helpers() -> None:
+    """No test imports another or a conftest: what it would borrow is in `tests.helpers`."""
+    borrowed = []
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                target = "." * node.level + (node.module or "")
+                if target.startswith((".", "tests")) and not target.startswith("tests.helpers"):
+                    borrowed.append(f"{file.relative_to(ROOT)}:{node.lineno} imports from {target}")
+    assert not borrowed, "\n".join(borrowed)

@@ -104,3 +104,16 @@ def test_names_are_written_alike_for_users_and_for_type_checkers() -> None:
         assert {name: getattr(module, name) for name, module in typed.items()} == {
             name: getattr(package, name) for name in package.__all__
         }
+
+
+@pytest.mark.parametrize("name", ["tests", "benchmarks", "examples"])
+def test_what_stands_beside_the_package_is_no_part_of_it(name: str) -> None:
+    code = f"""
+import importlib, pivot_plugin.hooks, pivot_plugin.adapters
+try:
+    importlib.import_module("pivot_plugin.{name}")
+except ModuleNotFoundError:
+    print("refused")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "refused\n"

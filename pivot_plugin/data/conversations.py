@@ -69,8 +69,8 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
     messages = messages_of(_turns(row, where), "user", where, "conversations")
     if len(images) == 1:
         messages = [_image_first(message) for message in messages]
-    asked = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
-    messages = [m for index, m in enumerate(messages) if index >= asked or m["role"] == "system"]
+    first_question = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    messages = [m for index, m in enumerate(messages) if index >= first_question or m["role"] == "system"]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -82,9 +82,9 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
             f"Take {IMAGE_MARKER} out of the answers; images belong to the questions.",
             "image marker in an answer",
         )
-    given = row.get("id")
+    row_id = row.get("id")
     return {
-        "id": str(where if given is None or given == "" else given),
+        "id": str(where if row_id is None or row_id == "" else row_id),
         "images": images,
         "messages": with_markers(messages, len(images), where),
     }
@@ -92,22 +92,22 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _turns(row: Mapping[str, Any], where: str) -> list[Any]:
     """What is said in a row, in whatever layout, as messages."""
-    said = row.get("messages") if row.get("messages") is not None else row.get("conversations")
-    if said is not None:
-        if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
+    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    if turns is not None:
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
             raise DataError(
-                f"{where}: conversations is {type(said).__name__} {str(said)[:60]!r}.",
+                f"{where}: conversations is {type(turns).__name__} {str(turns)[:60]!r}.",
                 "Give a list of turns, each with 'from' and 'value', or 'role' and 'content'.",
                 "wrong type",
             )
-        return [_turn(turn, where) for turn in said]
-    asked = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
-    answered = next((row[name] for name in ("completion", "answer") if row.get(name) is not None), None)
-    if answered is not None and asked is not None:
-        return [*_as_list(asked, "user"), *_as_list(answered, "assistant")]
+        return [_turn(turn, where) for turn in turns]
+    question = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
+    answer = next((row[name] for name in ("completion", "answer") if row.get(name) is not None), None)
+    if answer is not None and question is not None:
+        return [*_as_list(question, "user"), *_as_list(answer, "assistant")]
     caption = next((row[name] for name in CAPTION_COLUMNS if row.get(name) is not None), None)
     if caption is not None:
-        return [*_as_list("" if asked is None else asked, "user"), *_as_list(caption, "assistant")]
+        return [*_as_list("" if question is None else question, "user"), *_as_list(caption, "assistant")]
     raise DataError(
         f"{where} is no conversation; it has the columns {', '.join(sorted(map(str, row))) or 'none'}.",
         f"Give one of these: {LAYOUTS}.",
@@ -125,8 +125,8 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"role": SPEAKERS[speaker.lower()], "content": content}
 
 
-def _as_list(said: object, role: str) -> list[Any]:
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
+def _as_list(content: object, role: str) -> list[Any]:
+    return content if isinstance(content, list) else [{"role": role, "content": content}]
 
 
 def _image_first(message: dict[str, Any]) -> dict[str, Any]:

@@ -149,9 +149,9 @@ def normalise_question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     images = images_of(row)
     messages = messages_of(prompt, "user", where, "prompt")
-    given = row.get("id")
+    row_id = row.get("id")
     return {
-        "id": str(where if given is None or given == "" else given),
+        "id": str(where if row_id is None or row_id == "" else row_id),
         "images": images,
         "prompt": with_markers(messages, len(images), where),
     }

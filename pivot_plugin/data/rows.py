@@ -154,10 +154,10 @@ def as_mapping(row: object, where: str) -> Mapping[str, Any]:
 
 
 def normalised(row: object, layout: Layout | None, normal: Normal, where: str) -> dict[str, Any]:
-    found = as_mapping(row, where)
+    mapping = as_mapping(row, where)
     if layout is not None:
         try:
-            found = as_mapping(layout(found), f"{where}, as its layout gives it,")
+            mapping = as_mapping(layout(mapping), f"{where}, as its layout gives it,")
         except PivotError as error:
             raise DataError(f"{where}: {error.finding}", error.remedy) from error
         # layouts are foreign code that meets foreign rows
@@ -165,4 +165,4 @@ def normalised(row: object, layout: Layout | None, normal: Normal, where: str) -
             raise DataError(
                 f"{where}: its layout raised {type(error).__name__}: {error}.", "Mend the row or the plugin."
             ) from error
-    return normal(found, where)
+    return normal(mapping, where)

@@ -105,9 +105,9 @@ def _one_split(
         split = next(iter(splits)) if len(splits) == 1 else "train"
         logger.info("%s has the splits %s; %s is used.", name, ", ".join(map(str, splits)), split)
     if split not in splits:
-        said = "none was chosen" if split is None else f"there is no {split!r}"
+        problem = "none was chosen" if split is None else f"there is no {split!r}"
         raise DataError(
-            f"{name} has the splits {', '.join(map(str, splits)) or 'none'}, and {said}.", "Choose one with split=."
+            f"{name} has the splits {', '.join(map(str, splits)) or 'none'}, and {problem}.", "Choose one with split=."
         )
     return splits[split]
 
@@ -178,8 +178,8 @@ def _from_folder(path: Path, access: ImageAccess, split: str | None) -> Source:
             loaded = datasets.load_from_disk(str(path))
         except _UNREADABLE as error:
             raise DataError(f"The data set saved in {str(path)!r} cannot be read: {error}", "Save it anew.") from error
-        found = _one_split(loaded, split, path.name) if isinstance(loaded, DatasetDict) else loaded
-        return Source(_rows_of(found), path.name, access)
+        rows = _one_split(loaded, split, path.name) if isinstance(loaded, DatasetDict) else loaded
+        return Source(_rows_of(rows), path.name, access)
     kinds = {
         suffix: [*sorted(path.glob(f"*{suffix}")), *sorted(path.glob(f"data/*{suffix}"))]
         for suffix in (".jsonl", ".json", ".parquet", ".arrow")
@@ -254,8 +254,8 @@ def _mmpr(path: Path, subsets: Mapping[str, Any], access: ImageAccess) -> Source
 
 def _resolve(folder: Path, name: str) -> Path | None:
     """A path written from the meta file's folder, from the one above it, or from the working directory."""
-    found = next((start / name for start in (folder, folder.parent, Path()) if (start / name).exists()), None)
-    return None if found is None else found.resolve()
+    path = next((start / name for start in (folder, folder.parent, Path()) if (start / name).exists()), None)
+    return None if path is None else path.resolve()
 
 
 def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:

@@ -10,6 +10,22 @@
 
 Each takes what is examined (a model, an encoder, a folder, a Hub id, the result of a run) and data, and returns a
 `ProbeResult`: scores with 95 % intervals.
+
+Probes:
+    linear.py segmentation.py            what a small head on frozen features tells
+    neighbours.py                        which things lie near each other, without any head
+    gradients.py pointing.py             where a loss looks, and whether that is where the object is
+    questions.py benchmarks.py           what the whole MLLM answers
+    exploration.py generalization.py     measures of roll-outs, and of gains beyond the training distribution
+Tools:
+    subjects.py                          whatever has an encoder, as a `Subject`
+    data.py splits.py                    images with classes or masks, to fit on and to score on
+    extraction.py                        frozen features, kept on disk
+    scores.py comparison.py              intervals, paired tests, subjects side by side
+    lookup.py storage.py                 probes by name, their results on disk
+
+Notation for shapes: n samples or images, P patches of one image in raster order, D width of a feature, K classes,
+R resamples, C tokens of a completion. A grid is (rows, columns) of patches, a size is (width, height) in pixels.
 """
 
 from .benchmarks import GROUPS, benchmark_command, run_benchmarks

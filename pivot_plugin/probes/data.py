@@ -18,7 +18,7 @@ class Labelled:
 
     Attributes:
         images: in any form `features` takes.
-        labels: (images,) integers from 0.
+        labels: (n,) integers from 0.
         names: of the classes.
     """
 

@@ -43,7 +43,7 @@ class Features:
     """Features of images in order; those on disk are read when they are asked for.
 
     Attributes:
-        grids: (images, 2) rows and columns of each image's patch grid.
+        grids: (n, 2) rows and columns of each image's patch grid.
         width: of a feature.
     """
 
@@ -56,7 +56,7 @@ class Features:
         return len(self.grids)
 
     def patches(self, image: int) -> torch.Tensor:
-        """(P, width) features of one image's patches in raster order, in the precision of the encoder.
+        """(P, D) features of one image's patches in raster order, in the precision of the encoder.
 
         Raises:
             SettingsError: if only pooled features were kept.
@@ -66,7 +66,7 @@ class Features:
         return self._chunks[image // CHUNK].rows(image % CHUNK)
 
     def pooled(self) -> np.ndarray:
-        """(images, width) float32: the mean of each image's patch features."""
+        """(n, D) float32: the mean of each image's patch features."""
         if self._pooled:
             return torch.cat([chunk.all().float() for chunk in self._chunks]).numpy()
         return np.stack([self.patches(image).float().mean(dim=0).numpy() for image in range(len(self))])
@@ -249,7 +249,7 @@ def features(
 def _extracted(
     reading: _Reading, batches: _Batches, workers: int | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Chunk by chunk its number, the features of its images, (rows, width), and their grids, (images, 2)."""
+    """Chunk by chunk its number, the features of its images, (rows, width), and their grids, (n, 2)."""
     device = reading.device
     if workers is None:
         # on a CPU they would take the cores that compute

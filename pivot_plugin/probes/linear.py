@@ -23,7 +23,7 @@ from .splits import check_share, stratified
 PAPER_C = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)
 MAX_ITERATIONS = 1000
 TOP = 5
-# (n, width) vectors to (n, classes) scores
+# (n, D) vectors to (n, K) scores
 ClassScores = Callable[[np.ndarray], np.ndarray]
 
 
@@ -96,12 +96,12 @@ def prototype_probe(examined: object, data: object, **options: Any) -> ProbeResu
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
-    """(n, width) rows of length one; a row that is zero or no number stays so, which scikit-learn's own refuses."""
+    """(n, D) rows of length one; a row that is zero or no number stays so, which scikit-learn's own refuses."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def prototypes(vectors: np.ndarray, labels: np.ndarray) -> ClassScores:
-    """A function from (n, width) to (n, classes) similarities with the normalised class means."""
+    """A function from (n, D) to (n, K) similarities with the normalised class means."""
     classes = int(labels.max()) + 1
     means = np.full((classes, vectors.shape[1]), np.nan)
     for value in np.unique(labels):
@@ -112,7 +112,7 @@ def prototypes(vectors: np.ndarray, labels: np.ndarray) -> ClassScores:
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """(n,) whether each row's label is among its k highest scores; (n, classes) scores."""
+    """(n,) whether each row's label is among its k highest scores; (n, K) scores."""
     classes = scores.shape[1]
     fitted = labels < classes
     of_label = scores[np.arange(len(scores)), np.where(fitted, labels, 0)]

@@ -87,7 +87,7 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
     """(n,) share of each row's k nearest neighbours, by cosine, that two sets of vectors have in common.
 
     Args:
-        first, second: (n, width) vectors of the same n things; widths may differ.
+        first, second: (n, D) vectors of the same n things; widths may differ.
         k: neighbours, fewer than n.
 
     Raises:
@@ -112,13 +112,13 @@ def _neighbours(vectors: torch.Tensor, k: int) -> list[list[int]]:
     unit = torch.nn.functional.normalize(vectors.float(), dim=1)
     likeness = unit @ unit.T
     likeness.fill_diagonal_(-torch.inf)
-    found: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
-    return found
+    nearest: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
+    return nearest
 
 
 @torch.no_grad()
 def _texts(data: Captioned, batch_size: int) -> list[np.ndarray]:
-    """Per layer (n, width) mean token vectors of the captions."""
+    """Per layer (n, D) mean token vectors of the captions."""
     model, tokenizer = data.text_model, data.tokenizer
     if isinstance(model, str):
         try:

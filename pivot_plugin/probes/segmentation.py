@@ -31,7 +31,7 @@ RATE, LAST_RATE, WEIGHT_DECAY, WARMUP = 1e-3, 1e-4, 0.01, 500
 # pixels of a patch's side at which its share of a mask is read
 PIXELS_PER_PATCH = 16
 LabelKind = Literal["union", "majority"]
-# (images, classes, 2) each: hits over patches with the class, intersection over union
+# (n, K, 2) each: hits over patches with the class, intersection over union
 STATISTICS = ("recall", "miou")
 
 
@@ -213,7 +213,7 @@ class _Patches:
         return self.features.patches(image)[torch.from_numpy(self._counted(image))].float()
 
     def goals(self, classes: int, labels: LabelKind) -> list[torch.Tensor]:
-        """Per image (Q, classes) of 0 and 1 for those patches that show any class."""
+        """Per image (Q, K) of 0 and 1 for those patches that show any class."""
         goals = []
         for image, (present, counts) in enumerate(self.shown):
             counts = counts[self._counted(image)]
@@ -274,7 +274,7 @@ def _loss(logits: torch.Tensor, goal: torch.Tensor, labels: LabelKind) -> torch.
 
 @torch.no_grad()
 def _counts(mlp: nn.Module, patches: _Patches, goals: list[torch.Tensor], labels: LabelKind) -> dict[str, np.ndarray]:
-    """(images, classes, 2) of each statistic, over the patches that show any class."""
+    """(n, K, 2) of each statistic, over the patches that show any class."""
     recall, iou = [], []
     device = next(mlp.parameters()).device
     for image, goal in enumerate(goal.bool() for goal in goals):

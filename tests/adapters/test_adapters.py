@@ -12,8 +12,7 @@ from pivot_plugin.errors import EncoderError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.training.batch import ForestCollator
-
-from ..conftest import picture
+from tests.helpers import picture
 
 CLIP = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 INTERN = (

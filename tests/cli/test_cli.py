@@ -1,7 +1,6 @@
 """The `pivot` command, as a user types it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +10,8 @@ import pytest
 from PIL import Image
 
 from pivot_plugin.testing import build
-
-from ..conftest import picture
-
-
-def pivot(*arguments: str | Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **variables}
-    command = [sys.executable, "-c", "from pivot_plugin.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+from tests.helpers import picture
+from tests.helpers.processes import pivot
 
 
 @pytest.fixture(scope="module")

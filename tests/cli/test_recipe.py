@@ -7,9 +7,9 @@ import pytest
 import yaml
 from transformers import AutoModelForImageTextToText
 
-from ..conftest import picture
-from ..encoders.test_assemble import encoder, language_model
-from .test_cli import pivot
+from tests.helpers import picture
+from tests.helpers.encoders import encoder, language_model
+from tests.helpers.processes import pivot
 
 FAST = ("use_cpu=true", "max_steps=2", "per_device_train_batch_size=4", "save_strategy=no", "logging_steps=1")
 QUICK = [word for setting in (*FAST, "gradient_accumulation_steps=1") for word in ("--set", setting)]

@@ -13,9 +13,8 @@ from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.preferences import PairDataset, check, load
 from pivot_plugin.training.batch import ForestCollator
-
-from ..conftest import Tiny, picture, row
-from .test_images import encoded, png_header
+from tests.helpers import Tiny, picture, row
+from tests.helpers.images import encoded, png_header
 
 
 def good(number: int) -> dict[str, Any]:

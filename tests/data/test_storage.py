@@ -9,9 +9,7 @@ import pytest
 from pivot_plugin.data import storage
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.preferences import PairDataset, load, save
-
-from .. import hub_server
-from ..conftest import picture, row
+from tests.helpers import hub_server, picture, row
 
 
 def test_saved_pairs_are_loaded_unchanged(rows: Any, tmp_path: Path) -> None:

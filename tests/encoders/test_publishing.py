@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from pivot_plugin import encoders
 from pivot_plugin.encoders import PublishOptions
-
-from .. import hub_server
-from ..hub_server import READ_ONLY, TOKEN, Fault, Hub
-from .conftest import Client
+from tests.helpers import hub_server
+from tests.helpers.hub_client import Client
+from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
 
 KEY = "models/tester/eyes"
 AT_ONCE = {"Retry-After": "0"}

@@ -20,8 +20,7 @@ from pivot_plugin.encoders.card import licence_of
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.models.find import find_adapter
-
-from ..conftest import picture, row
+from tests.helpers import picture, row
 
 PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(12)]
 PEFT_ALONE = """

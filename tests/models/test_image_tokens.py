@@ -8,8 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 TWO_SETS = [[picture(60, 60, 1)], [picture(120, 50, 2), picture(40, 80, 3)]]
 

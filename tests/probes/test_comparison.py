@@ -16,7 +16,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import ProbeResult, ProbeTask, Score, features, subject
 from pivot_plugin.probes.comparison import Comparison
 from pivot_plugin.probes.scores import score_of
-from tests.conftest import picture, row
+from tests.helpers import picture, row
 
 
 def spread(who: Any, images: Any, scale: float = 1.0) -> dict[str, float]:

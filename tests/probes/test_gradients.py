@@ -19,7 +19,7 @@ from pivot_plugin.probes.gradients import LOSSES, _map, pair_loss
 from pivot_plugin.probes.pointing import concentration, energy_inside, points_inside
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forward import answering
-from tests.conftest import picture, row
+from tests.helpers import picture, row
 
 PAIRS = [
     row("what is it?", "a red cat", "a red dog!", picture(120, 90, 1)),

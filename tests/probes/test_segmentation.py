@@ -12,7 +12,7 @@ from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.probes import Masked, masked_images, patch_labels, segmentation_probe, subject
 from pivot_plugin.probes.extraction import centre_square
 from pivot_plugin.probes.segmentation import _counts, _Patches
-from tests.conftest import picture
+from tests.helpers import picture
 
 
 def test_patches_are_labelled_by_what_they_show() -> None:

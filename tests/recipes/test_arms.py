@@ -11,8 +11,7 @@ import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.recipes.arms import ArmRun, ArmsComparison
 from pivot_plugin.training.pair_trainer import PivotTrainer
-
-from ..conftest import Tiny, picture, row
+from tests.helpers import Tiny, picture, row
 
 
 def pairs(count: int = 24) -> list[dict[str, Any]]:

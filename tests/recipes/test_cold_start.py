@@ -14,8 +14,7 @@ from pivot_plugin.errors import SettingsError
 from pivot_plugin.preferences import load
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 FORMED = "<think>I count 3.</think><answer>3</answer>"
 

@@ -21,10 +21,9 @@ from pivot_plugin.recipes.plan import MEASURED_STEPS
 from pivot_plugin.recipes.transplant import kept_layers, load_transplant, transplant
 from pivot_plugin.training.instruct_trainer import InstructTrainer
 from pivot_plugin.training.pair_trainer import PivotTrainer
-
-from ..encoders.test_assemble import SIZED, encoder, language_model
-from ..training.test_processes import launched
-from .conftest import QUICK, captions, conversations, pairs, questions
+from tests.helpers.encoders import SIZED, encoder, language_model
+from tests.helpers.processes import launched
+from tests.helpers.recipes import QUICK, captions, conversations, pairs, questions
 
 Made = Callable[..., PivotRecipe]
 ENCODERS = ("original", "stage-1", "sft", "dpo")
@@ -412,7 +411,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from pivot_plugin.recipes import run_recipe
-from tests.recipes.conftest import small_recipe
+from tests.helpers.recipes import small_recipe
 
 run_recipe(small_recipe(Path(sys.argv[1]), size=int(sys.argv[2])))
 """

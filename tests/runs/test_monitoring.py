@@ -11,8 +11,8 @@ import torch
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.probes import ProbeTask, features, saliency, subject
-from pivot_plugin.probes.kept import kept
-from tests.conftest import picture, row
+from pivot_plugin.probes.storage import saved_results
+from tests.helpers import picture, row
 
 PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(16)]
 IMAGES = [picture(60, 60, n) for n in range(4)]
@@ -65,7 +65,7 @@ def test_maps_of_held_out_pairs_are_kept_before_and_after(tiny: Any, fast: Any) 
     model, processor = tiny
     untouched = saliency(subject(model, processor), PAIRS[:3])
     result = pivot.optimize(model, PAIRS[4:], processor=processor, eval_prefs=PAIRS[:3], **fast)
-    found = kept(result.output_dir)["saliency"]
+    found = saved_results(result.output_dir)["saliency"]
     assert list(found) == [0, 4]
     for one, other in zip(found[0].artefacts, untouched.artefacts, strict=True):
         assert (one.question, one.chosen, one.rejected) == (other.question, other.chosen, other.rejected)

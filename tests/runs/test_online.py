@@ -8,8 +8,7 @@ import torch
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError, TrainingError
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 
 def questions(count: int = 8) -> list[dict[str, Any]]:

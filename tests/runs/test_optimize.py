@@ -19,8 +19,7 @@ from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingEr
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.snapshot import is_checkpointing
-
-from ..conftest import Tiny, picture, row
+from tests.helpers import Tiny, picture, row
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -15,8 +15,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training import forest_check, forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import attention_mask, block_mask, build_forest
-
-from .test_exactness import normal, settings
+from tests.helpers.training import normal, settings
 
 
 def test_families_take_trees(tiny: Any) -> None:

@@ -18,9 +18,8 @@ from pivot_plugin.training.instruct_trainer import InstructTrainer
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import plan
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer
-
-from ..conftest import Tiny, picture
-from .test_exactness import settings
+from tests.helpers import Tiny, picture
+from tests.helpers.training import settings
 
 QUESTIONS = [{"images": [picture(60, 60, 1)], "question": "what is it?", "answer": "x"}] * 2
 

@@ -12,8 +12,7 @@ from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 from pivot_plugin.training import pair_trainer as trainer_module
 from pivot_plugin.training.reference import ReferenceCache
-
-from .test_exactness import settings
+from tests.helpers.training import settings
 
 
 class Counting:

@@ -22,7 +22,8 @@ RUN = textwrap.dedent("""
     from pivot_plugin.testing import build
     from pivot_plugin.training import pair_trainer as trainer
     sys.path.insert(0, sys.argv[2])
-    from tests.conftest import picture, row
+    from tests.helpers import picture
+    from tests.helpers import row
 
     trainer.SECONDS_BETWEEN_PARTS = 0
     folder = Path(sys.argv[1])

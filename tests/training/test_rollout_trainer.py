@@ -15,8 +15,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_questions
 from pivot_plugin.training.plan import plan
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 SHARED = picture(60, 60, 1)
 QUESTIONS = [

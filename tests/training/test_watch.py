@@ -10,9 +10,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 import pivot_plugin as pivot
 from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.training.watch import Watch
-
-from ..conftest import Tiny, picture, row
-from .test_exactness import settings
+from tests.helpers import Tiny, picture, row
+from tests.helpers.training import settings
 
 
 def pairs(count: int = 40) -> list[dict[str, Any]]:
