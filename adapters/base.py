@@ -308,7 +308,9 @@ class VisionAdapter:
             inputs: processor outputs about images.
         """
         accepted = inspect.signature(tower.forward).parameters
-        arguments = {name: value for name in accepted if (value := _input_for(name, inputs)) is not None}
+        arguments: dict[str, Any] = {
+            name: value for name in accepted if (value := _input_for(name, inputs)) is not None
+        }
         if "output_hidden_states" in accepted or any(p.kind == p.VAR_KEYWORD for p in accepted.values()):
             arguments["output_hidden_states"] = self.feature_layer is not None
         return tower(**arguments)

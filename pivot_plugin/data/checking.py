@@ -139,7 +139,7 @@ class _TokenCounter:
         """Tokens of prompt with chosen answer, of prompt with rejected answer, and those of them that are images."""
         texts = self._image_tokens.texts(pair)
         images = self._image_tokens.process_images([pair["images"]] if pair["images"] else [], [texts["prompt"]])
-        expansions = images.expansions and images.expansions[0]
+        expansions = images.expansions_of(0 if pair["images"] else -1)
         prompt = len(self._image_tokens.prompt(pair, texts["prompt"], expansions))
         chosen, rejected = (len(self._image_tokens.tokens(texts[side])) for side in ("chosen", "rejected"))
         return prompt + chosen, prompt + rejected, sum(sum(counts) for counts in images.counts)

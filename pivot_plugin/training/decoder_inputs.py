@@ -84,7 +84,8 @@ def _recorder(inputs: DecoderInputs, kind: str, first: bool) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature(layer.forward).bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        hidden = given.get("hidden_states", args[0] if args else None)
+        # every decoder layer is given hidden states, by name or first
+        hidden: torch.Tensor = given["hidden_states"] if "hidden_states" in given else args[0]
         rows, length = hidden.shape[:2]
         if first:
             inputs.embeddings = hidden.detach()
