@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 
 from pivot_plugin.testing import FAMILIES, build
-from tests.helpers import Tiny, picture, row
+from tests.helpers import Tiny, hub_server, picture, row
+from tests.helpers.hub_client import Client
 
 # how long an example takes depends on what else the machine does, and on who imports a library first
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -107,3 +108,24 @@ def fast(tmp_path: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "warmup_steps": 0,
     }
+
+
+@pytest.fixture(scope="session")
+def _hub() -> Iterator[hub_server.Hub]:
+    with hub_server.serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(_hub: hub_server.Hub) -> hub_server.Hub:
+    """An empty Hub."""
+    for kept in (_hub.repos, _hub.uploaded, _hub.faults, _hub.asked, _hub.siblings):
+        kept.clear()
+    return _hub
+
+
+@pytest.fixture(scope="session")
+def client(_hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    started = Client(_hub.url, tmp_path_factory.mktemp("home"))
+    yield started
+    started.close()
