@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,16 @@ def test_imports_run_one_way() -> None:
         or (target.split(".")[0] != room and HEIGHT.get(target.split(".")[0]) == HEIGHT[room])
     ]
     assert not upward, "\n".join(upward)
+
+
+def test_the_floors_are_drawn_as_they_are() -> None:
+    drawing = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    drawn = [re.split(r"\s{3,}", line.strip())[0] for line in drawing.strip().splitlines()]
+    floors = [set(re.findall(r"\w+", floor)) for floor in drawn]
+    # what every room uses is one floor of the drawing
+    *upper, ground = floors
+    assert upper == [set(rooms) for rooms in LAYERS[: len(upper)]]
+    assert ground == {room for rooms in LAYERS[len(upper) :] for room in rooms}
 
 
 def loaded_by(code: str) -> list[str]:
