@@ -33,16 +33,22 @@ from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: F401
 
 
 def next_program() -> str:
-    """Wait for programs and fork; returns in each fork, with its program's text."""
-    replies = os.dup(1)
+    """Take orders, one a line; returns in each fork, with its program's text.
+
+    A program is answered by the number of its process, an empty order by that of the next process to end, and its
+    status.
+    """
     for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            return become(**order)
-        _, status = os.waitpid(child, 0)
-        os.write(replies, f"{os.waitstatus_to_exitcode(status)}\n".encode())
-    sys.exit()
+        if order := json.loads(line):
+            child = os.fork()
+            if child == 0:
+                return become(**order)
+            print(child, flush=True)
+        else:
+            child, status = os.wait()
+            print(child, os.waitstatus_to_exitcode(status), flush=True)
+    # nobody listens any more
+    os._exit(0)
 
 
 def become(code: str, arguments: list[str], folder: str, environment: dict[str, str], output: list[str]) -> str:
@@ -57,6 +63,8 @@ def become(code: str, arguments: list[str], folder: str, environment: dict[str, 
         opened = os.open(file, os.O_RDWR)
         os.dup2(opened, stream)
         os.close(opened)
+    # a program that is listened to while it runs
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     return code
 
 
