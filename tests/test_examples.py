@@ -53,6 +53,7 @@ def test_own_adapter_is_found_by_entry_point_and_wins(installed_adapter: Path, t
     }
 
 
+@pytest.mark.training
 def test_own_adapter_trains_its_family(installed_adapter: Path, tmp_path: Path) -> None:
     llava, processor = build("llava")
     config = llava.config
@@ -86,6 +87,7 @@ print(result.family, [change > 0 for change in changes])
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
 
 
+@pytest.mark.training
 def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
     model, processor = build("qwen2_5_vl")
     model.save_pretrained(tmp_path / "model")
@@ -99,6 +101,7 @@ def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
     assert (tmp_path / "with-trl" / "encoder" / "pivot.json").exists()
 
 
+@pytest.mark.training
 def test_specs_runs_its_stages_and_prints_what_each_gave(tmp_path: Path) -> None:
     done = script(EXAMPLES / "specs" / "run.py", "--steps", "20", "--output-dir", tmp_path / "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -21,6 +21,8 @@ from pivot_plugin.models.find import find_adapter
 from tests.helpers import picture, row
 from tests.helpers.processes import python
 
+pytestmark = pytest.mark.training
+
 PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(12)]
 PEFT_ALONE = """
 import sys

@@ -126,6 +126,7 @@ def test_loss_and_gradients_equal_trl(tiny: Any, rows: list[dict[str, Any]], tre
     assert compared == 2 * len(targets)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_five_steps_give_the_loss_curve_of_trl(
     tiny: Any, rows: list[dict[str, Any]], checkpointing: bool, tmp_path: Path
@@ -183,6 +184,7 @@ def test_every_loss_type_of_trl_keeps_its_value(
     }
 
 
+@pytest.mark.training
 def test_accumulating_eight_pairs_equals_one_batch_of_eight(
     make: Any, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

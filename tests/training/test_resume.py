@@ -6,6 +6,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from pivot_plugin.training.checkpoints import last_checkpoint
@@ -47,6 +48,7 @@ def finish(process: Program) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+@pytest.mark.training
 def test_a_run_killed_at_a_dozen_moments_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
     finish(start(tmp_path / "straight"))
 
