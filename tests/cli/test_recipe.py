@@ -84,7 +84,7 @@ def test_a_ready_recipe_is_shown_and_planned(tmp_path: Path) -> None:
     assert [stage["name"] for stage in json.loads(as_json.stdout)["stages"]][:2] == ["align", "instruct"]
     (tmp_path / "mine.yaml").write_text(shown.stdout.replace("  beta:", "  betta:"))
     wrong = pivot("recipe", "run", "mine.yaml", "--dry-run", folder=tmp_path)
-    assert wrong.returncode == 1 and "optimize has no key 'betta'. Did you mean beta" in wrong.stderr
+    assert wrong.returncode == 1 and "optimize has no key 'betta'. Did you mean beta?" in wrong.stderr
     assert not (tmp_path / "pivot-paper").exists()
 
 
