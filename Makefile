@@ -1,9 +1,11 @@
-# `make demo` and `make test` share one virtual environment, made once in .venv.
+# `make demo`, `make check` and `make test` share one virtual environment, made once in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types env clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo check test lint types env clean
 
 env: .venv/installed
 
@@ -17,8 +19,12 @@ demo: env
 	rm -rf pivot-demo
 	$(BIN)/pivot demo --output-dir pivot-demo
 
+# while writing: all but the tests in which something trains
+check: env lint types
+	$(PYTEST) -m "not training"
+
 test: env lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: env
 	$(BIN)/ruff check .
@@ -28,7 +34,7 @@ lint: env
 types: env
 	rm -rf .typecheck build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .typecheck .
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p pivot_plugin
+	cd .typecheck && ../$(BIN)/mypy --cache-dir ../.mypy_cache --config-file ../pyproject.toml -p pivot_plugin
 
 clean:
-	rm -rf .venv .typecheck build *.egg-info pivot-demo pivot-run
+	rm -rf .venv .typecheck .mypy_cache build *.egg-info pivot-demo pivot-run

@@ -2,14 +2,14 @@
 
 import ast
 import json
-import subprocess
-import sys
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import ROOT, python
+
 # from top to bottom; a module imports from its own room and from those below
 LAYERS = (
     ("cli",),
@@ -89,10 +89,21 @@ def test_imports_run_one_way() -> None:
     assert not upward, "\n".join(upward)
 
 
-def loaded_by(code: str) -> list[str]:
-    """Names of all modules that a piece of code loads, in a process of its own."""
+def test_the_floors_are_drawn_as_they_are() -> None:
+    drawing = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    drawn = [re.split(r"\s{3,}", line.strip())[0] for line in drawing.strip().splitlines()]
+    floors = [set(re.findall(r"\w+", floor)) for floor in drawn]
+    # what every room uses is one floor of the drawing
+    *upper, ground = floors
+    assert upper == [set(rooms) for rooms in LAYERS[: len(upper)]]
+    assert ground == {room for rooms in LAYERS[len(upper) :] for room in rooms}
+
+
+def loaded_by(code: str, cold: bool = True) -> list[str]:
+    """Names of all modules that a piece of code loads, in a process of its own; if not cold, of our modules."""
     script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    run = python(script, folder=ROOT, cold=cold)
+    assert run.returncode == 0, run.stderr
     names: list[str] = json.loads(run.stdout.splitlines()[-1])
     return names
 
@@ -129,7 +140,7 @@ def test_the_encoders_load_no_trl_and_few_modules_of_ours(names: str) -> None:
 
 @pytest.mark.parametrize("hook", ["pivot_rewards", "pivot_objectives", "pivot_probes", "pivot_sources"])
 def test_a_built_in_plugin_loads_when_its_hook_is_first_asked(hook: str) -> None:
-    modules = loaded_by(f"from pivot_plugin import hooks\nassert hooks.offered({hook!r})")
+    modules = loaded_by(f"from pivot_plugin import hooks\nassert hooks.offered({hook!r})", cold=False)
     from pivot_plugin.hooks.manager import BUILT_IN
 
     for plugin in BUILT_IN.values():

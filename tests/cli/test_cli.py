@@ -47,6 +47,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules, "heavy 
         assert command in run.stdout
 
 
+@pytest.mark.training
 def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Path) -> None:
     options = ["--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "-o", tmp_path / "run"]
     run = pivot("optimize", world / "model", world / "pairs", *options, "--lora", "4", folder=tmp_path)
@@ -143,6 +144,7 @@ def test_prefs_check_takes_columns_by_name(tmp_path: Path) -> None:
     assert "--column 'prompt' is not ours=theirs" in wrong.stderr
 
 
+@pytest.mark.training
 def test_prefs_build_makes_pairs_that_optimize_takes(world: Path, tmp_path: Path) -> None:
     lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -179,6 +181,7 @@ def test_prefs_build_says_what_is_wrong_before_the_model_is_loaded(tmp_path: Pat
     assert "'nothing.jsonl' cannot be read" in missing.stderr
 
 
+@pytest.mark.training
 def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)]
     rows[3]["chosen"] = "no"
@@ -194,6 +197,7 @@ def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path)
     assert json.loads(line)["row"] == 3
 
 
+@pytest.mark.training
 def test_arms_are_compared_and_the_table_is_printed(world: Path, tmp_path: Path) -> None:
     training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "--eval-fraction", "0.25"]
     arms = ["--arms", "sft,dpo", "--seeds", "2", "--learning-rate", "dpo=1e-3", "-o", tmp_path / "arms"]
@@ -206,6 +210,7 @@ def test_arms_are_compared_and_the_table_is_printed(world: Path, tmp_path: Path)
     assert "Did you mean dpo" in typo.stderr
 
 
+@pytest.mark.training
 def test_online_objectives_run_from_the_command_line(world: Path, tmp_path: Path) -> None:
     lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -220,6 +225,7 @@ def test_online_objectives_run_from_the_command_line(world: Path, tmp_path: Path
     assert set(json.loads(run.stdout)["metrics"]["after"]) == {"reward", "rewards/accuracy", "rewards/length_penalty"}
 
 
+@pytest.mark.training
 def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text('{"question": "what?", "answer": "1"}\n' * 4)
     common = ["--set", "use_cpu=true", "--set", "eval_fraction=0", "--set", "max_completion_length=4", "--lora", "4"]
@@ -235,6 +241,7 @@ def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> No
     assert "stages names ['last']. The stages are zero, pairs, cold-start, final" in typo.stderr
 
 
+@pytest.mark.training
 def test_compare_prints_the_table_and_report_writes_the_page(world: Path, tmp_path: Path) -> None:
     options = ["--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "-o", "run"]
     assert pivot("optimize", world / "model", world / "pairs", *options, folder=tmp_path).returncode == 0

@@ -156,6 +156,7 @@ def test_what_cannot_be_assembled_is_named(make: Any) -> None:
 QWEN = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2-tied", "qwen3_vl": "qwen3"}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(("family", "text"), QWEN.items())
 def test_an_extracted_qwen_tower_makes_a_model_of_its_own_family(
     family: str, text: str, make: Any, tmp_path: Path

@@ -1,7 +1,5 @@
 """Small encoders and language models of many kinds, and what transformers alone makes of a folder."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from transformers import (
 
 from pivot_plugin.encoders.assemble import CHAT_TEMPLATES
 from pivot_plugin.testing.families import byte_tokenizer
+from tests.helpers.processes import python
 
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZED = {**SMALL, "image_size": 84, "patch_size": 14}
@@ -121,8 +120,6 @@ print(tuple(logits.shape), round(logits.double().abs().sum().item(), 3))
 
 def plain(folder: Path) -> str:
     """What a process without this package makes of a folder."""
-    run = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(folder)], capture_output=True, text=True, cwd=folder, check=False
-    )
+    run = python(PLAIN, folder, folder=folder)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.strip()

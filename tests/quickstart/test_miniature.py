@@ -73,6 +73,7 @@ def test_scenes_in_fog_are_larger_and_fewer_and_leave_the_others_as_they_were() 
     assert np.asarray(scenes.render_many(1, 0)[0].image).sum() == 685_558
 
 
+@pytest.mark.training
 def test_parts_are_trained_a_little_and_fit_together(tmp_path: Any) -> None:
     state = torch.get_rng_state()
     encoder, images = miniature.encoder(1, steps=2)

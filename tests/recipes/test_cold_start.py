@@ -16,6 +16,8 @@ from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer
 from tests.helpers import Tiny, picture
 
+pytestmark = pytest.mark.training
+
 FORMED = "<think>I count 3.</think><answer>3</answer>"
 
 

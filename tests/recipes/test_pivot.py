@@ -373,6 +373,7 @@ def test_a_plugin_can_offer_what_a_recipe_names(recipe: Made) -> None:
     assert set(result.encoders[0]) == set(ENCODERS)
 
 
+@pytest.mark.training
 def test_the_verb_takes_loaded_parts(tmp_path: Path) -> None:
     tower, images, _ = encoder("dinov2")
     model, tokens = language_model("qwen2")

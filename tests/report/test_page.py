@@ -18,6 +18,8 @@ from pivot_plugin.report.pictures import overlay
 from pivot_plugin.testing import build
 from tests.helpers import picture, row
 
+pytestmark = pytest.mark.training
+
 PAIRS = [row(f"{n}?", f"yes {n}", "<script>alert(1)</script>", picture(60, 90, n)) for n in range(14)]
 SETTINGS = {
     "max_steps": 4,

@@ -16,6 +16,8 @@ from pivot_plugin.training.instruct_trainer import InstructTrainer
 from tests.helpers import Tiny, picture
 from tests.helpers.recipes import QUICK, captions, conversations
 
+pytestmark = pytest.mark.training
+
 FAST = {name: value for name, value in QUICK.items() if name != "batch"} | {"gradient_accumulation_steps": 1}
 Make = Callable[[str], Tiny]
 

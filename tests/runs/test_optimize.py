@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingError
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.testing import FAMILIES
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.snapshot import is_checkpointing
 from tests.helpers import Tiny, picture, row
@@ -103,8 +104,12 @@ def test_metrics_compare_the_same_held_out_pairs_before_and_after(
         assert again.metrics["before"] == pytest.approx(result.metrics[expected], rel=1e-4)
 
 
-@pytest.mark.parametrize("lora", [4, None], ids=["lora", "weights"])
-@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])
+# the encoder alone, by LoRA and in every family: test_loss_falls_and_only_the_tower_changes
+@pytest.mark.parametrize(
+    ("family", "train", "lora"),
+    [(family, train, 4) for family in FAMILIES for train in ("encoder+projector", "language_model", "all")]
+    + [("llava", train, None) for train in ("encoder", "encoder+projector", "language_model", "all")],
+)
 def test_only_what_should_train_changes(
     tiny: Any, rows: list[dict[str, Any]], fast: dict[str, Any], train: Any, lora: int | None
 ) -> None:
@@ -134,7 +139,7 @@ def test_a_lora_config_with_targets_of_the_user_s_own_is_accounted_for(
     assert (result.weight_change["model.vision_tower.encoder.layers.1"] > 1e-4) == isinstance(targets, list)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("family", "checkpointing"), [*((family, True) for family in FAMILIES), ("llava", False)])
 def test_checkpointing_and_bfloat16_train_the_tower(
     tiny: Any, rows: list[dict[str, Any]], fast: dict[str, Any], checkpointing: bool
 ) -> None:

@@ -39,6 +39,7 @@ def test_attention_that_cannot_follow_a_tree_is_recognised(make: Any, change: di
     assert reason in (forward.reading_of(model).no_trees or "")
 
 
+@pytest.mark.training
 def test_such_a_model_trains_one_sequence_a_row_with_the_same_losses(
     make: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,6 +115,7 @@ def test_generation_leaves_every_module_in_its_mode(plug: bool, llava: Tiny) -> 
     assert modes(model) == before
 
 
+@pytest.mark.training
 def test_before_training_the_policy_is_the_reference_and_afterwards_it_is_not(
     llava: Tiny, rows: Any, tmp_path: Path
 ) -> None:

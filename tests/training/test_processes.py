@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from tests.helpers.processes import launched
 
+pytestmark = pytest.mark.training
+
 SCRIPT = textwrap.dedent("""
     import sys
     sys.path.insert(0, sys.argv[3])
