@@ -150,8 +150,7 @@ def test_the_view_of_the_whole_is_found_among_tiles(make: Any) -> None:
         outputs = processor(images=[list(images)], text=[text], padding=True, return_tensors="pt")
         about_text = ("input_ids", "attention_mask", "mm_token_type_ids")
         inputs = {name: value for name, value in outputs.items() if name not in about_text}
-        expansions = ImageTokens(processor, adapter.image_token_id).process_images([images])[1]
-        counts = [sum(token == adapter.image_token_id for token in part) for part in expansions[0]]
+        counts = ImageTokens(processor, adapter.image_token_id).process_images([images]).counts[0]
         seen: list[Any] = []
         hook = adapter.tower.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
         with torch.no_grad():

@@ -163,7 +163,8 @@ def test_what_a_run_computes_is_counted(make: Any, fast: Any) -> None:
     tower = model.get_encoder(modality="image")
     tokens = 1 + (tower.config.image_size // tower.config.patch_size) ** 2
     assert result.cost.tower_tokens % tokens == 0
-    # every image once for the reference, four a step, and the first pair's twice plain and once in a tree to check
-    assert result.cost.tower_tokens // tokens == 16 + 2 * 4 + 3
+    # every image once for the reference, four a step; and to check the forest, of two pairs both answers through the
+    # model's own head and TRL's, and both pairs in trees
+    assert result.cost.tower_tokens // tokens == 16 + 2 * 4 + (2 * 2 * 2 + 2)
     size = sum(p.numel() for p in tower.parameters() if p.ndim > 1)
     assert result.cost.flops > 2 * size * result.cost.tower_tokens
