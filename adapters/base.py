@@ -116,6 +116,12 @@ class VisionAdapter:
                 return path
         if is_encoder(self.model):
             return ""
+        kinds = {type(module).__name__.lower() for module in self.model.modules()}
+        if any("vqvae" in kind or "vectorquantizer" in kind for kind in kinds):
+            raise ModelError(
+                f"{type(self.model).__name__} turns its images into discrete tokens, which no gradient passes.",
+                "Pass a model with a vision tower, such as LlavaForConditionalGeneration.",
+            )
         raise ModelError(
             f"{type(self.model).__name__} has no vision tower: get_encoder(modality='image') finds none.",
             "Pass a multimodal model such as LlavaForConditionalGeneration, or install a plugin with an adapter "

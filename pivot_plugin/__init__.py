@@ -31,7 +31,8 @@ class _SourceTree(MetaPathFinder):
 
 
 if not (Path(__file__).parent / "hooks").exists():
-    sys.meta_path.append(_SourceTree())
+    # in front: another tree may be installed, and what stands beside this package belongs to it
+    sys.meta_path.insert(0, _SourceTree())
 
 if TYPE_CHECKING:
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig

@@ -95,8 +95,9 @@ def test_the_check_of_the_forest_leaves_every_module_in_its_mode(
         adapter.positions = lambda tokens, images: None  # type: ignore[method-assign]
     else:
         pull_the_plug(model)
-    with pytest.raises(ModelError if cause == "the forest differs" else PlugPulledError):
+    with pytest.raises(ModelError) as refusal:
         trainer_of((model, processor), rows, tmp_path, adapter=adapter, lora=None)
+    assert isinstance(refusal.value.__cause__, PlugPulledError) == (cause == "the forward pass raises")
     assert modes(model) == before
 
 
