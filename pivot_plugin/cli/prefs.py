@@ -9,7 +9,7 @@ import typer
 from pivot_plugin.choices import PairUp
 from pivot_plugin.errors import SettingsError
 
-from .options import reward_weight
+from .options import ImageFolder, reward_weight
 
 group = typer.Typer(help="Check preference pairs, or make them.", no_args_is_help=True)
 
@@ -20,6 +20,7 @@ def check(
     processor: Annotated[str | None, typer.Option(help="Model whose processor counts the tokens.")] = None,
     split: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
     columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs; repeat it.")] = None,
+    image_folder: ImageFolder = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images given by address.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, every row number included.")
@@ -32,7 +33,14 @@ def check(
     theirs = dict(_column(text) for text in columns or [])
     from pivot_plugin.data.checking import check as look
 
-    report = look(source, _processor(processor), split=split, columns=theirs or None, allow_urls=allow_urls)
+    report = look(
+        source,
+        _processor(processor),
+        split=split,
+        columns=theirs or None,
+        image_folder=image_folder,
+        allow_urls=allow_urls,
+    )
     print(json.dumps(report.as_dict()) if as_json else report)
     if report.errors:
         raise typer.Exit(1)
@@ -53,6 +61,8 @@ def build(
     instruction: Annotated[str | None, typer.Option(help="Put behind every question.")] = None,
     engine: Annotated[str | None, typer.Option(help="Address of a vLLM server.")] = None,
     split: Annotated[str | None, typer.Option(help="Of the questions.")] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs; repeat it.")] = None,
+    image_folder: ImageFolder = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -63,6 +73,7 @@ def build(
     pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
     """
     weighted = [reward_weight(text) for text in rewards or ["accuracy"]]
+    theirs = dict(_column(text) for text in columns or [])
     from pivot_plugin.data.questions import load_questions
     from pivot_plugin.data.storage import save
     from pivot_plugin.generation.ranking import rank
@@ -71,7 +82,7 @@ def build(
     from pivot_plugin.rewards import resolve_rewards
 
     functions = resolve_rewards([name for name, _ in weighted])
-    dataset = load_questions(questions, split=split)
+    dataset = load_questions(questions, columns=theirs or None, image_folder=image_folder, split=split)
     mllm, processor = load_model(model)
     candidates = sample(
         mllm,

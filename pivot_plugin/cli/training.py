@@ -42,6 +42,7 @@ def optimize(
     rewards: Annotated[
         list[str] | None, typer.Option("--reward", help="For grpo and rloo: name, or name=weight; repeat it.")
     ] = None,
+    image_folder: ImageFolder = None,
     on_bad_row: BadRows = "raise",
     resume: Resume = False,
     settings: DPOSettings = None,
@@ -66,12 +67,12 @@ def optimize(
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = pivot.optimize(
             model,
-            prefs,
+            _rows(prefs, "prefs", image_folder, objective),
             output_dir=output_dir,
             objective=objective,
             train=train,
             lora=rank,
-            eval_prefs=eval_prefs,
+            eval_prefs=None if eval_prefs is None else _rows(eval_prefs, "eval_prefs", image_folder, objective),
             eval_fraction=eval_fraction,
             on_bad_row=on_bad_row,
             resume=resume,
@@ -92,6 +93,17 @@ def optimize(
             table.add_row(name, *(f"{values[name]:.4f}" for values in result.metrics.values()))
         Console().print(table)
     print(f"Encoder: {folder}")
+
+
+def _rows(source: str, name: str, image_folder: Path | None, objective: str) -> object:
+    """What is trained on: a path as it is, or the rows whose images lie in another folder."""
+    if image_folder is None:
+        return source
+    from pivot_plugin.preferences import load, load_questions
+
+    if objective in ("grpo", "rloo"):
+        return load_questions(source, name, image_folder=image_folder)
+    return load(source, name=name, image_folder=image_folder)
 
 
 def compare_arms(

@@ -102,7 +102,7 @@ def check(source: object, processor: Any = None, max_pixels: int = MAX_PIXELS, *
         source: as for `load`, with random access.
         processor: of a model; tokens per pair and per image are counted for it.
         max_pixels: larger images are reported.
-        **options: as for `load`: `split`, `columns`, `allow_urls`, `name`.
+        **options: as for `load`: `split`, `columns`, `image_folder`, `allow_urls`, `name`.
 
     Returns:
         the report; its `errors` is 0 where every row can be trained on.

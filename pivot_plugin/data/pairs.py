@@ -12,7 +12,7 @@ from pivot_plugin.hooks.types import Layout
 from .images import MAX_PIXELS, ImageAccess
 from .layout import normalise, recognise
 from .records import inspect_row
-from .rows import RowDataset, as_mapping, normalised
+from .rows import RowDataset, as_mapping, normalised, refuse_late_options
 from .skipped import SKIPPED_FILE, SkippedRows
 from .sources import open_source
 
@@ -124,6 +124,7 @@ def load(
     streaming: bool = False,
     allow_urls: bool = False,
     max_pixels: int = MAX_PIXELS,
+    image_folder: str | Path | None = None,
     name: str = "prefs",
 ) -> PairDataset | PairStream:
     """Preference pairs from what people bring, lazily: a row is read when it is needed, an image decoded when it is.
@@ -132,7 +133,7 @@ def load(
         source: a list of dicts, a generator, a `datasets.Dataset`, `DatasetDict` or `IterableDataset`, a Hub id, the
             path of a .jsonl, .json, .parquet, .arrow or .zip file or of a folder with such files, or pairs that are
             loaded already. Rows in the layouts of TRL, RLAIF-V, RLHF-V, MMPR, VLFeedback and the like, scored
-            completions or ranked candidates; others by `columns` or a plugin.
+            completions or ranked candidates, of ms-swift and LLaMA-Factory; others by `columns` or a plugin.
         split: of a data set that has several; "train" where not given.
         columns: our column names to the data's own: {"prompt": "instruction"}.
         on_bad_row: "raise" names a row that cannot be used when it is read (or all are verified, as training does);
@@ -141,6 +142,7 @@ def load(
         streaming: read a Hub data set as a stream.
         allow_urls: fetch images given by http(s) address.
         max_pixels: refuse larger images.
+        image_folder: where relative image paths are looked up first, and then in the data's own folder.
         name: of the data, for errors.
 
     Returns:
@@ -153,11 +155,13 @@ def load(
     """
     if on_bad_row not in ("raise", "skip"):
         raise SettingsError(f"on_bad_row is {on_bad_row!r}.", "Choose 'raise' or 'skip'.")
+    if isinstance(source, PairDataset | PairStream):
+        refuse_late_options("pairs", image_folder=image_folder)
     if isinstance(source, PairDataset):
         return source.verify("skip", skipped) if on_bad_row == "skip" else source
     if isinstance(source, PairStream):
         return source
-    opened = open_source(source, name, split, streaming, allow_urls, max_pixels)
+    opened = open_source(source, name, split, streaming, allow_urls, max_pixels, image_folder)
     if opened.is_stream:
         return PairStream(opened.rows, opened.name, columns, opened.access, on_bad_row, skipped)
     pairs = PairDataset(opened, columns=columns)

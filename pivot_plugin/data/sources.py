@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -63,6 +63,7 @@ def open_source(
     streaming: bool = False,
     allow_urls: bool = False,
     max_pixels: int = MAX_PIXELS,
+    image_folder: str | Path | None = None,
 ) -> Source:
     """Open a source of rows.
 
@@ -72,11 +73,16 @@ def open_source(
         split: of a DatasetDict or Hub id; may be left out where there is one, or a "train".
         streaming: read a Hub id as a stream.
         allow_urls, max_pixels: as for `ImageAccess`.
+        image_folder: where relative image paths are looked up first, and then in the data's own folder.
 
     Raises:
         DataError: if the source is none of these, cannot be read, or is empty.
     """
-    opened = _open(source, name, split, streaming, ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels))
+    image_folder = None if image_folder is None else Path(image_folder)
+    if image_folder is not None and not image_folder.is_dir():
+        raise DataError(f"image_folder {str(image_folder)!r} is no folder.", "Give the folder that holds the images.")
+    access = ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels, image_folder=image_folder)
+    opened = _open(source, name, split, streaming, access)
     if isinstance(opened.rows, Sequence) and len(opened.rows) == 0:
         raise DataError(f"{opened.name} has no rows.", "Give at least one pair or question.")
     return opened
@@ -296,7 +302,7 @@ def _zip(path: Path, access: ImageAccess) -> Source:
     if len(entries) == 1 and entries[0].is_dir():
         inner = entries[0]
     opened = _from_path(inner, access)
-    return Source(opened.rows, path.name, ImageAccess(inner, True, access.allow_urls, access.max_pixels))
+    return Source(opened.rows, path.name, replace(access, folder=inner, confined=True))
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
@@ -319,7 +325,7 @@ def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
 
 
 def _in(access: ImageAccess, folder: Path) -> ImageAccess:
-    return ImageAccess(folder, access.confined, access.allow_urls, access.max_pixels)
+    return replace(access, folder=folder)
 
 
 _READERS = {

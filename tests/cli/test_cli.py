@@ -145,6 +145,19 @@ def test_prefs_check_takes_columns_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.training
+def test_images_in_a_folder_of_their_own_are_found_by_check_and_optimize(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved.jsonl").write_text((world / "pairs" / "pairs.jsonl").read_text())
+    beside = pivot("prefs", "check", "moved.jsonl", folder=tmp_path)
+    assert beside.returncode == 1
+    assert "error: image not found" in beside.stdout
+    there = ["--image-folder", world / "pairs"]
+    assert pivot("prefs", "check", "moved.jsonl", *there, folder=tmp_path).returncode == 0
+    training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "--eval-prefs", "moved.jsonl"]
+    trained = pivot("optimize", world / "model", "moved.jsonl", *there, *training, folder=tmp_path)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+
+
+@pytest.mark.training
 def test_prefs_build_makes_pairs_that_optimize_takes(world: Path, tmp_path: Path) -> None:
     lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
