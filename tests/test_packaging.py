@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import python
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -115,5 +117,4 @@ try:
 except ModuleNotFoundError:
     print("refused")
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "refused\n"
+    assert python(code, folder=ROOT).stdout == "refused\n"
