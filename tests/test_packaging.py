@@ -33,6 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pivot_plugin"}
@@ -45,6 +46,7 @@ def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
         assert f"pivot_plugin/{source}" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["root", "elsewhere"])
 def test_sub_packages_import_after_a_plain_install(wheel: Path, folder: str, tmp_path: Path) -> None:
     target = tmp_path / "site"
