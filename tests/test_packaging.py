@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import python
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,6 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pivot_plugin"}
@@ -43,6 +46,7 @@ def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
         assert f"pivot_plugin/{source}" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["root", "elsewhere"])
 def test_sub_packages_import_after_a_plain_install(wheel: Path, folder: str, tmp_path: Path) -> None:
     target = tmp_path / "site"
@@ -115,5 +119,4 @@ try:
 except ModuleNotFoundError:
     print("refused")
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "refused\n"
+    assert python(code, folder=ROOT).stdout == "refused\n"

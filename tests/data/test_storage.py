@@ -95,6 +95,7 @@ def test_saving_again_replaces_and_a_failure_leaves_what_was_there(rows: Any, tm
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_pairs_go_to_the_hub_in_one_commit(hub: Hub, client: Client, rows: Any, tmp_path: Path) -> None:
     save(PairDataset(rows), tmp_path / "saved")
     for _ in range(2):
@@ -107,6 +108,7 @@ def test_pairs_go_to_the_hub_in_one_commit(hub: Hub, client: Client, rows: Any, 
     assert files["data/train-00000.parquet"] == (tmp_path / "saved" / "data" / "train-00000.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_is_said(hub: Hub, client: Client, rows: Any, tmp_path: Path) -> None:
     save(PairDataset(rows), tmp_path / "saved")
     push = PUSH.format(folder=tmp_path / "saved")

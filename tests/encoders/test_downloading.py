@@ -18,6 +18,8 @@ from tests.helpers import hub_server
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import TOKEN, Fault, Hub
 
+pytestmark = pytest.mark.slow
+
 KEY = "models/tester/eyes"
 
 

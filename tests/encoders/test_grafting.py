@@ -67,6 +67,7 @@ def test_a_drop_in_graft_gives_the_model_the_encoder_came_from(family: str, tiny
     assert grafted.config.pivot_encoder == {"name": "encoder", "revision": None}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("kind", list(ENCODERS))
 def test_any_vision_transformer_goes_into_a_llava_through_a_new_projector(
     kind: str, llava: Any, tmp_path: Path

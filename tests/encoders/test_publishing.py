@@ -15,6 +15,8 @@ from tests.helpers import hub_server
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
 
+pytestmark = pytest.mark.slow
+
 KEY = "models/tester/eyes"
 AT_ONCE = {"Retry-After": "0"}
 
