@@ -25,8 +25,7 @@ from pivot_plugin.preferences import (
     load_questions,
 )
 from pivot_plugin.training.batch import ForestCollator
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 IMAGE = {"type": "image"}
 
@@ -206,7 +205,7 @@ def shown(tmp_path: Path) -> Image.Image:
 def sequences(pair: dict[str, Any], processor: Any) -> list[list[int]]:
     """Tokens of prompt with chosen and of prompt with rejected answer, in the batch that training gets."""
     marker = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    forest = ForestCollator(processor, marker, tree=False)([pair])["forest"].forest
+    forest = ForestCollator(processor, marker, shared="all")([pair])["forest"].forest
     return [forest.tokens[tree][path].tolist() for tree, path in zip(forest.sequence_tree, forest.paths, strict=True)]
 
 
