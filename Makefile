@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test lint types env clean
+.PHONY: demo check test test-families lint types env clean
 
 env: .venv/installed
 
@@ -25,6 +25,10 @@ check: env lint types
 
 test: env lint types
 	$(PYTEST)
+
+# every family of the zoo, and the conformance kit; part of `make test`
+test-families: env
+	$(PYTEST) tests/testing
 
 lint: env
 	$(BIN)/ruff check .

@@ -342,7 +342,7 @@ class _Kit:
         with tempfile.TemporaryDirectory() as folder:
             path = save_encoder(self.adapter, self.processor, Path(folder) / "encoder", {"license": "other"})
             text = (path / "README.md").read_text(encoding="utf-8")
-            snippet = next((part for part in text.split("```python")[1:] if "AutoModel" in part or "load" in part), "")
+            snippet = next((part for part in text.split("```python")[1:] if "from_pretrained" in part), "")
             code = snippet.split("```")[0]
             assert code.strip(), "the card has no lines that load the encoder"
             picture = Path(folder) / "picture.png"
