@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.vision_utils import get_vision_window_index
 
 Grid = tuple[int, int]
 
@@ -55,9 +56,14 @@ def _by_grids(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> l
     if grids is None or hidden.ndim > 3:
         return None
     rows = hidden.flatten(0, -2)
-    merge = _merge(config)
+    merge = _merge(inputs, config)
+    # processors that lay a patch's pixels out in one row go block by block, those that keep its shape row by row
+    pixels = next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
+    in_blocks = isinstance(pixels, torch.Tensor) and pixels.ndim == 2
+    if in_blocks and getattr(config, "window_size", None) and hasattr(config, "fullatt_block_indexes"):
+        rows = _out_of_windows(rows, grids, config, merge)
     grids = [(int(down), int(across)) for _, down, across in grids.tolist()]
-    for size, blocks in ((1, True), (merge, False)):
+    for size, blocks in ((1, in_blocks), (merge, False)):
         sizes = [down // size * (across // size) for down, across in grids]
         if sum(sizes) == len(rows):
             parts = rows.split(sizes)
@@ -66,6 +72,13 @@ def _by_grids(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> l
                 for part, grid in zip(parts, grids, strict=True)
             ]
     return None
+
+
+def _out_of_windows(rows: torch.Tensor, grids: torch.Tensor, config: Any, merge: int) -> torch.Tensor:
+    """From the order of a tower's attention windows, in which it works and leaves its last hidden state."""
+    order, _ = get_vision_window_index(grids, merge, config.window_size, _patch(config)[0])  # type: ignore[index]
+    blocks = rows.reshape(len(order), -1, rows.shape[-1])
+    return blocks[torch.argsort(order)].flatten(0, 1)
 
 
 def _from_blocks(values: torch.Tensor, grid: Grid, merge: int) -> torch.Tensor:
@@ -181,7 +194,11 @@ def _patch(config: Any) -> tuple[int, int] | None:
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _merge(config: Any) -> int:
+def _merge(inputs: Mapping[str, Any], config: Any) -> int:
+    """Patches along one side of a block that becomes one token."""
+    sizes = next((value for name, value in inputs.items() if name.endswith("merge_sizes")), None)
+    if sizes is not None and len(sizes) and bool((sizes == sizes[0]).all()):
+        return int(sizes[0])
     for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
         size = getattr(config, name, None)
         if size:

@@ -169,7 +169,8 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
     """
     folder = origin.folder
     try:
-        encoder_cls = _encoder_class(folder, origin.record.get("encoder_class"), trust_remote_code)
+        recorded = origin.record.get("encoder_class")
+        encoder_cls = _encoder_class(folder, recorded, origin.record.get("encoder_package"), trust_remote_code)
         safe = None if trust_remote_code else True
         encoder, loading = encoder_cls.from_pretrained(
             folder,
@@ -190,7 +191,7 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
             "Give the folder of a stand-alone encoder, not of a whole MLLM.",
         )
     tower = encoder.get_encoder(modality="image")
-    if isinstance(tower, PreTrainedModel) and not encoder.can_generate():
+    if type(encoder).__name__ != recorded and isinstance(tower, PreTrainedModel) and not encoder.can_generate():
         # of a dual encoder such as CLIP or SigLIP, the half that sees
         encoder = tower
     if origin.repo:
@@ -287,8 +288,19 @@ def has_auto_class(config: PreTrainedConfig) -> bool:
     return type(config) in AutoModel._model_mapping  # type: ignore[attr-defined]
 
 
-def _encoder_class(folder: Path, recorded: object, trust_remote_code: bool) -> type[Any]:
-    """AutoModel, or for towers AutoModel does not know (Qwen2-VL's) the transformers class recorded at saving."""
+def _encoder_class(folder: Path, recorded: object, package: object, trust_remote_code: bool) -> type[Any]:
+    """The transformers class recorded at saving, AutoModel where none is.
+
+    AutoModel does not know every tower (Qwen2-VL's), and of some it gives a module inside the one that was saved.
+
+    Args:
+        folder: of the encoder.
+        recorded: name of the class.
+        package: of transformers.models that it is of; older records have none.
+        trust_remote_code: as for `load_encoder`.
+    """
+    if (encoder_cls := _transformers_class(recorded, package)) is not None:
+        return encoder_cls
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -296,10 +308,16 @@ def _encoder_class(folder: Path, recorded: object, trust_remote_code: bool) -> t
             return AutoModel
     except ValueError:
         pass
-    package = str(model_type).removesuffix("_vision")
-    if isinstance(recorded, str) and recorded.isidentifier() and package.isidentifier():
+    return _transformers_class(recorded, str(model_type).removesuffix("_vision")) or AutoModel
+
+
+def _transformers_class(name: object, package: object) -> type[PreTrainedModel] | None:
+    """A class of transformers by its name and package; None for what is not there, such as strangers may write."""
+    if not (isinstance(name, str) and isinstance(package, str) and name.isidentifier() and package.isidentifier()):
+        return None
+    try:
         modeling = import_module(f"transformers.models.{package}.modeling_{package}")
-        encoder_cls = getattr(modeling, recorded, None)
-        if isinstance(encoder_cls, type) and issubclass(encoder_cls, PreTrainedModel):
-            return encoder_cls
-    return AutoModel
+    except ImportError:
+        return None
+    found = getattr(modeling, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

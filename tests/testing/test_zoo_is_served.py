@@ -47,7 +47,7 @@ REFUSED = {
 }
 # of families.md: no trees, because their layers are no attention or their mask is made inside
 BY_ROW = {
-    *("lfm2_vl", "qwen3_5", "paligemma2", "ernie4_5_vl_moe", "qwen3_5_moe", "qwen4_exp", "lfm3_vl", "minicpm_ocr"),
+    *("lfm2_vl", "qwen3_5", "paligemma2", "qwen3_5_moe", "qwen4_exp", "lfm3_vl", "minicpm_ocr"),
     *("minicpmv4_6", "minicpmv4_7", "unlimited_ocr", "inkling_mm_model", "qwen3_omni_moe_thinker"),
     *("glm5_next", "hy_v4_vl", "dots3_note", "mistral_large4"),
 }
