@@ -15,6 +15,8 @@ from pivot_plugin.training.forest_check import read_rows
 from pivot_plugin.training.forward import ForestReading
 from tests.helpers import picture, row
 
+pytestmark = pytest.mark.slow
+
 ONE = row("what is it?", "a red cat", "a red dog!", picture(60, 60, 1))
 ANOTHER = row("<image>where?", "here", "there now", picture(100, 64, 2))
 SEVERAL = row("<image>which of <image> both?", "left", "the right one", picture(120, 50, 3), picture(48, 100, 4))
