@@ -19,7 +19,7 @@ demo: env
 	rm -rf pivot-demo
 	$(BIN)/pivot demo --output-dir pivot-demo
 
-# while writing: all but the tests in which something trains, a wheel is built, or a Hub fails
+# while writing: all but the tests that are marked as training or slow (see CONTRIBUTING.md)
 check: env lint types
 	$(PYTEST) -m "not training and not slow"
 

@@ -112,7 +112,7 @@ def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
     names = [info["name"] for info in json.loads(run.stdout)]
     families, others = ["internvl", "qwen-vl", "llava", "generic"], ["probes", "rewards", "objectives"]
-    assert names[-9:] == [*families, "embedded-world", *others, "published-layouts"]
+    assert names[-10:] == [*families, "embedded-world", *others, "stack-layouts", "published-layouts"]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:
