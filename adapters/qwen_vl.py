@@ -28,7 +28,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.utils import ModelOutput
-from transformers.vision_utils import get_vision_window_index
 
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.hooks import hookimpl
@@ -114,37 +113,11 @@ class QwenVLAdapter(VisionAdapter):
             ),
         )
 
-    def select_images(self, inputs: ImageInputs, start: int, stop: int) -> dict[str, torch.Tensor]:
-        ends = [0, *inputs["image_grid_thw"].prod(dim=1).cumsum(0).tolist()]
-        return {
-            "pixel_values": inputs["pixel_values"][ends[start] : ends[stop]],
-            "image_grid_thw": inputs["image_grid_thw"][start:stop],
-        }
-
-    def positions(self, tokens: torch.Tensor, images: ImageInputs) -> torch.Tensor | None:
-        is_image = (tokens == self.image_token_id).long()
-        positions, _ = self.model.base_model.get_rope_index(
-            tokens[None], mm_token_type_ids=is_image[None], image_grid_thw=images.get("image_grid_thw")
-        )
-        return positions[:, 0]
-
     def run_tower(self, tower: PreTrainedModel, inputs: ImageInputs) -> ModelOutput:
         return tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
 
     def whole_views(self, inputs: ImageInputs, image_tokens: Sequence[int]) -> list[int]:
         return list(range(len(inputs["pixel_values"])))
-
-    def on_grid(self, hidden: torch.Tensor, inputs: ImageInputs, tower: PreTrainedModel) -> list[ImageFeatures]:
-        grids, merge = inputs["image_grid_thw"], tower.config.spatial_merge_size
-        blocks = self.in_image_order(hidden.reshape(-1, merge * merge, hidden.shape[-1]), grids, tower)
-        features = []
-        for values, (_, rows, columns) in zip(
-            blocks.split((grids.prod(dim=1) // merge**2).tolist()), grids.tolist(), strict=True
-        ):
-            # from (block row, block column, row in block, column in block) to raster order
-            raster = values.reshape(rows // merge, columns // merge, merge, merge, -1).transpose(1, 2)
-            features.append(ImageFeatures(raster.reshape(rows * columns, -1), (rows, columns)))
-        return features
 
     def project(self, features: ImageFeatures, tower: PreTrainedModel | None = None) -> ImageFeatures:
         tower = tower or self.tower
@@ -158,10 +131,6 @@ class QwenVLAdapter(VisionAdapter):
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return ImageFeatures(tokens, (rows // merge, columns // merge))
 
-    def in_image_order(self, blocks: torch.Tensor, grids: torch.Tensor, tower: PreTrainedModel) -> torch.Tensor:
-        """Blocks of merged patches, (blocks, patches in block, D), in the order of the image."""
-        return blocks
-
 
 class Qwen2_5_VLAdapter(QwenVLAdapter):
     """Qwen2.5-VL, whose tower works, and leaves its last hidden state, in the order of its attention windows."""
@@ -170,11 +139,6 @@ class Qwen2_5_VLAdapter(QwenVLAdapter):
     lmms_eval_name = "qwen2_5_vl"
     mllm = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
     out_width = "out_hidden_size"
-
-    def in_image_order(self, blocks: torch.Tensor, grids: torch.Tensor, tower: PreTrainedModel) -> torch.Tensor:
-        config = tower.config
-        order, _ = get_vision_window_index(grids, config.spatial_merge_size, config.window_size, config.patch_size)
-        return blocks[torch.argsort(order)]
 
 
 class Qwen3VLAdapter(QwenVLAdapter):

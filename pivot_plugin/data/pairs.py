@@ -168,12 +168,18 @@ def load(
     return pairs.verify("skip", skipped) if on_bad_row == "skip" else pairs
 
 
-def load_pairs(source: object, name: str = "prefs", **options: Any) -> PairDataset:
+def load_pairs(
+    source: object,
+    name: str = "prefs",
+    remedy: str = "Give rows with random access: a list, a data set or a file.",
+    **options: Any,
+) -> PairDataset:
     """Preference pairs that can be read in any order and more than once: `load` for work that no stream can serve.
 
     Args:
         source: as for `load`, with random access.
         name: of the data, for errors.
+        remedy: what to do about a stream, with the reason where the caller has one.
         **options: of `load`.
 
     Raises:
@@ -181,5 +187,5 @@ def load_pairs(source: object, name: str = "prefs", **options: Any) -> PairDatas
     """
     pairs = load(source, name=name, **options)
     if isinstance(pairs, PairStream):
-        raise DataError(f"{name} is a stream.", "Give rows with random access: a list, a data set or a file.")
+        raise DataError(f"{name} is a stream.", remedy)
     return pairs

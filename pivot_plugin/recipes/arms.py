@@ -10,15 +10,16 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.data.pairs import PairDataset, load
+from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.data.split import hold_out
 from pivot_plugin.encoders.record import plain_name
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import read_record, write_whole
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.objectives import ONLINE, resolve
 from pivot_plugin.runs.result import PivotResult
 
+from .inputs import SAME_PAIRS
 from .runs import Keeper, Optimizing
 from .stages import stage
 from .tables import cell, markdown, mean_and_spread
@@ -131,9 +132,9 @@ def compare_arms(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     rates = dict(learning_rates or {})
     _check(arms, numbers, rates, settings)
-    pairs = _random_access(prefs, "prefs").verify()
+    pairs = load_pairs(prefs, remedy=SAME_PAIRS).verify()
     # one split for all seeds, which differ in order and initialisation alone
-    held_out = None if eval_prefs is None else _random_access(eval_prefs, "eval_prefs").verify()
+    held_out = None if eval_prefs is None else load_pairs(eval_prefs, "eval_prefs", SAME_PAIRS).verify()
     if held_out is None:
         pairs, held_out = hold_out(pairs, eval_fraction, seed=0)
     loaded, processor = load_model(model, processor)
@@ -206,7 +207,7 @@ class _Ground:
             run: one that has ended.
         """
         record = read_record(Path(run.folder or "."))
-        scores = dict({"before": {}, **record["metrics"]}["before"]) if record is not None else {}
+        scores = dict(record["metrics"].get("before", {})) if record is not None else {}
         if self.measure is not None:
             scores |= stage(BASE, self.folder / BASE, self._described(), self._measure_base).outcome["scores"]
         return ArmRun(BASE, 0, scores)
@@ -240,13 +241,6 @@ def _check(arms: Sequence[str], seeds: list[int], rates: dict[str, float], setti
         raise SettingsError(f"learning_rates names {strange}.", f"The arms are {', '.join(arms)}.")
     if taken := sorted({"seed", "output_dir", "objective", "resume"} & set(settings)):
         raise SettingsError(f"{taken[0]} is given for all arms.", "Arms and seeds decide it.")
-
-
-def _random_access(prefs: object, name: str) -> PairDataset:
-    pairs = load(prefs, name=name)
-    if not isinstance(pairs, PairDataset):
-        raise DataError(f"{name} is a stream.", "Arms need the same pairs: give a list, a data set or a file.")
-    return pairs
 
 
 def _after(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -25,12 +25,12 @@ from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import Train
-from pivot_plugin.data.pairs import PairDataset, load
+from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.sources import Source
 from pivot_plugin.data.storage import save
 from pivot_plugin.encoders.record import plain_name
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import write_whole
 from pivot_plugin.generation.distillation import INSTRUCTION, self_distill
 from pivot_plugin.generation.sampling import instructed
@@ -49,6 +49,7 @@ STAGES = (ZERO, PAIRS, COLD_START, FINAL)
 TRAINS: Mapping[str, Train] = {ZERO: "language_model", COLD_START: "language_model", FINAL: "all"}
 PAIRS_FOLDER = "pairs"
 RECIPE_FILE = "specs.json"
+REUSED = "Stages are gone on with: give a list, a data set or a file."
 
 
 @dataclass
@@ -126,7 +127,7 @@ def specs(
     zero = start
     if ZERO not in skip:
         zero = run.train(ZERO, start, _instructed(asked, instruction), online)
-    distilled = None if pairs is None else _random_access(pairs)
+    distilled = None if pairs is None else _verified(pairs)
     if PAIRS not in skip:
         distilled = run.distil(zero, start, asked, instruction)
     warm = start
@@ -157,11 +158,8 @@ def _instructed(questions: QuestionDataset, instruction: str) -> QuestionDataset
     return QuestionDataset(Source(rows, questions.name, questions.access))
 
 
-def _random_access(rows: object) -> PairDataset:
-    pairs = load(rows, name="pairs")
-    if not isinstance(pairs, PairDataset):
-        raise DataError("pairs is a stream.", "Stages are gone on with: give a list, a data set or a file.")
-    return pairs.verify()
+def _verified(pairs: object) -> PairDataset:
+    return load_pairs(pairs, "pairs", REUSED).verify()
 
 
 @dataclass(frozen=True)
@@ -229,11 +227,11 @@ class _Specs:
                     f"{whose}, rejected in a broken format by the base model. Such pairs teach format, not seeing.",
                 )
             PartialState().wait_for_everyone()
-            return {"metrics": {"pairs": len(_random_access(folder / PAIRS_FOLDER))}}
+            return {"metrics": {"pairs": len(_verified(folder / PAIRS_FOLDER))}}
 
         settings = {**options, "instruction": instruction, "rows": questions.fingerprint(), "start": chosen.settings}
         self._note(stage(PAIRS, folder, settings, work))
-        return _random_access(folder / PAIRS_FOLDER)
+        return _verified(folder / PAIRS_FOLDER)
 
     def _folder(self, name: str) -> Path:
         return self.folder / f"{STAGES.index(name) + 1}-{name}"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from peft import LoraConfig
 
 from pivot_plugin.errors import SettingsError, unknown
+from pivot_plugin.training.plan import lora_settings
 
 Key = tuple[str, ...]
 S = TypeVar("S", bound="Section")
@@ -219,8 +220,7 @@ def plain(value: object) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, LoraConfig):
-        # its sets have no order of their own
-        return {k: sorted(v) if isinstance(v, set) else plain(v) for k, v in value.to_dict().items()}
+        return plain(lora_settings(value))
     size = f" of {len(value)}" if hasattr(value, "__len__") else ""
     name = (
         getattr(value, "__qualname__", type(value).__name__) if callable(value) and not size else type(value).__name__

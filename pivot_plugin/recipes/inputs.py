@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
-from pivot_plugin.data.pairs import PairDataset, load
+from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.encoders import load_encoder
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.hooks import named
 from pivot_plugin.probes.lookup import ProbeTask, runners
 
@@ -21,6 +21,7 @@ from .sections import BENCHMARKS, Evaluation, Made, PivotRecipe, Stored, Tuning
 HOOK = "pivot_sources"
 # of conversations, before the first stage; the stages look at all
 LOOKED_AT = 100
+SAME_PAIRS = "Arms need the same pairs: give a list, a data set or a file."
 
 
 def made(wanted: Made, **defaults: Any) -> Any:
@@ -60,12 +61,8 @@ def conversations(data: object, name: str, image_folder: str | Path | None = Non
 def pairs(data: object, name: str = "optimize.data") -> PairDataset:
     """Preference pairs of a recipe, opened; as `conversations` otherwise."""
     if isinstance(data, Stored):
-        opened = load(data.path, name=name, **_split(data))
-    else:
-        opened = load(made(data) if isinstance(data, Made) else data, name=name)
-    if not isinstance(opened, PairDataset):
-        raise DataError(f"{name} is a stream.", "Arms need the same pairs: give a list, a data set or a file.")
-    return _sampled(opened, data) if isinstance(data, Stored) else opened
+        return _sampled(load_pairs(data.path, name, SAME_PAIRS, **_split(data)), data)
+    return load_pairs(made(data) if isinstance(data, Made) else data, name, SAME_PAIRS)
 
 
 @dataclass(frozen=True)

@@ -337,5 +337,5 @@ class _Pipeline:
 
 def _frozen(options: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
     """Options of a run with layers frozen beside those that its settings freeze."""
-    named: Sequence[str] | None = {"frozen": None, **options}["frozen"]
+    named: Sequence[str] | None = options.get("frozen")
     return options | {"frozen": [*(named or ()), *layers]}

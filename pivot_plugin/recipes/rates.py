@@ -89,7 +89,7 @@ class Arms:
         """What `optimize.select` says of an arm's MLLM."""
         select = self.recipe.optimize.select
         if isinstance(select, str):
-            measured: Mapping[str, float] = {"after": {}, **run.metrics}["after"]
+            measured: Mapping[str, float] = run.metrics.get("after", {})
             if select not in measured:
                 metrics = ", ".join(measured) or "those of optimize.eval_data, which is not given"
                 raise SettingsError(

@@ -42,13 +42,13 @@ class Stage:
     @property
     def trains(self) -> str | None:
         """Which parts trained; None for a stage that trains nothing."""
-        trains: str | None = {"trains": None, **self.outcome}["trains"]
+        trains: str | None = self.outcome.get("trains")
         return trains
 
     @property
     def metrics(self) -> dict[str, Any]:
         """What was measured before and after on held-out rows; empty where nothing was."""
-        metrics: dict[str, Any] = {"metrics": {}, **self.outcome}["metrics"]
+        metrics: dict[str, Any] = self.outcome.get("metrics", {})
         return metrics
 
 

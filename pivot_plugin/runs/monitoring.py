@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from pivot_plugin.data.pairs import PairDataset, PairStream, load
+from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import RowDataset
-from pivot_plugin.errors import DataError, PivotError, SettingsError
+from pivot_plugin.errors import PivotError, SettingsError
 from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.probes.generalization import FACTOR, ID, OOD, generalization_factor
 from pivot_plugin.probes.lookup import Runner, runners
@@ -81,9 +81,7 @@ class Monitoring:
         questions = isinstance(run.rows, QuestionDataset)
         outside: dict[str, RowDataset] = {}
         for name, source in sources.items():
-            rows = load_questions(source, name) if questions else load(source, name=name)
-            if isinstance(rows, PairStream):
-                raise DataError(f"{name} is a stream.", "Give rows with random access.")
+            rows = load_questions(source, name) if questions else load_pairs(source, name)
             outside[name] = rows.verify()
         return replace(self, outside=outside)
 

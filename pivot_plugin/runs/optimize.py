@@ -9,10 +9,10 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
-from pivot_plugin.data.pairs import PairDataset, PairStream, load
+from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.hooks import notify
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
@@ -196,9 +196,13 @@ def _load_rows(
         pairs.verify()
     if eval_prefs is None:
         return pairs, None
-    held_out = load(eval_prefs, on_bad_row=options.on_bad_row, skipped=skipped_eval, name="eval_prefs")
-    if isinstance(held_out, PairStream):
-        raise DataError("eval_prefs is a stream.", "Give held-out pairs as a list or a datasets.Dataset.")
+    held_out = load_pairs(
+        eval_prefs,
+        "eval_prefs",
+        "Give held-out pairs as a list or a datasets.Dataset.",
+        on_bad_row=options.on_bad_row,
+        skipped=skipped_eval,
+    )
     return pairs, held_out.verify()
 
 

@@ -34,7 +34,7 @@ from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost
-from pivot_plugin.training.plan import TrainingPlan, plan
+from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
 
 from .folder import claim, write_record
 from .in_place import InPlace, in_place
@@ -87,7 +87,7 @@ class RunOptions:
         return {
             **self.choices,
             "train": self.config.train,
-            "lora": _plain(self.lora),
+            "lora": lora_settings(self.lora) if isinstance(self.lora, LoraConfig) else self.lora,
             "eval_fraction": self.eval_fraction,
             "learning_rate": self.config.learning_rate,
         }
@@ -255,10 +255,3 @@ def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] |
 
 def _is_keeper(config: TowerConfig) -> bool:
     return config.process_index == 0
-
-
-def _plain(lora: int | LoraConfig | None) -> int | dict[str, Any] | None:
-    """A LoRA setting as JSON has it; sets in order, which differs from process to process."""
-    if not isinstance(lora, LoraConfig):
-        return lora
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in lora.to_dict().items()}

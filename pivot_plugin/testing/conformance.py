@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import ImageFeatures
+from pivot_plugin.config import PARTS
 from pivot_plugin.encoders import load_encoder, save_encoder
 from pivot_plugin.errors import PivotError
 from pivot_plugin.models.evaluating import evaluating, undisturbed
@@ -36,6 +37,7 @@ from pivot_plugin.models.image_tokens import ImageTokens, about_images
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest_check import read_rows
 from pivot_plugin.training.forward import on_model
+from pivot_plugin.training.plan import is_inside
 
 Result = Literal["passed", "failed", "skipped"]
 # pictures of the kit: square, wide and tall
@@ -79,8 +81,7 @@ def conformance(model: PreTrainedModel, processor: ProcessorMixin, adapter: Visi
     Returns:
         the checks in order, each with what was found. None raises: what a model or an adapter raises is a finding.
     """
-    checks = []
-    kit: _Kit | None = None
+    checks: list[Check] = []
     try:
         kit = _Kit(model, processor, adapter or find_adapter(model))
     except PivotError as error:
@@ -142,7 +143,7 @@ class _Kit:
         decoder = self.model.get_decoder()
         shared = [path for path, module in decoder.named_modules() if id(module) in tower]
         assert not shared, f"tower and language model share {shared[0] or 'each other'}"
-        inner = [path for path in adapter.projector_paths if _is_inside(path, adapter.language_model_paths)]
+        inner = [path for path in adapter.projector_paths if is_inside(path, adapter.language_model_paths)]
         assert not inner, f"the projector {inner[0]} stands inside the language model"
         others = adapter.other_tower_paths
         told = f"; images also go through {', '.join(others)}, which stays as it is" if others else ""
@@ -333,7 +334,7 @@ class _Kit:
         changed = [
             name
             for name, parameter in other.model.named_parameters()
-            if not _is_inside(name, (other.tower_path,)) and not torch.equal(parameter, untouched[name])
+            if not is_inside(name, (other.tower_path,)) and not torch.equal(parameter, untouched[name])
         ]
         assert not changed, f"grafting changed {changed[0]}"
         return f"{sum(1 for _ in encoder.parameters())} tensors"
@@ -351,9 +352,6 @@ class _Kit:
             # the card is ours, and its lines are what a reader would paste
             exec(compile(runnable, "card", "exec"), {"image": _picture(*SIZES[1])})
         return f"{len(code.strip().splitlines())} lines"
-
-
-PARTS = ("encoder", "projector", "language_model")
 
 
 def _with_local_names(code: str, folder: str, picture: str) -> str:
@@ -394,10 +392,6 @@ def _on(outputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
 
 def _listed(sizes: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{width}x{height}" for width, height in sizes)
-
-
-def _is_inside(path: str, outer: tuple[str, ...]) -> bool:
-    return any(path == one or path.startswith(f"{one}.") for one in outer)
 
 
 def _may_be_deaf(name: str) -> bool:

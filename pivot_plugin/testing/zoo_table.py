@@ -14,13 +14,13 @@ _CROPPED_56 = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width
 _AREA_14 = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 _AREA_16 = {"size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, "patch_size": 16}
 _TILES_56 = [[56, 112], [112, 56], [112, 112]]
-_QWEN_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
-_QWEN = {
+_QWEN_TOKENS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
+_QWEN: dict[str, Any] = {"marker": "<|vision_start|><|image_pad|><|vision_end|>", "tokens": _QWEN_TOKENS}
 _OMNI = {
     "image_token": "<|IMAGE|>",
     "video_token": "<|VIDEO|>",
@@ -416,25 +416,22 @@ TABLE = (
     ),
     ZooFamily(
         "qwen3_vl_moe",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         image_processor="Qwen2VLImageProcessor",
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE}},
+        **_QWEN,
     ),
     ZooFamily(
         "qwen3_5",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE_QUARTER}},
+        **_QWEN,
     ),
     ZooFamily(
         "qwen3_5_moe",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE_QUARTER}},
+        **_QWEN,
     ),
     ZooFamily(
         "paddleocr_vl",
@@ -581,11 +578,13 @@ TABLE = (
         image_settings={"max_patches": 64, "size": {"max_height": 112, "max_width": 112}},
         config={"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}},
     ),
-    ZooFamily("video_llama_3", marker="<|image_pad|>", tokens=_QWEN, image_settings={**_AREA_16, "merge_size": 2}),
+    ZooFamily(
+        "video_llama_3", marker="<|image_pad|>", tokens=_QWEN_TOKENS, image_settings={**_AREA_16, "merge_size": 2}
+    ),
     ZooFamily(
         "exaone4_5",
         marker="<|image_pad|>",
-        tokens=_QWEN,
+        tokens=_QWEN_TOKENS,
         image_settings=_AREA_14,
     ),
     ZooFamily(
@@ -602,20 +601,18 @@ TABLE = (
     ),
     ZooFamily(
         "cosmos3_edge",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         # the model asks for them, the processor's own default leaves them out
         tokenizer_settings={"return_mm_token_type_ids": True},
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE}},
+        **_QWEN,
     ),
     ZooFamily(
         "cosmos3_omni",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         processor="Qwen3VLProcessor",
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE}},
+        **_QWEN,
     ),
     ZooFamily(
         "deepseek_ocr2",
@@ -731,12 +728,11 @@ TABLE = (
     ),
     ZooFamily(
         "hy_v4_vl",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         image_settings=_AREA_16,
         config={"text_config": {"rope_parameters": _MROPE}, "vision_config": {"max_image_size": 128}},
+        **_QWEN,
     ),
-    ZooFamily("hyperclovax_vision_v2", marker=_QWEN_MARKER, tokens=_QWEN, image_settings=_AREA_14),
+    ZooFamily("hyperclovax_vision_v2", image_settings=_AREA_14, **_QWEN),
     ZooFamily(
         "idefics",
         tokens={"image_token": "<image>"},
@@ -797,7 +793,7 @@ TABLE = (
         processor_settings={"num_image_tokens": 4},
         config={"latent_query_num": 4, "vision_config": {"patch_embed_hidden_size": 768}},
     ),
-    ZooFamily("lfm3_vl", marker=_QWEN_MARKER, tokens=_QWEN, image_settings=_AREA_16),
+    ZooFamily("lfm3_vl", image_settings=_AREA_16, **_QWEN),
     *(
         ZooFamily(
             name,
@@ -941,8 +937,6 @@ TABLE = (
     ),
     ZooFamily(
         "qwen4_exp",
-        marker=_QWEN_MARKER,
-        tokens=_QWEN,
         image_settings=_AREA_16,
         config={
             "text_config": {
@@ -954,6 +948,7 @@ TABLE = (
                 "indexer_compress_ratio": 4,
             }
         },
+        **_QWEN,
     ),
     ZooFamily(
         "step3p7",

@@ -238,8 +238,7 @@ def tree_attention(pattern: AttentionPattern, forest: Forest, is_image: torch.Te
     block = None
     if pattern.block is not None:
         block = torch.full_like(forest.depth, -1)
-        completions = (forest.edge_of >= 0).sum(dim=1).tolist()
-        for tree, path, completion in zip(forest.sequence_tree.tolist(), forest.paths, completions, strict=True):
+        for (tree, path), prompt in zip(forest.placed(), forest.prompt_lengths(), strict=True):
             nodes = path.to(block.device)
-            block[tree, nodes] = blocks(pattern.block, is_image[tree, nodes], len(nodes) - completion)
+            block[tree, nodes] = blocks(pattern.block, is_image[tree, nodes], prompt)
     return TreeAttention(forest.end, forest.depth, block, pattern)

@@ -13,7 +13,7 @@ path, so it equals a separate forward pass over the sequence. This file knows to
 nothing of images, families, positions or losses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -122,6 +122,15 @@ class Forest:
         """Tokens that separate forward passes over the sequences would compute."""
         return sum(len(path) for path in self.paths)
 
+    def placed(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """For each sequence its tree, and the nodes of its tokens there."""
+        return zip(self.sequence_tree.tolist(), self.paths, strict=True)
+
+    def prompt_lengths(self) -> list[int]:
+        """For each sequence how many tokens stand before its completion."""
+        completions = (self.edge_of >= 0).sum(dim=1).tolist()
+        return [len(path) - completion for path, completion in zip(self.paths, completions, strict=True)]
+
 
 def build_forest(groups: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Forest:
     """Build the forest of some sequences.
@@ -180,34 +189,6 @@ def build_forest(groups: Sequence[Sequence[int]], sequences: Sequence[Sequence[i
 
 def _padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
     return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-
-
-def attention_mask(end: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: true where a key is the query itself or one of its ancestors.
-
-    Args:
-        end: (B, N) index after the last descendant of each node.
-
-    Returns:
-        (B, 1, N, N) booleans, queries in the third dimension, keys in the last.
-    """
-    node = torch.arange(end.shape[1], device=end.device)
-    return ((node[None, None] <= node[None, :, None]) & (node[None, :, None] < end[:, None]))[:, None]
-
-
-def block_mask(end: torch.Tensor) -> object:
-    """The same relation as a FlexAttention block mask, which skips the blocks where nobody sees anybody.
-
-    Args:
-        end: (B, N) index after the last descendant of each node.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(tree: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (key <= query) & (query < end[tree, key])
-
-    trees, nodes = end.shape
-    return create_block_mask(sees, trees, None, nodes, nodes, device=end.device)
 
 
 def per_sequence(values: torch.Tensor, edge_of: torch.Tensor) -> torch.Tensor:

@@ -97,28 +97,16 @@ class CheckedSequence:
         return {**self.outputs, **{name: values[None] for name, values in per_token.items()}}
 
 
-def checked_sequence(
-    image_tokens: ImageTokens, name: str, images: Sequence[Any], prompt: str, answer: str
-) -> CheckedSequence:
-    """A sequence as the processor makes it of the whole prompt.
-
-    Args:
-        image_tokens: of the processor.
-        name: of the row, for errors.
-        images: PIL.
-        prompt, answer: in the words of the chat template.
-    """
-    processor = image_tokens.processor
+def _whole_prompt(image_tokens: ImageTokens, images: Sequence[Any], prompt: str) -> dict[str, Any]:
+    """What the processor makes of a whole prompt, in the words of the chat template, with its images (PIL)."""
     if images:
-        outputs = image_tokens.processed([images], [prompt])
-    else:
-        settings: dict[str, Any] = {"text": [prompt], "return_tensors": "pt", "add_special_tokens": False}
-        try:
-            outputs = dict(processor(**settings))
-        # some processors take no text without images, though their models do
-        except (ValueError, TypeError, AttributeError):
-            outputs = dict(processor.tokenizer(settings.pop("text"), **settings))
-    return CheckedSequence(name, outputs, image_tokens.tokens(answer))
+        return image_tokens.processed([images], [prompt])
+    settings: dict[str, Any] = {"text": [prompt], "return_tensors": "pt", "add_special_tokens": False}
+    try:
+        return dict(image_tokens.processor(**settings))
+    # some processors take no text without images, though their models do
+    except (ValueError, TypeError, AttributeError):
+        return dict(image_tokens.processor.tokenizer(settings.pop("text"), **settings))
 
 
 @dataclass(frozen=True)
@@ -201,10 +189,13 @@ def read_rows(
     texts = [image_tokens.texts(row) for row in rows]
     if any(image_tokens.rewrites(row, text["prompt"]) for row, text in zip(rows, texts, strict=True)):
         image_tokens = ImageTokens(processor, adapter.image_token_id, whole_prompts=True)
+    prompts = [
+        _whole_prompt(image_tokens, row["images"], text["prompt"]) for row, text in zip(rows, texts, strict=True)
+    ]
     sequences = [
-        checked_sequence(image_tokens, f"row {row.get('id')!r}", row["images"], text["prompt"], text[side])
+        CheckedSequence(f"row {row.get('id')!r}", prompt, image_tokens.tokens(text[side]))
         for side in ("chosen", "rejected")
-        for row, text in zip(rows, texts, strict=True)
+        for row, text, prompt in zip(rows, texts, prompts, strict=True)
     ]
 
     def batch_of(reading: ForestReading) -> ForestBatch:
@@ -381,7 +372,7 @@ def _difference(
 ) -> _Difference | None:
     """The first thing that differs between the plain passes and the same sequences in a forest; None for nothing."""
     forest = batch.forest
-    for one, tree, path in zip(passes, forest.sequence_tree.tolist(), forest.paths, strict=True):
+    for one, (tree, path) in zip(passes, forest.placed(), strict=True):
         if forest.tokens[tree, path].tolist() != one.sequence.tokens.tolist():
             return _Difference("tokens", f"the tokens of {one.sequence.name} are not those that its processor makes")
     try:
@@ -390,7 +381,7 @@ def _difference(
     # whatever a foreign forward pass raises of inputs it was not made for is a finding here
     except Exception as error:
         return _Difference("forward pass", f"its forward pass raises {type(error).__name__}: {error}")
-    for index, (one, tree, path) in enumerate(zip(passes, forest.sequence_tree.tolist(), forest.paths, strict=True)):
+    for index, (one, (tree, path)) in enumerate(zip(passes, forest.placed(), strict=True)):
         nodes = path.to(model.device)
         for compare in (_position_difference, _mask_difference, _embedding_difference):
             apart = compare(one, decoder, tree, nodes, exact)

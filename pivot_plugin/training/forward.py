@@ -203,9 +203,8 @@ class _Reader:
             values = torch.zeros_like(forest.tokens)
             for token, value in types.by_token.items():
                 values[forest.tokens == token] = value
-            completions = (forest.edge_of >= 0).sum(dim=1).tolist()
-            for tree, path, completion in zip(forest.sequence_tree.tolist(), forest.paths, completions, strict=True):
-                values[tree, path[len(path) - completion :]] = types.answer
+            for (tree, path), prompt in zip(forest.placed(), forest.prompt_lengths(), strict=True):
+                values[tree, path[prompt:]] = types.answer
             inputs[name] = values * forest.is_node
         return inputs
 
@@ -284,7 +283,7 @@ def _load_balancing_loss(model: PreTrainedModel, router_logits: Any, forest: For
     """The auxiliary loss of all sequences: a node counts as often as there are sequences that it belongs to."""
     config = model.config.get_text_config()
     counts = torch.zeros(forest.tokens.shape, device=forest.tokens.device)
-    for tree, path in zip(forest.sequence_tree.tolist(), forest.paths, strict=True):
+    for tree, path in forest.placed():
         counts[tree, path.to(counts.device)] += 1
     loss: torch.Tensor = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, counts)
     return loss
@@ -321,7 +320,7 @@ def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch, fir
     # families count positions in Python loops: on the host, a device is not waited for once per token
     tokens, found = forest.tokens.cpu(), forest.depth.cpu()
     inputs = {name: value if value.is_floating_point() else value.cpu() for name, value in batch.image_inputs.items()}
-    for tree, path in zip(forest.sequence_tree.tolist(), forest.paths, strict=True):
+    for tree, path in forest.placed():
         images = batch.tree_images[tree]
         share = adapter.select_images(inputs, images[0], images[-1] + 1) if images else {}
         positions = adapter.positions(tokens[tree, path], share)

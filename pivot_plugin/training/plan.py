@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -76,7 +77,7 @@ def _of_weights(adapter: VisionAdapter, train: Train, frozen: Sequence[str]) -> 
     parameters = [
         name
         for name, _ in adapter.model.named_parameters()
-        if adapter.part_of(name) in parts and adapter.is_trainable(name) and not _inside(name, frozen)
+        if adapter.part_of(name) in parts and adapter.is_trainable(name) and not is_inside(name, frozen)
     ]
     if not parameters:
         raise ModelError(
@@ -104,13 +105,18 @@ def _of_lora(adapter: VisionAdapter, train: Train, lora: int | LoraConfig, froze
         )
     config = LoraConfig(r=lora, lora_alpha=2 * lora) if isinstance(lora, int) else copy.deepcopy(lora)
     if config.target_modules is None:
-        config.target_modules = [path for path in targets if adapter.is_trainable(path) and not _inside(path, frozen)]
+        config.target_modules = [path for path in targets if adapter.is_trainable(path) and not is_inside(path, frozen)]
     if config.modules_to_save is None and saved:
         config.modules_to_save = saved
     return TrainingPlan(parts, config, ())
 
 
-def _inside(name: str, paths: Sequence[str]) -> bool:
+def lora_settings(lora: LoraConfig) -> dict[str, Any]:
+    """The settings of a LoRA as JSON has them; its sets in order, which differs from process to process."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in lora.to_dict().items()}
+
+
+def is_inside(name: str, paths: Sequence[str]) -> bool:
     """Whether a module or parameter is one of some modules, or a part of one."""
     return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
@@ -123,9 +129,9 @@ def _trained_modules(adapter: VisionAdapter, frozen: Sequence[str]) -> list[str]
         path
         for path, module in adapter.model.named_modules()
         if adapter.part_of(path) == "projector"
-        and _inside(path, adapter.projector_paths)
+        and is_inside(path, adapter.projector_paths)
         and next(module.parameters(recurse=False), None) is not None
-        and not _inside(path, frozen)
+        and not is_inside(path, frozen)
     ]
 
 

@@ -112,6 +112,26 @@ def test_a_wide_image_has_a_wide_grid_on_towers_of_any_resolution(make: Any) -> 
         assert math.prod(features[0].grid) == len(features[0].values)
 
 
+def test_features_come_out_of_the_order_of_windows(make: Any) -> None:
+    """3 x 5 blocks in windows of 2 x 2: an order that undoes itself, as smaller grids have, would hide a mistake."""
+    model, processor = make("qwen2_5_vl")
+    adapter, patch = find_adapter(model), model.config.vision_config.patch_size
+    grid = (10, 6)
+    base = picture(grid[1] * patch, grid[0] * patch, 3)
+
+    def features(image: Any) -> Any:
+        with torch.no_grad():
+            return adapter.patch_features(image_inputs(processor, image))[0]
+
+    before = features(base)
+    assert before.grid == grid
+    for row, column in ((0, 5), (3, 1), (4, 4), (7, 2), (9, 0), (9, 5)):
+        changed = base.copy()
+        changed.paste((255, 0, 0), (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
+        moved = (features(changed).values - before.values).norm(dim=-1)
+        assert divmod(int(moved.argmax()), grid[1]) == (row, column)
+
+
 def test_an_image_s_share_of_the_inputs_gives_the_same_features(make: Any) -> None:
     for family in ("llava", "llava_next", "llava_onevision", "qwen2_5_vl"):
         model, processor = make(family)

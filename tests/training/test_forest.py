@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivot_plugin.errors import DataError
-from pivot_plugin.training.forest import attention_mask, build_forest, build_tree, common_prefix, per_sequence
+from pivot_plugin.training.attention import AttentionPattern, TreeAttention, tree_attention
+from pivot_plugin.training.forest import Forest, build_forest, build_tree, common_prefix, per_sequence
+
+
+def causal(forest: Forest) -> TreeAttention:
+    """Plain causality on the trees, as training has it."""
+    return tree_attention(AttentionPattern(), forest, torch.zeros_like(forest.is_node))
+
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8)
 
@@ -44,7 +51,7 @@ def test_the_mask_is_the_ancestor_relation(given_sequences: list[list[int]]) -> 
     for path in forest.paths:
         for position, node in enumerate(path.tolist()):
             expected[node, path[: position + 1].numpy()] = True
-    assert (attention_mask(forest.end)[0, 0].numpy() == expected).all()
+    assert (causal(forest).mask()[0, 0].numpy() == expected).all()
 
 
 @given(st.lists(sequences, min_size=1, max_size=3))
@@ -56,7 +63,7 @@ def test_padding_sees_only_itself_and_is_seen_by_nobody(trees: list[list[list[in
         groups.append(range(start, start + len(tree)))
         start += len(tree)
     forest = build_forest(groups, flat, [1] * len(flat))
-    mask = attention_mask(forest.end)[:, 0]
+    mask = causal(forest).mask()[:, 0]
     for number in range(len(trees)):
         padding = ~forest.is_node[number]
         assert (mask[number][padding].sum(dim=1) == 1).all()
