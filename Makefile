@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types env clean
+.PHONY: demo test test-releases lint types env clean
 
 env: .venv/installed
 
@@ -18,7 +18,11 @@ demo: env
 	$(BIN)/pivot demo --output-dir pivot-demo
 
 test: env lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/compatibility
+
+# Features in other releases of transformers, each in an environment of its own that is made once in .releases.
+test-releases: env
+	PIVOT_TEST_ENVS=$(CURDIR)/.releases OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/compatibility
 
 lint: env
 	$(BIN)/ruff check .
@@ -31,4 +35,4 @@ types: env
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p pivot_plugin
 
 clean:
-	rm -rf .venv .typecheck build *.egg-info pivot-demo pivot-run
+	rm -rf .venv .releases .typecheck build *.egg-info pivot-demo pivot-run

@@ -106,11 +106,12 @@ def graft(
     """
     empty_folder(output_dir)
     import pivot_plugin as pivot
+    from pivot_plugin.encoders.compatibility import save_model
     from pivot_plugin.models.loading import load_model
 
     loaded, processor = load_model(model)
     pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)
-    loaded.save_pretrained(output_dir)
+    save_model(loaded, output_dir)
     processor.save_pretrained(output_dir)
     print(f"MLLM: {output_dir}")
 

@@ -28,6 +28,7 @@ from pivot_plugin.errors import EncoderError
 from pivot_plugin.files import whole_folder
 
 from .card import CARD, PICTURE, card
+from .compatibility import save_model
 from .loading import has_auto_class
 from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, sha256, versions, without_paths
 from .signature import signature
@@ -65,7 +66,7 @@ def save_encoder(
     """
     encoder, image_processor = adapter.extract(), adapter.image_processor(processor)
     with _encoder_folder(Path(folder)) as aside:
-        encoder.save_pretrained(aside, max_shard_size=max_shard_size)
+        save_model(encoder, aside, max_shard_size=max_shard_size)
         image_processor.save_pretrained(aside)
         projector = {
             name: parameter.detach().cpu().contiguous().clone()
