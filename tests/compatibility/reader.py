@@ -51,12 +51,9 @@ def read(job):
     with torch.no_grad():
         outputs = model.eval()(**inputs, **states)
     save_file({name: value.contiguous().clone() for name, value in tensors(outputs).items()}, job["outputs"])
-    text = getattr(model.config, "text_config", None)
     return {
         "missing": sorted(map(str, loading["missing_keys"])),
         "unexpected": sorted(map(str, loading["unexpected_keys"])),
-        "class": type(model).__name__,
-        "rope_theta": getattr(text, "rope_theta", None),
     }
 
 
