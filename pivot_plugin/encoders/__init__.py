@@ -3,6 +3,8 @@
 towers.py                            extract and graft, in memory
 assemble.py                          an MLLM made of an encoder and a language model
 store.py record.py signature.py      the folder: written, its provenance, and how a copy is known
+compatibility.py                     names and settings that every release of transformers reads
+exporting.py                         the encoder as timm, LLaVA-NeXT and InternVL read it
 card.py                              the model card
 loading.py verification.py           read and checked
 publishing.py hub.py listing.py      the Hub
@@ -15,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .exporting import Exported, export
     from .listing import list_encoders
     from .loading import load_encoder
     from .publishing import Publication, PublishOptions, publish
@@ -24,10 +27,12 @@ if TYPE_CHECKING:
     from .verification import Verification, verify
 
 __all__ = [
+    "Exported",
     "Origin",
     "Publication",
     "PublishOptions",
     "Verification",
+    "export",
     "extract_encoder",
     "graft",
     "list_encoders",
@@ -39,10 +44,12 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Exported": "exporting",
     "Origin": "record",
     "Publication": "publishing",
     "PublishOptions": "publishing",
     "Verification": "verification",
+    "export": "exporting",
     "extract_encoder": "towers",
     "graft": "towers",
     "list_encoders": "listing",

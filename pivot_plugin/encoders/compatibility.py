@@ -1,16 +1,16 @@
 """One folder for the releases of three years: under which names and settings a saved model is read everywhere.
 
-Within transformers 5 the module `vision_model` inside CLIP's and SigLIP's vision classes went away, and with it the first
-word of all their tensors' names. Releases from then on read both names; those before know the old ones alone, and fill a
-model whose names they do not know with random weights and a warning. Rotary settings moved likewise, from `rope_theta`
-and `rope_scaling` to `rope_parameters`; a release before that does not look there and takes its default instead. So the
-old names are written for tensors, and both forms for settings.
+Within transformers 5 the module `vision_model` inside CLIP's and SigLIP's vision classes went away, and with it the
+first word of all their tensors' names. Releases from then on read both names; those before know the old ones alone, and
+fill a model whose names they do not know with random weights and a warning. Rotary settings moved likewise, from
+`rope_theta` and `rope_scaling` to `rope_parameters`; a release before that does not look there and takes its default
+instead. So the old names are written for tensors, and both forms for settings.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ CHECKED: dict[str, tuple[str, ...]] = {
     "qwen2_5_vl_vision": ("4.57.6", "5.0.0", "5.8.0", "5.24.0"),
     "qwen3_vl_vision": ("4.57.6", "5.0.0", "5.8.0", "5.24.0"),
 }
-"""By the encoder's model type, releases of transformers in which its features were compared with ours, and were equal to
-1e-5 in float32. `make test-releases` makes sure that this is so."""
+"""By the encoder's model type, releases of transformers in which its features were compared with ours, and were equal
+to 1e-5 in float32. `make test-releases` makes sure that this is so."""
 
 # vision classes that had a module `vision_model` around everything: what stands directly in it
 _INNER: dict[str, tuple[str, ...]] = {
@@ -118,11 +118,6 @@ def renaming(config: dict[str, Any]) -> Callable[[str], str] | None:
         return f"{found[1]}{_WRAPPER}{name[found.end() :]}" if found else name
 
     return rename
-
-
-def inner_name(name: str) -> str:
-    """Name of an encoder's tensor as the newest release has it in memory, of one as it lies in a file."""
-    return name.removeprefix(_WRAPPER)
 
 
 def rename_tensors(file: Path, rename: Callable[[str], str]) -> None:
@@ -214,46 +209,3 @@ def with_both_rotary_forms(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write(file: Path, value: object) -> None:
     write_whole(file, json.dumps(value, indent=2) + "\n")
-
-
-def tensor_names(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in a folder's weight files, of which only headers are read.
-
-    Args:
-        folder: with safetensors, whole or in parts with an index.
-
-    Raises:
-        EncoderError: if a file that the index lists is missing, or one is cut off.
-    """
-    return {
-        name: tuple(entry["shape"])
-        for file in weight_files(folder)
-        for name, entry in read_header(file)[0].items()
-        if name != "__metadata__"
-    }
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model's folder, none of them missing.
-
-    Args:
-        folder: of an encoder or an MLLM.
-
-    Raises:
-        EncoderError: naming what is missing, as after half a download.
-    """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("model*.safetensors"))
-    try:
-        listed: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EncoderError(f"{str(index)!r} lists no weights: {error}", "Download or save it again.") from error
-    missing = sorted(name for name in listed if not (folder / name).is_file())
-    if missing:
-        raise EncoderError(
-            f"{str(folder)!r} is half a model: {len(missing)} of {len(set(listed))} weight files are missing, the "
-            f"first {missing[0]!r}.",
-            "Download or save it again.",
-        )
-    return [folder / name for name in sorted(listed)]

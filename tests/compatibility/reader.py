@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -59,8 +60,7 @@ def read(job):
 
 def main():
     transformers.logging.set_verbosity_error()
-    with open(sys.argv[1]) as file:
-        jobs = json.load(file)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
     answers = {"transformers": transformers.__version__}
     for name, job in jobs.items():
         try:

@@ -418,8 +418,7 @@ def _llava_next_siglip(encoder: PreTrainedModel) -> _Form:
         {"vision_tower": "<Hub id with siglip in it>"},
         (
             note,
-            "Its builder takes every local folder for a CLIP: put this folder on the Hub (or in its cache) under a name "
-            "with 'siglip' in it.",
+            "Its builder takes a local folder for a CLIP: put this one on the Hub under a name with 'siglip' in it.",
             "What it reads is the hidden state behind the last block it keeps, before the closing norm.",
         ),
     )
