@@ -1,6 +1,6 @@
 """Encoders: out of an MLLM, onto disk, onto the Hub, back, and into another MLLM.
 
-towers.py                            extract and graft, in memory
+towers.py extraction.py              extract and graft, in memory; extract into a folder, compared with a base
 assemble.py                          an MLLM made of an encoder and a language model
 store.py record.py signature.py      the folder: written, its provenance, and how a copy is known
 compatibility.py                     names and settings that every release of transformers reads
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .exporting import Exported, export
+    from .extraction import Extraction, TowerChange, extract
     from .listing import list_encoders
     from .loading import load_encoder
     from .publishing import Publication, PublishOptions, publish
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Exported",
+    "Extraction",
     "Origin",
     "Publication",
     "PublishOptions",
+    "TowerChange",
     "Verification",
     "export",
+    "extract",
     "extract_encoder",
     "graft",
     "list_encoders",
@@ -45,6 +49,9 @@ __all__ = [
 
 _MODULE_OF = {
     "Exported": "exporting",
+    "Extraction": "extraction",
+    "TowerChange": "extraction",
+    "extract": "extraction",
     "Origin": "record",
     "Publication": "publishing",
     "PublishOptions": "publishing",

@@ -47,6 +47,7 @@ def save_encoder(
     sections: Sequence[str] = (),
     picture: Image.Image | None = None,
     max_shard_size: str = SHARD,
+    encoder: PreTrainedModel | None = None,
 ) -> Path:
     """Write the vision tower of an MLLM as a stand-alone encoder.
 
@@ -60,11 +61,13 @@ def save_encoder(
         sections: markdown for the card.
         picture: of saliency maps, for the card.
         max_shard_size: of weight files, as transformers takes it.
+        encoder: the tower, stand-alone; extracted where None.
 
     Raises:
         EncoderError: if the folder holds something else, or cannot be written.
     """
-    encoder, image_processor = adapter.extract(), adapter.image_processor(processor)
+    encoder = encoder or adapter.extract()
+    image_processor = adapter.image_processor(processor)
     with _encoder_folder(Path(folder)) as aside:
         save_model(encoder, aside, max_shard_size=max_shard_size)
         image_processor.save_pretrained(aside)
