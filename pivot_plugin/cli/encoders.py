@@ -1,4 +1,4 @@
-"""Commands about encoders: `pivot extract`, `pivot export`, `pivot push`, `pivot verify`, `pivot graft`, `pivot list`."""
+"""Commands about encoders: extract, export, push, verify, graft, list."""
 
 import json
 from pathlib import Path
