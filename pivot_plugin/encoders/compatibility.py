@@ -31,6 +31,19 @@ CHECKED: dict[str, tuple[str, ...]] = {
 """By the encoder's model type, releases of transformers in which its features were compared with ours, and were equal
 to 1e-5 in float32. `make test-releases` makes sure that this is so."""
 
+_QWEN_NOTES = (
+    "4.57.6 answers with the output of the merger alone, which is equal too",
+    "where AutoModel does not know this tower, as before 5.23, its class is in transformers.models",
+)
+RELEASE_NOTES: dict[str, tuple[str, ...]] = {
+    "siglip_vision_model": ("4.37.2 puts a pooling head of its own, of random weights, behind one that has none",),
+    "internvl_vision": ("4.57.6 does not give hidden states, only its output",),
+    "qwen2_vl_vision": _QWEN_NOTES,
+    "qwen2_5_vl_vision": _QWEN_NOTES,
+    "qwen3_vl_vision": _QWEN_NOTES,
+}
+"""By model type, what is other in a release that was checked."""
+
 # vision classes that had a module `vision_model` around everything: what stands directly in it
 _INNER: dict[str, tuple[str, ...]] = {
     "clip_vision_model": ("embeddings", "pre_layrnorm", "encoder", "post_layernorm"),

@@ -29,6 +29,7 @@ from pivot_plugin.files import whole_folder
 
 from .card import CARD, PICTURE, card
 from .compatibility import save_model
+from .contract import contract
 from .loading import has_auto_class
 from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, sha256, versions, without_paths
 from .signature import signature
@@ -77,7 +78,8 @@ def save_encoder(
             if adapter.part_of(name) == "projector"
         }
         save_file(projector, aside / PROJECTOR_FILE)
-        added = {"signature": _signature(encoder, image_processor), **provenance}
+        facts = {"signature": _signature(encoder, image_processor), "contract": contract(encoder, image_processor)}
+        added = {**facts, **provenance}
         _finish(aside, adapter, encoder, added, sections, picture)
     return Path(folder)
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 encoder, loading = AutoModel.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
 for name, tensor in load_file(sys.argv[1] + "/model.safetensors").items():
-    assert torch.equal(encoder.state_dict()[name], tensor), name
+    assert torch.equal(encoder.state_dict()[name.removeprefix("vision_model.")], tensor), name
 processor = AutoImageProcessor.from_pretrained(sys.argv[1])
 from PIL import Image
 inputs = processor(images=[Image.new("RGB", (80, 60), "red")], return_tensors="pt")
