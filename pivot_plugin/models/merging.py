@@ -47,7 +47,11 @@ def is_lora(source: object) -> bool:
     folder = Path(source)
     if folder.is_dir():
         return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors*"))
-    return find_adapter_config_file(str(source)) is not None
+    try:
+        return find_adapter_config_file(str(source)) is not None
+    # neither a folder nor a possible Hub id: whoever loads it says so
+    except (OSError, ValueError):
+        return False
 
 
 def base_of(source: str | Path) -> tuple[PeftConfig, str]:
