@@ -12,6 +12,7 @@ With weights="lora" the folder is one of PEFT: adapter_config.json, adapter_mode
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,9 @@ def save_lora(
         )
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in own})
     own_config = copy.deepcopy(config)
-    own_config.target_modules = set(targets)
+    # as a pattern for whole names: a release that calls them otherwise finds none and says so, where by their ends it
+    # would find them, and load nothing into them
+    own_config.target_modules = "|".join(map(re.escape, targets))
     own_config.modules_to_save = None
     own_config.task_type = None
     own_config.base_model_name_or_path = (provenance.get("base") or {}).get("encoder")

@@ -189,6 +189,21 @@ def test_our_lora_of_an_encoder_is_merged_into_its_base(llava: Any, tmp_path: Pa
     assert pivot.load_encoder(taken.folder).config.vision_feature_layer == -2
 
 
+def test_our_lora_is_refused_by_a_class_that_calls_its_modules_otherwise(llava: Any, tmp_path: Path) -> None:
+    model, _ = llava
+    adapter = find_adapter(model)
+    wrapped = with_lora(copy.deepcopy(model), adapter.lora_targets())
+    weights = {name.replace(".default", ""): p for name, p in wrapped.named_parameters() if "lora_" in name}
+    folder = save_lora(adapter, wrapped.peft_config["default"], weights, tmp_path / "lora", {})
+    merged = PeftModel.from_pretrained(pivot.extract_encoder(model), folder).merge_and_unload()
+    assert_equal(dict(merged.state_dict()), tower_weights(wrapped.merge_and_unload()))
+    # as transformers 4 nests it
+    nested = torch.nn.Module()
+    nested.vision_model = pivot.extract_encoder(model)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        PeftModel.from_pretrained(nested, folder)
+
+
 def edit(folder: Path, **settings: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
