@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
 
 
 def find(path):
@@ -51,7 +53,12 @@ def read(job):
     states = {"output_hidden_states": True} if job["hidden_states"] else {}
     with torch.no_grad():
         outputs = model.eval()(**inputs, **states)
-    save_file({name: value.contiguous().clone() for name, value in tensors(outputs).items()}, job["outputs"])
+    outputs = tensors(outputs)
+    if job["image"]:
+        with Image.open(job["image"]) as image:
+            processed = AutoImageProcessor.from_pretrained(job["folder"])(images=[image], return_tensors="pt")
+        outputs["pixel_values"] = processed["pixel_values"]
+    save_file({name: value.contiguous().clone() for name, value in outputs.items()}, job["outputs"])
     return {
         "missing": sorted(map(str, loading["missing_keys"])),
         "unexpected": sorted(map(str, loading["unexpected_keys"])),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedModel,
@@ -65,6 +66,11 @@ class Saved:
             images=[picture(70, 60, 1), picture(60, 90, 2)], return_tensors="pt"
         )
         whole = self.whole_inputs(processor)
+        self.image = folder / "image.png"
+        picture(200, 150, 4).save(self.image)
+        with Image.open(self.image) as image:
+            self.pixels = adapter.image_processor(processor)(images=[image], return_tensors="pt")["pixel_values"]
+        self.level = 1 / 255 / min(adapter.image_processor(processor).image_std)
         self.by_grid = "image_grid_thw" in images
         self.inputs = {
             "encoder": {"pixel_values": images["pixel_values"]}
@@ -125,6 +131,7 @@ class Saved:
             ),
             "outputs": str(self.folder / f"{kind}-{release}.safetensors"),
             "hidden_states": kind == "encoder" and self.states,
+            "image": str(self.image) if kind == "encoder" and self.image else None,
         }
 
 
@@ -136,6 +143,7 @@ class SavedEncoder(Saved):
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], folder: Path) -> None:
         self.folder, self.model_type, self.headless = folder, model.config.model_type, False
+        self.image = None
         self.states, self.depth, self.inputs = True, 3, {"encoder": inputs}
         save_model(model.eval(), folder / "encoder")
         self.expected = {"encoder": answers(model, inputs, True)}
@@ -202,6 +210,19 @@ def test_an_encoder_gives_the_same_features_or_is_refused(release: str, found: A
         assert "last_hidden_state" in apart or apart.keys() == {"pooler_output"}
         assert not saved.states or f"hidden_states.{saved.depth}" in apart
         assert max(apart.values()) < TOLERANCE, f"{name}: {apart}"
+
+
+def test_an_image_becomes_the_same_numbers(release: str, found: Any, families: dict[str, Saved]) -> None:
+    compared_with = 0
+    for name, saved in families.items():
+        if "error" in found[f"{name} encoder"]:
+            continue
+        apart = (load_file(saved.job("encoder", release)["outputs"])["pixel_values"] - saved.pixels).abs()
+        # PIL and torchvision round a few pixels of a resized image to neighbouring levels
+        assert apart.max() < 1.01 * saved.level, name
+        assert (apart > 1e-5).float().mean() < 0.02, name
+        compared_with += 1
+    assert compared_with >= 3
 
 
 def test_an_mllm_gives_the_same_logits_or_is_refused(release: str, found: Any, families: dict[str, Saved]) -> None:
