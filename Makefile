@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test test-families lint types env clean
+.PHONY: demo check test test-families test-releases lint types env clean
 
 env: .venv/installed
 
@@ -21,14 +21,18 @@ demo: env
 
 # while writing: all but the tests that are marked as training or slow (see CONTRIBUTING.md)
 check: env lint types
-	$(PYTEST) -m "not training and not slow"
+	$(PYTEST) --ignore tests/compatibility -m "not training and not slow"
 
 test: env lint types
-	$(PYTEST)
+	$(PYTEST) --ignore tests/compatibility
 
 # every family of the zoo, and the conformance kit; part of `make test`
 test-families: env
 	$(PYTEST) tests/testing
+
+# Features in other releases of transformers, each in an environment of its own that is made once in .releases.
+test-releases: env
+	PIVOT_TEST_ENVS=$(CURDIR)/.releases OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/compatibility
 
 lint: env
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ types: env
 	cd .typecheck && ../$(BIN)/mypy --cache-dir ../.mypy_cache --config-file ../pyproject.toml -p pivot_plugin
 
 clean:
-	rm -rf .venv .typecheck .mypy_cache build *.egg-info pivot-demo pivot-run
+	rm -rf .venv .releases .typecheck .mypy_cache build *.egg-info pivot-demo pivot-run

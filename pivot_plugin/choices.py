@@ -7,3 +7,4 @@ TRAIN_CHOICES: tuple[Train, ...] = get_args(Train)
 OnBadRow = Literal["raise", "skip"]
 Projector = Literal["keep", "new", "first-layer"]
 PairUp = Literal["best-worst", "best-each", "all"]
+ExportTarget = Literal["timm", "llava-next", "internvl", "transformers-4"]

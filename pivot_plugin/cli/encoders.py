@@ -1,4 +1,4 @@
-"""Commands about encoders: `pivot push`, `pivot verify`, `pivot graft`, `pivot list`."""
+"""Commands about encoders: extract, export, push, verify, graft, list."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pivot_plugin.choices import Projector
+from pivot_plugin.choices import ExportTarget, Projector
 
 from .options import empty_folder
 
@@ -106,13 +106,71 @@ def graft(
     """
     empty_folder(output_dir)
     import pivot_plugin as pivot
+    from pivot_plugin.encoders.compatibility import save_model
     from pivot_plugin.models.loading import load_model
 
     loaded, processor = load_model(model)
     pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)
-    loaded.save_pretrained(output_dir)
+    save_model(loaded, output_dir)
     processor.save_pretrained(output_dir)
     print(f"MLLM: {output_dir}")
+
+
+def extract(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM, or of a LoRA of one.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the encoder.")],
+    base: Annotated[str | None, typer.Option(help="MLLM or encoder that training began with, to compare with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Take the vision encoder out of any MLLM, whoever trained it; an adapter (LoRA) is merged first.
+
+    pivot extract ./qwen-lora -o encoder --base Qwen/Qwen2.5-VL-3B-Instruct
+    """
+    empty_folder(output_dir)
+    from pivot_plugin.encoders import extract as take_out
+
+    taken = take_out(model, output_dir, base=base)
+    if as_json:
+        change = taken.change
+        print(
+            json.dumps(
+                {
+                    "folder": str(taken.folder),
+                    "encoder_class": type(taken.encoder).__name__,
+                    "parameters": taken.encoder.num_parameters(),
+                    "trained": change.trained if change else None,
+                    "change": dict(change.parts) if change else None,
+                }
+            )
+        )
+        return
+    print(f"Encoder: {taken.folder} ({type(taken.encoder).__name__}, {taken.encoder.num_parameters():,} parameters)")
+    if taken.change is not None:
+        print(taken.change)
+
+
+def export(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of an encoder.")],
+    target: Annotated[ExportTarget, typer.Option("--for", help="Who is to read it.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write an encoder under the names that timm, LLaVA-NeXT, InternVL or transformers 4 read.
+
+    pivot export me/siglip2-so400m-pivot --for timm -o timm-encoder
+    """
+    from pivot_plugin.encoders import export as write_out
+
+    written = write_out(encoder, target, output_dir)
+    if as_json:
+        told = {"folder": str(written.folder), "settings": written.settings, "notes": list(written.notes)}
+        print(json.dumps(told))
+        return
+    print(f"For {target}: {written.folder}")
+    for name, value in written.settings.items():
+        print(f"  {name}: {value}")
+    for note in written.notes:
+        print(f"  {note}")
 
 
 def list_published(

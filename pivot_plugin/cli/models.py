@@ -69,11 +69,12 @@ def assemble(
     """
     empty_folder(output_dir)
     import pivot_plugin as pivot
+    from pivot_plugin.encoders.compatibility import save_model
 
     model, processor = pivot.assemble(
         encoder, language_model, feature_layer=feature_layer, chat_template=chat_template, seed=seed
     )
-    model.save_pretrained(output_dir)
+    save_model(model, output_dir)
     processor.save_pretrained(output_dir)
     print(f"MLLM: {output_dir} ({model.num_parameters():,} parameters)")
 

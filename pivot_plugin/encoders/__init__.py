@@ -1,8 +1,10 @@
 """Encoders: out of an MLLM, onto disk, onto the Hub, back, and into another MLLM.
 
-towers.py                            extract and graft, in memory
+towers.py extraction.py              extract and graft, in memory; extract into a folder, compared with a base
 assemble.py                          an MLLM made of an encoder and a language model
 store.py record.py signature.py      the folder: written, its provenance, and how a copy is known
+compatibility.py                     names and settings that every release of transformers reads
+exporting.py                         the encoder as timm, LLaVA-NeXT and InternVL read it
 card.py                              the model card
 loading.py verification.py           read and checked
 publishing.py hub.py listing.py      the Hub
@@ -15,6 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .exporting import Exported, export
+    from .extraction import Extraction, TowerChange, extract
     from .listing import list_encoders
     from .loading import load_encoder
     from .publishing import Publication, PublishOptions, publish
@@ -24,10 +28,15 @@ if TYPE_CHECKING:
     from .verification import Verification, verify
 
 __all__ = [
+    "Exported",
+    "Extraction",
     "Origin",
     "Publication",
     "PublishOptions",
+    "TowerChange",
     "Verification",
+    "export",
+    "extract",
     "extract_encoder",
     "graft",
     "list_encoders",
@@ -39,10 +48,15 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Exported": "exporting",
+    "Extraction": "extraction",
+    "TowerChange": "extraction",
+    "extract": "extraction",
     "Origin": "record",
     "Publication": "publishing",
     "PublishOptions": "publishing",
     "Verification": "verification",
+    "export": "exporting",
     "extract_encoder": "towers",
     "graft": "towers",
     "list_encoders": "listing",

@@ -61,9 +61,11 @@ def card(
         mllm=base.get("mllm") or record.get("mllm_class"),
         mllm_class=record.get("mllm_class"),
         encoder_class=record.get("encoder_class"),
+        saved_with=record.get("versions", {}).get("transformers"),
         made_with=record.get("versions", {}).get("pivot_plugin"),
         reads="its last output" if layer is None else f"hidden state {layer}",
         lora=lora,
+        contract=record.get("contract") or {},
         loader=record.get("encoder_class") if encoder_module else "AutoModel",
         encoder_module=encoder_module,
         usage=usage,
@@ -78,6 +80,7 @@ def card(
         sections=[section.strip() for section in sections if section.strip()],
         version=__version__,
         code=_code,
+        text=_text,
         number=_number,
         scored=_scored,
     )
@@ -112,6 +115,12 @@ def _code(value: object) -> str:
     """A value from a record as text that no markdown or HTML can hide in."""
     text = html.escape(str(value), quote=False).replace("`", "'").replace("\n", " ")
     return f"`{text[:200]}`"
+
+
+def _text(value: object) -> str:
+    """Words from a record, in which code may be marked, as a cell of a table that nothing can break out of."""
+    text = html.escape(str(value), quote=False).replace("|", "/").replace("\n", " ").replace("[", "(").replace("]", ")")
+    return text[:600]
 
 
 def _scored(score: object) -> str:

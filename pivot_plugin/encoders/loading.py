@@ -190,6 +190,8 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
             f"another size, the first {absent[0]!r}.",
             "Give the folder of a stand-alone encoder, not of a whole MLLM.",
         )
+    if loading["unexpected_keys"]:
+        _refuse_left_over(origin, encoder, sorted(loading["unexpected_keys"]))
     tower = encoder.get_encoder(modality="image")
     if type(encoder).__name__ != recorded and isinstance(tower, PreTrainedModel) and not encoder.can_generate():
         # of a dual encoder such as CLIP or SigLIP, the half that sees
@@ -198,6 +200,21 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
         encoder.config._name_or_path = origin.repo
     encoder.pivot_origin = origin
     return encoder.eval()
+
+
+def _refuse_left_over(origin: Origin, encoder: PreTrainedModel, names: list[str]) -> None:
+    """Refuse weights that are more than the class they are said to be of; others' heads are named and left out.
+
+    Raises:
+        EncoderError: with their number and the first of them.
+    """
+    finding = f"{len(names)} tensors are left over, the first {names[0]!r}"
+    if origin.record or type(encoder).__name__ in (encoder.config.architectures or ()):
+        raise EncoderError(
+            f"{str(origin.folder)!r} holds more than a {type(encoder).__name__}: {finding}.",
+            "It was written under other names, or for another class: save or download it again.",
+        )
+    logger.warning("Of %s %s: no part of a %s.", origin.name, finding, type(encoder).__name__)
 
 
 def _downloaded(repo: str, download: Download) -> tuple[Path, str | None, list[str]]:

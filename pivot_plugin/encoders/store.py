@@ -12,6 +12,7 @@ With weights="lora" the folder is one of PEFT: adapter_config.json, adapter_mode
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from pivot_plugin.errors import EncoderError
 from pivot_plugin.files import whole_folder
 
 from .card import CARD, PICTURE, card
+from .compatibility import save_model
+from .contract import contract
 from .loading import has_auto_class
 from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, sha256, versions, without_paths
 from .signature import signature
@@ -46,6 +49,7 @@ def save_encoder(
     sections: Sequence[str] = (),
     picture: Image.Image | None = None,
     max_shard_size: str = SHARD,
+    encoder: PreTrainedModel | None = None,
 ) -> Path:
     """Write the vision tower of an MLLM as a stand-alone encoder.
 
@@ -59,13 +63,15 @@ def save_encoder(
         sections: markdown for the card.
         picture: of saliency maps, for the card.
         max_shard_size: of weight files, as transformers takes it.
+        encoder: the tower, stand-alone; extracted where None.
 
     Raises:
         EncoderError: if the folder holds something else, or cannot be written.
     """
-    encoder, image_processor = adapter.extract(), adapter.image_processor(processor)
+    encoder = encoder or adapter.extract()
+    image_processor = adapter.image_processor(processor)
     with _encoder_folder(Path(folder)) as aside:
-        encoder.save_pretrained(aside, max_shard_size=max_shard_size)
+        save_model(encoder, aside, max_shard_size=max_shard_size)
         image_processor.save_pretrained(aside)
         projector = {
             name: parameter.detach().cpu().contiguous().clone()
@@ -73,7 +79,8 @@ def save_encoder(
             if adapter.part_of(name) == "projector"
         }
         save_file(projector, aside / PROJECTOR_FILE)
-        added = {"signature": _signature(encoder, image_processor), **provenance}
+        facts = {"signature": _signature(encoder, image_processor), "contract": contract(encoder, image_processor)}
+        added = {**facts, **provenance}
         _finish(aside, adapter, encoder, added, sections, picture)
     return Path(folder)
 
@@ -114,7 +121,9 @@ def save_lora(
         )
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in own})
     own_config = copy.deepcopy(config)
-    own_config.target_modules = set(targets)
+    # as a pattern for whole names: a release that calls them otherwise finds none and says so, where by their ends it
+    # would find them, and load nothing into them
+    own_config.target_modules = "|".join(map(re.escape, targets))
     own_config.modules_to_save = None
     own_config.task_type = None
     own_config.base_model_name_or_path = (provenance.get("base") or {}).get("encoder")

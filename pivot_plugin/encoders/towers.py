@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
@@ -15,6 +16,8 @@ from pivot_plugin.adapters.base import FEATURE_LAYER
 from pivot_plugin.choices import Projector
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.models.loading import load_model
+from pivot_plugin.models.merging import base_model, refuse_quantised, without_adapters
 
 from .record import PROJECTOR_FILE, origin_of
 
@@ -22,18 +25,24 @@ from .record import PROJECTOR_FILE, origin_of
 DEFAULT_FEATURE_LAYER = -2
 
 
-def extract_encoder(model: PreTrainedModel) -> PreTrainedModel:
+def extract_encoder(model: PreTrainedModel | PeftModel | str | Path) -> PreTrainedModel:
     """Copy the vision tower of an MLLM as a stand-alone transformers model.
 
-    All its layers are kept, also those behind the one the MLLM reads.
+    All its layers are kept, also those behind the one the MLLM reads. An adapter (LoRA) on it is merged in the copy.
 
     Args:
-        model: the MLLM; not changed.
+        model: the MLLM, not changed; loaded, also as a PEFT model, or its folder or Hub id, or that of its adapter.
 
     Raises:
-        ModelError: if it has no vision tower, or no adapter knows it.
+        ModelError: if it cannot be loaded, has no vision tower, no adapter knows it, or its tower is quantised.
     """
-    return find_adapter(model).extract()
+    if isinstance(model, str | Path):
+        model = load_model(model, None)[0]
+    adapter = find_adapter(base_model(model))
+    refuse_quantised(adapter.tower)
+    encoder = adapter.extract()
+    without_adapters(encoder)
+    return encoder.requires_grad_(True)
 
 
 def graft(

@@ -1,11 +1,17 @@
 """Models by name: an MLLM and its processor, loaded where they are not."""
 
+import logging
 from pathlib import Path
 
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.errors import ModelError
+
+from .merging import base_of, is_lora, load_base, merge
+
+logger = logging.getLogger(__name__)
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -17,6 +23,8 @@ def empty_model(name: str) -> PreTrainedModel:
     Raises:
         ModelError: if there is none.
     """
+    if is_lora(name):
+        return empty_model(base_of(name)[1])
     try:
         config = AutoConfig.from_pretrained(name)
         with init_empty_weights():
@@ -33,17 +41,20 @@ def load_model(
     """An MLLM and its processor, loaded where they are not.
 
     Args:
-        model: loaded, or a folder or Hub id.
+        model: loaded, or a folder or Hub id; of an adapter (LoRA), which is merged into the base that it names.
         processor: found by the model's name where None.
 
     Raises:
-        ModelError: if either cannot be loaded.
+        ModelError: if either cannot be loaded, weights are missing, or an adapter does not fit its base.
     """
+    if isinstance(model, str | Path) and is_lora(model):
+        base, base_processor = load_base(model, lambda base: load_model(base, processor))
+        return merge(base, model), base_processor
     name = model
     if isinstance(model, str | Path):
         try:
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-        except (OSError, ValueError) as error:
+            model = _filled(model)
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ModelError(
                 f"No MLLM could be loaded from {str(name)!r}: {error}",
                 "Give a folder or Hub id of an image-text model.",
@@ -63,3 +74,24 @@ def load_model(
         raise ModelError(
             f"No processor could be loaded from {str(name)!r}: {error}", "Pass processor= explicitly."
         ) from error
+
+
+def _filled(name: str | Path) -> PreTrainedModel:
+    """An MLLM all of whose weights are in its files.
+
+    Raises:
+        ModelError: with the number of tensors that are missing or left over, and the first of them.
+    """
+    model, loading = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", output_loading_info=True)
+    missing = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
+    left_over = sorted(loading["unexpected_keys"])
+    beside = f"{len(left_over)} tensors are left over, the first {left_over[0]!r}" if left_over else ""
+    if missing:
+        raise ModelError(
+            f"{str(name)!r} does not fill a {type(model).__name__}: {len(missing)} tensors are missing or of another "
+            f"size, the first {missing[0]!r}{f'; {beside}' if beside else ''}.",
+            "Download or save it again; with tensors left over, it was saved by another release under other names.",
+        )
+    if left_over:
+        logger.warning("Of %r %s: no part of a %s.", str(name), beside, type(model).__name__)
+    return model

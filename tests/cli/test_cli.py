@@ -291,3 +291,29 @@ def test_benchmark_prints_the_command_of_lmms_eval(world: Path, tmp_path: Path) 
     assert run.returncode == 0, run.stderr
     assert "-m lmms_eval --model llava_hf" in run.stdout
     assert "mmvp,realworldqa,cv_bench_2d,cv_bench_3d" in run.stdout
+
+
+def test_extract_and_export_make_an_encoder_of_an_mllm_and_a_folder_for_timm(world: Path, tmp_path: Path) -> None:
+    run = pivot("extract", world / "model", "-o", "encoder", "--base", world / "model", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "Encoder: encoder (CLIPVisionModel" in run.stdout
+    assert "This checkpoint's tower was never trained" in run.stdout
+    run = pivot("export", "encoder", "--for", "timm", "-o", "out", "--json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    written = json.loads(run.stdout.splitlines()[-1])
+    assert written["settings"]["features"].startswith("model.forward_intermediates(images, indices=[1]")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "vit_base_patch16_clip_224"
+    run = pivot("export", "encoder", "--for", "internvl", "-o", "other", folder=tmp_path)
+    assert run.returncode == 1
+    assert "InternVL cannot hold this CLIPVisionModel" in run.stderr
+    run = pivot("extract", world / "nothing", "-o", "none", folder=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1, run.stderr
+
+
+def test_extract_prints_json(world: Path, tmp_path: Path) -> None:
+    run = pivot("extract", world / "model", "-o", "encoder", "--json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    answer = json.loads(run.stdout.splitlines()[-1])
+    assert answer["encoder_class"] == "CLIPVisionModel"
+    assert answer["trained"] is None

@@ -3,15 +3,27 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+import transformers
+from transformers import (
+    PreTrainedModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 from transformers.utils import ModelOutput
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import save_encoder
+from pivot_plugin.encoders.compatibility import checked_releases
+from pivot_plugin.encoders.contract import contract
 from pivot_plugin.models.find import find_adapter
 from tests.helpers import picture
 
@@ -68,3 +80,55 @@ def test_a_plugin_may_say_itself_how_its_tower_is_read(llava: Any, tmp_path: Pat
 
     folder = save_encoder(Pooled(llava[0]), llava[1], tmp_path / "encoder", {})
     assert read_as_the_card_says(folder).shape == (1, 32)
+
+
+def contract_of(folder: Path) -> dict[str, str]:
+    """The rows of a card's contract; it stands before the first snippet."""
+    text = (folder / "README.md").read_text()
+    above = text[: text.index("```python")]
+    return dict(re.findall(r"^\| (goes in|comes out|read|checked in) \| (.*) \|$", above, re.MULTILINE))
+
+
+def test_the_contract_says_what_the_features_are(tiny: Any, tmp_path: Path) -> None:
+    model, processor = tiny
+    adapter = find_adapter(model)
+    rows = contract_of(save_encoder(adapter, processor, tmp_path / "encoder", {}))
+    assert rows.keys() == {"goes in", "comes out", "read", "checked in"}
+    images = adapter.image_processor(processor)
+    for value in (*images.image_mean, *images.image_std):
+        assert f"{value:.6g}" in rows["goes in"]
+    features = read_by(adapter, processor)
+    expected = ", ".join(map(str, features.shape[1:])) if features.ndim == 3 else f"{features.shape[-1]}), in"
+    assert expected in rows["comes out"]
+    depth, layer = len(adapter.blocks()), adapter.feature_layer
+    assert f"block {depth if layer in (None, -1) else depth + 1 + layer} of {depth}" in rows["read"]
+    releases = checked_releases(adapter.tower.config.model_type)
+    assert len(releases) >= 4
+    assert f"transformers {', '.join(releases)}" in rows["checked in"]
+
+
+def test_the_contract_tells_a_norm_that_was_passed_from_one_that_was_not() -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    images = SiglipImageProcessor(size={"height": 28, "width": 28})
+    siglip = SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).eval()
+    for layer, words in (
+        (None, "behind the norm `post_layernorm`, which follows block 2 of 2"),
+        (-1, "behind block 2 of 2, before the norm `post_layernorm`"),
+        (1, "behind block 1 of 2, before the norm `post_layernorm`"),
+    ):
+        siglip.config.vision_feature_layer = layer
+        found = contract(siglip, images)
+        assert found is not None
+        assert found["layer"] == words
+        assert found["out"] == "(images, 4, 32): 2 x 2 patches in raster order"
+        assert "to 28 x 28, not keeping the aspect ratio" in found["in"]
+        assert "times 0.00392157; less mean (0.5, 0.5, 0.5)" in found["in"]
+
+
+def test_a_tower_of_others_says_where_it_was_checked(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = ViTModel(ViTConfig(**small, image_size=28, patch_size=14)).eval()
+    adapter = find_adapter(encoder, encoder=True)
+    processor = SimpleNamespace(image_processor=ViTImageProcessor(size={"height": 28, "width": 28}))
+    rows = contract_of(save_encoder(adapter, processor, tmp_path / "encoder", {}))
+    assert rows["checked in"] == f"the transformers it was saved with (`{transformers.__version__}`) alone"

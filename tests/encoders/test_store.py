@@ -9,7 +9,7 @@ import torch
 import transformers
 from packaging import version
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, CLIPVisionModel
+from transformers import AutoModel, CLIPVisionModel, ViTConfig, ViTForImageClassification, ViTModel
 
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 encoder, loading = AutoModel.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
 for name, tensor in load_file(sys.argv[1] + "/model.safetensors").items():
-    assert torch.equal(encoder.state_dict()[name], tensor), name
+    assert torch.equal(encoder.state_dict()[name.removeprefix("vision_model.")], tensor), name
 processor = AutoImageProcessor.from_pretrained(sys.argv[1])
 from PIL import Image
 inputs = processor(images=[Image.new("RGB", (80, 60), "red")], return_tensors="pt")
@@ -162,7 +162,44 @@ def test_weights_that_do_not_fill_the_encoder_are_refused(llava: Any, tmp_path: 
     weights = load_file(folder / "model.safetensors")
     name = sorted(weights)[3]
     save_file({n: t for n, t in weights.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
-    refuse(folder, f"1 tensors are missing.*{name}")
+    refuse(folder, f"1 tensors are missing.*{name.removeprefix('vision_model.')}")
+
+
+def test_weights_left_over_are_counted_and_refused(llava: Any, tmp_path: Path) -> None:
+    folder = save(llava, tmp_path / "encoder")
+    (folder / "pivot.json").unlink()
+    file = folder / "model.safetensors"
+    more = {"extra.weight": torch.zeros(2), "extra.bias": torch.zeros(2)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    refuse(folder, r"more than a CLIPVisionModel: 2 tensors are left over, the first 'extra\.bias'")
+
+
+def test_a_head_of_others_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = ViTForImageClassification(ViTConfig(**small, image_size=28, patch_size=14))
+    encoder = {name.removeprefix("vit."): tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    # as the checkpoints of classifiers that have a pooler beside their head
+    pooler = {f"vit.{n}": t for n, t in ViTModel(model.config).state_dict().items() if n.startswith("pooler")}
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | pooler, file, {"format": "pt"})
+    with caplog.at_level("WARNING"):
+        loaded = pivot.load_encoder(tmp_path)
+    assert "2 tensors are left over, the first 'classifier.bias'" in caplog.text
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in encoder.items() if name in state)
+
+
+def test_half_a_download_is_refused(llava: Any, tmp_path: Path) -> None:
+    folder = save_encoder(find_adapter(llava[0]), llava[1], tmp_path / "encoder", {}, max_shard_size="40KB")
+    (folder / "pivot.json").unlink()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(whole[: len(whole) // 2])
+    refuse(folder, "no encoder that transformers can load")
+    shards[0].unlink()
+    refuse(folder, "no encoder that transformers can load")
 
 
 def test_no_folder_and_no_repository(tmp_path: Path) -> None:
