@@ -7,7 +7,7 @@ Downloaded are JSON files and safetensors, never pickles, and code only when ask
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 READ = ("*.json", "*.safetensors", "README.md", "*.png")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_MODELING = re.compile(r"transformers\.models\.\w+\.modeling_\w+", re.ASCII)
 
 
 @overload
@@ -150,7 +151,7 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
     """
     folder = origin.folder
     try:
-        kind = _encoder_class(folder, origin.record.get("encoder_class"), trust_remote_code)
+        kind = _encoder_class(folder, origin.record, trust_remote_code)
         safe = None if trust_remote_code else True
         encoder, loading = kind.from_pretrained(
             folder,
@@ -264,28 +265,54 @@ def _auto_map(file: Path) -> list[str]:
     return [str(value) for value in found.values()] if isinstance(found, dict) else [str(found)] if found else []
 
 
-def has_auto_class(config: PreTrainedConfig) -> bool:
-    """Whether AutoModel knows the class of an encoder; that of Qwen2-VL's tower it does not.
+def has_auto_class(encoder: PreTrainedModel) -> bool:
+    """Whether AutoModel makes an encoder of its class out of its configuration; of Qwen2-VL's tower it does not.
 
     Args:
-        config: the encoder's.
+        encoder: stand-alone.
     """
-    return type(config) in AutoModel._model_mapping  # type: ignore[attr-defined]
+    return type(encoder) in _auto_classes(encoder.config)
 
 
-def _encoder_class(folder: Path, recorded: object, trust_remote_code: bool) -> type[Any]:
+def _auto_classes(config: PreTrainedConfig) -> tuple[type[Any], ...]:
+    mapping = AutoModel._model_mapping  # type: ignore[attr-defined]
+    found = mapping[type(config)] if type(config) in mapping else ()
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+
+def _encoder_class(folder: Path, record: Mapping[str, Any], trust_remote_code: bool) -> type[Any]:
     """AutoModel, or for towers AutoModel does not know (Qwen2-VL's) the transformers class recorded at saving."""
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    recorded = record.get("encoder_class")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if has_auto_class(config):
+        classes = _auto_classes(config)
+        # an encoder of another package, or what was recorded
+        if classes and (recorded is None or recorded in {kind.__name__ for kind in classes}):
             return AutoModel
     except ValueError:
         pass
-    package = str(model_type).removesuffix("_vision")
-    if isinstance(recorded, str) and recorded.isidentifier() and package.isidentifier():
-        modeling = import_module(f"transformers.models.{package}.modeling_{package}")
-        found = getattr(modeling, recorded, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    for module in (record.get("encoder_module"), *_modules_of(str(model_type))):
+        found = _class_of_transformers(module, recorded)
+        if found is not None:
             return found
     return AutoModel
+
+
+def _modules_of(model_type: str) -> list[str]:
+    """Where the classes of a kind of model stand, for records that do not say it."""
+    package = model_type.removesuffix("_vision")
+    return [f"transformers.models.{package}.modeling_{package}"]
+
+
+def _class_of_transformers(module: object, name: object) -> type[PreTrainedModel] | None:
+    """A model class by its module and its name, out of transformers' own models alone: a record may be a stranger's."""
+    if not isinstance(module, str) or not isinstance(name, str) or not name.isidentifier():
+        return None
+    if not _MODELING.fullmatch(module):
+        return None
+    try:
+        found = getattr(import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

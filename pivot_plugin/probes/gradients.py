@@ -317,15 +317,9 @@ def _map(
         parts = torch.cat([part.flatten(0, -2) for part in _tensors(answer)]).split(batch.image_tokens)
         first = adapter.tokens_on_grid(parts[0], adapter.select_images(inputs, 0, 1))
     else:
-        first = _whole_view(adapter, adapter.hidden_state(answer), inputs, batch.image_tokens)
+        adapter.read_processor(who.processor)
+        first = adapter.on_whole_views(adapter.hidden_state(answer), inputs, batch.image_tokens)[0]
     return first.values.abs().sum(dim=1).reshape(first.grid).float().cpu().numpy()
-
-
-def _whole_view(
-    adapter: VisionAdapter, hidden: torch.Tensor, inputs: dict[str, torch.Tensor], image_tokens: list[int]
-) -> ImageFeatures:
-    views = adapter.whole_views(inputs, image_tokens)
-    return adapter.on_grid(hidden if len(views) == len(hidden) else hidden[views], inputs, adapter.tower)[0]
 
 
 @contextmanager

@@ -40,6 +40,8 @@ from pivot_plugin.training.forward import on_model
 Result = Literal["passed", "failed", "skipped"]
 # pictures of the kit: square, wide and tall
 SIZES = ((96, 96), (160, 96), (96, 160))
+# rows or columns of patches below which a patch grid cannot be seen to be right
+COARSE = 3
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,11 @@ class _Kit:
             picture = _picture(*size)
             dark = self._features(picture)[0]
             grids.append(f"{dark.grid[0]}x{dark.grid[1]}")
-            for row, column in _cells(dark.grid):
-                lit = self._features(self._lit(picture, dark.grid, row, column))[0]
+            if min(dark.grid) < COARSE:
+                raise Skipped(f"a grid of {dark.grid} is too coarse to tell: every patch sees much of the picture")
+            places = _Places(self.adapter.shown_box(self.processor, size), size, dark.grid)
+            for row, column in places.told_apart():
+                lit = self._features(places.lit(picture, row, column))[0]
                 moved = (lit.values - dark.values).float().norm(dim=1).reshape(dark.grid)
                 brightest = divmod(int(moved.argmax()), dark.grid[1])
                 assert brightest == (row, column), (
@@ -254,35 +259,22 @@ class _Kit:
                 )
         return f"grids {', '.join(grids)} for {_listed(SIZES)} px"
 
-    def _lit(self, picture: Image.Image, grid: tuple[int, int], row: int, column: int) -> Image.Image:
-        """The picture with other pixels where one patch of the grid lies."""
-        left, top, right, bottom = self.adapter.shown_box(self.processor, picture.size)
-        width, height = (right - left) * picture.width, (bottom - top) * picture.height
-        box = (
-            left * picture.width + width * column / grid[1],
-            top * picture.height + height * row / grid[0],
-            left * picture.width + width * (column + 1) / grid[1],
-            top * picture.height + height * (row + 1) / grid[0],
-        )
-        pixels = np.array(picture)
-        x0, y0, x1, y1 = (round(edge) for edge in box)
-        pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 255 - pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
-        return Image.fromarray(pixels)
-
     def whole_view(self) -> str:
         """The view that saliency looks at moves with every corner of the picture, and its own corner moves most."""
         picture = _picture(*SIZES[0])
         before = self._seen_view(picture)
-        grid = before.grid
-        for row, column in ((0, 0), (0, grid[1] - 1), (grid[0] - 1, 0), (grid[0] - 1, grid[1] - 1)):
-            after = self._seen_view(self._lit(picture, grid, row, column))
-            moved = (after.values - before.values).float().norm(dim=1).reshape(grid)
-            brightest = divmod(int(moved.argmax()), grid[1])
+        if min(before.grid) < COARSE:
+            raise Skipped(f"a grid of {before.grid} is too coarse to tell: every patch sees much of the picture")
+        places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, before.grid)
+        for row, column in places.corners():
+            after = self._seen_view(places.lit(picture, row, column))
+            moved = (after.values - before.values).float().norm(dim=1).reshape(before.grid)
+            brightest = divmod(int(moved.argmax()), before.grid[1])
             assert brightest == (row, column), (
-                f"a change of patch {(row, column)} of {grid} shows most in patch {brightest} of the view that "
+                f"a change of patch {(row, column)} of {before.grid} shows most in patch {brightest} of the view that "
                 "saliency looks at"
             )
-        return f"a grid of {grid[0]}x{grid[1]}"
+        return f"a grid of {before.grid[0]}x{before.grid[1]}"
 
     def _seen_view(self, picture: Image.Image) -> ImageFeatures:
         """Patches of the view of the whole in the MLLM's own forward pass."""
@@ -293,10 +285,8 @@ class _Kit:
         with self.adapter.watched_tower() as passes, torch.no_grad():
             self.model(**inputs, use_cache=False)
         hidden = self.adapter.hidden_state(passes[-1].output)
-        view = self.adapter.whole_views(images, [count])
-        if hidden.ndim == 3 and len(hidden) > 1:
-            hidden = hidden[view]
-        return self.adapter.on_grid(hidden, images, self.adapter.tower)[0]
+        self.adapter.read_processor(self.processor)
+        return self.adapter.on_whole_views(hidden, images, [count])[0]
 
     # Out and in
 
@@ -342,7 +332,7 @@ class _Kit:
         with tempfile.TemporaryDirectory() as folder:
             path = save_encoder(self.adapter, self.processor, Path(folder) / "encoder", {"license": "other"})
             text = (path / "README.md").read_text(encoding="utf-8")
-            snippet = next((part for part in text.split("```python")[1:] if "AutoModel" in part or "load" in part), "")
+            snippet = next((part for part in text.split("```python")[1:] if "from_pretrained" in part), "")
             code = snippet.split("```")[0]
             assert code.strip(), "the card has no lines that load the encoder"
             picture = Path(folder) / "picture.png"
@@ -381,11 +371,61 @@ def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
     }
 
 
-def _cells(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Corners and two cells inside, no two alike under a transposition."""
-    rows, columns = grid
-    inside = [(rows // 3, 2 * columns // 3), (2 * rows // 3, columns // 4)]
-    return list(dict.fromkeys([(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), *inside]))
+@dataclass(frozen=True)
+class _Places:
+    """Where the patches of a grid lie in a picture.
+
+    Attributes:
+        box: of the picture that the grid covers, as `VisionAdapter.shown_box` says it.
+        size: width and height of the picture.
+        grid: rows and columns.
+    """
+
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    grid: tuple[int, int]
+
+    def edges(self, row: int, column: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom pixel of a patch; those of a border lie outside the picture."""
+        left, top, right, bottom = self.box
+        across, down = (right - left) / self.grid[1], (bottom - top) / self.grid[0]
+        shares = left + across * column, top + down * row, left + across * (column + 1), top + down * (row + 1)
+        return tuple(round(share * self.size[axis % 2]) for axis, share in enumerate(shares))  # type: ignore[return-value]
+
+    def _shown(self) -> tuple[list[int], list[int]]:
+        """Rows and columns of patches of which most shows the picture, and not a border around it."""
+        rows, columns = [], []
+        for found, count, axis in ((rows, self.grid[0], 1), (columns, self.grid[1], 0)):
+            for index in range(count):
+                edges = self.edges(index, index)
+                start, stop = edges[axis], edges[axis + 2]
+                if min(stop, self.size[axis]) - max(start, 0) > 0.6 * max(1, stop - start):
+                    found.append(index)
+        return rows, columns
+
+    def corners(self) -> list[tuple[int, int]]:
+        """The outermost patches that show the picture."""
+        rows, columns = self._shown()
+        ends = [(row, column) for row in (rows[0], rows[-1]) for column in (columns[0], columns[-1])]
+        return list(dict.fromkeys(ends))
+
+    def told_apart(self) -> list[tuple[int, int]]:
+        """Corners and two patches inside, no two alike under a transposition."""
+        rows, columns = self._shown()
+        inside = [
+            (rows[len(rows) // 3], columns[2 * len(columns) // 3]),
+            (rows[2 * len(rows) // 3], columns[len(columns) // 4]),
+        ]
+        return list(dict.fromkeys([*self.corners(), *inside]))
+
+    def lit(self, picture: Image.Image, row: int, column: int) -> Image.Image:
+        """The picture with other pixels where a patch lies."""
+        left, top, right, bottom = self.edges(row, column)
+        left, top = max(0, left), max(0, top)
+        pixels = np.array(picture)
+        part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+        part[...] = 255 - part
+        return Image.fromarray(pixels)
 
 
 def _on(outputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

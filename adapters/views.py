@@ -1,0 +1,310 @@
+"""What an image processor shows of a picture, measured with pictures whose every part is known.
+
+Processors resize, crop, pad, and cut into tiles, each family in its own way and by settings of its own names. What
+comes out tells all of it: a picture that grows brighter from left to right says where each column came from, and one
+with another colour in each quarter says which tile shows the whole.
+
+Notation for shapes: V views (tiles, or the one picture), R rows and C columns of a lattice: pixels, or patches where the
+processor gives those.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, SiglipImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .grids import Grid, patches_on_grids
+
+Box = tuple[float, float, float, float]
+End = Literal["first", "last"]
+
+# what cuts a picture into tiles, by every name that transformers has for it, and the value that does not
+ONE_VIEW: Mapping[str, Any] = {
+    "crop_to_patches": False,
+    "do_image_splitting": False,
+    "do_pan_and_scan": False,
+    "split_image": False,
+    "slice_mode": False,
+    "max_image_tiles": 1,
+    "vision_input_type": "vanilla",
+}
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+# shares of a picture's edge that rounding to whole pixels and patches may hide
+SNAP = 0.012
+QUARTERS = ((230, 40, 30), (40, 200, 60), (30, 60, 220), (240, 230, 60))
+
+
+def without_tiles(image_processor: Any) -> Any:
+    """A copy of an image processor with every setting that cuts pictures into tiles switched off.
+
+    Args:
+        image_processor: of any family.
+    """
+    whole = copy.deepcopy(image_processor)
+    for name, value in ONE_VIEW.items():
+        if hasattr(whole, name):
+            setattr(whole, name, value)
+    return whole
+
+
+def one_view_processor(image_processor: Any, clip: bool) -> Any:
+    """An image processor that shows every picture in one view of the whole, as far as any does.
+
+    Where the one view has the same size for every picture, and comes with an axis for tiles or among tiles that no
+    setting switches off, it is one that resizes and nothing else.
+
+    Args:
+        image_processor: of an MLLM.
+        clip: whether the plain one is to be CLIP's, and not SigLIP's.
+    """
+    whole = without_tiles(image_processor)
+    shapes = set()
+    for size in ((64, 64), (256, 64)):
+        try:
+            inputs = _processed(whole, Image.new("RGB", size, (200, 100, 50)))
+        # processors are foreign code; one that takes no such picture is published as it is
+        except Exception:
+            return whole
+        pixels = pixels_of(inputs)
+        if pixels is None or _is_one_row_per_patch(inputs) or not (has_tile_axis(pixels) or pixels.ndim == 4):
+            return whole
+        if not has_tile_axis(pixels) and len(pixels) == 1:
+            return whole
+        shapes.add(tuple(pixels.shape[-2:]))
+    if len(shapes) > 1:
+        return whole
+    height, width = shapes.pop()
+    return plain_processor(image_processor, height, width, clip)
+
+
+def plain_processor(tiling: Any, height: int, width: int, clip: bool) -> BaseImageProcessor:
+    """An image processor that resizes, and colours as another one.
+
+    Args:
+        tiling: the other one.
+        height, width: of its views in pixels.
+        clip: whether it is to be CLIP's, and not SigLIP's.
+    """
+    size = {"height": height, "width": width}
+    settings = {"image_mean": tiling.image_mean, "image_std": tiling.image_std, "resample": tiling.resample}
+    if clip:
+        return CLIPImageProcessor(size=size, do_center_crop=False, **settings)
+    return SiglipImageProcessor(size=size, **settings)
+
+
+def pixels_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The pictures among a processor's outputs."""
+    return next((v for n, v in inputs.items() if n.startswith("pixel_values") and isinstance(v, torch.Tensor)), None)
+
+
+def has_tile_axis(pixels: torch.Tensor) -> bool:
+    """Whether pictures have an axis for their tiles: (I, T, channels, height, width)."""
+    return pixels.ndim == 5 and pixels.shape[2] in (1, 3)
+
+
+def real_tiles(pixels: torch.Tensor) -> torch.Tensor:
+    """(I, T) which of the tiles of pictures are any: those with fewer than others are filled up with zeros."""
+    return pixels.flatten(2).any(dim=2)
+
+
+def stacked_views(pixels: torch.Tensor) -> torch.Tensor:
+    """(V, ...) the views of all pictures, without an axis for the tiles of each, and without mere padding."""
+    return pixels[real_tiles(pixels)] if has_tile_axis(pixels) else pixels
+
+
+def views_of_each(inputs: Mapping[str, Any], image_tokens: Sequence[int] | None = None) -> list[int] | None:
+    """How many views there are of each picture.
+
+    Args:
+        inputs: a processor's outputs about the pictures.
+        image_tokens: of each picture in the language model's input, where that is known.
+
+    Returns:
+        counts in order, those that are mere padding left out; None where nothing tells, or there is one row per patch.
+    """
+    pixels = pixels_of(inputs)
+    if pixels is None or _is_one_row_per_patch(inputs):
+        return None
+    images = None if image_tokens is None else len(image_tokens)
+    if has_tile_axis(pixels):
+        counts = [max(1, count) for count in real_tiles(pixels).sum(dim=1).tolist()]
+        if images in (None, len(counts)):
+            return counts
+    rows = len(stacked_views(pixels))
+    if rows == images:
+        return [1] * rows
+    for counts in _said_counts(inputs):
+        if sum(counts) == rows and images in (None, len(counts)):
+            return counts
+    total = sum(image_tokens or ())
+    if image_tokens and all(count and rows * count % total == 0 for count in image_tokens):
+        # every view is as many tokens
+        return [rows * count // total for count in image_tokens]
+    return [rows] if images == 1 else None
+
+
+def _is_one_row_per_patch(inputs: Mapping[str, Any]) -> bool:
+    return any(name.endswith(("grid_thw", "grid_hw", "target_sizes")) for name in inputs)
+
+
+def _said_counts(inputs: Mapping[str, Any]) -> Iterator[list[int]]:
+    """What among a processor's outputs may be numbers of views: one per picture, or a grid of tiles and the whole."""
+    for value in inputs.values():
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            continue
+        if value.ndim == 1:
+            yield [int(count) for count in value.tolist()]
+        elif value.ndim == 2 and value.shape[1] == 2:
+            tiles = [int(down) * int(across) for down, across in value.tolist()]
+            yield [count + (count > 1) for count in tiles]
+
+
+def whole_end(image_processor: Any, edge: int) -> End | None:
+    """Where the view of the whole stands among the tiles of a picture, found with pictures of four colours.
+
+    Args:
+        image_processor: that cuts tiles.
+        edge: of a tile in pixels, or about that.
+
+    Returns:
+        "first" or "last"; None where pictures are not cut into tiles.
+
+    Raises:
+        ValueError: if neither the first nor the last of several views shows the whole picture.
+    """
+    for width, height in ((2, 2), (4, 2)):
+        picture = _quartered(width * edge, height * edge)
+        inputs = _processed(image_processor, picture)
+        pixels = pixels_of(inputs)
+        if pixels is None or _is_one_row_per_patch(inputs):
+            return None
+        views = stacked_views(pixels)
+        if len(views) > 1:
+            shown: dict[End, float] = {"first": _variety(views[0]), "last": _variety(views[-1])}
+            best: End = max(shown, key=lambda end: shown[end])
+            if shown[best] < 4 * min(shown.values()) or shown[best] == 0:
+                raise ValueError(f"of {len(views)} views neither the first nor the last alone shows the whole picture")
+            return best
+    return None
+
+
+def _quartered(width: int, height: int) -> Image.Image:
+    """A picture with another colour in each quarter."""
+    picture = Image.new("RGB", (width, height))
+    for index, colour in enumerate(QUARTERS):
+        left, top = (index % 2) * width // 2, (index // 2) * height // 2
+        picture.paste(colour, (left, top, left + width // 2, top + height // 2))
+    return picture
+
+
+def _variety(view: torch.Tensor) -> float:
+    """How different the corners of a view are at least: 0 where two show the same.
+
+    Args:
+        view: (channels, height, width), or (patches, numbers) of a square.
+    """
+    if view.ndim == 2:
+        side = round(len(view) ** 0.5)
+        view = view[: side * side].reshape(side, side, -1).permute(2, 0, 1)
+    view = view.float()
+    low, high = (
+        [max(0, int(size * share) - (share > 0.5)) for size in view.shape[1:]] for share in (1 / 8, 7 / 8)
+    )
+    corners = torch.stack([view[:, y, x] for y in (low[0], high[0]) for x in (low[1], high[1])])
+    return float(torch.pdist(corners).min())
+
+
+def shown_box(image_processor: Any, size: tuple[int, int], patch: tuple[int, int] | None, config: Any) -> Box:
+    """Which part of a picture lies under the patch grid that a tower makes of it.
+
+    Args:
+        image_processor: that shows pictures in one view.
+        size: width and height of the picture.
+        patch: height and width of the tower's patches in pixels, None for one without.
+        config: of the tower.
+
+    Returns:
+        left, top, right and bottom as shares of width and height. Below 0 and above 1 where a border was put around
+        the picture.
+    """
+    width, height = size
+    ramps = [np.linspace(0, 255, count, dtype=np.float32) for count in size]
+    flat = np.zeros((height, width), dtype=np.float32)
+    greys = (flat, flat + 255, flat + ramps[0], flat + ramps[1][:, None])
+    lattices = [_lattice(image_processor, values, patch, config) for values in greys]
+    if any(one is None for one in lattices) or len({one.shape for one in lattices if one is not None}) != 1:
+        return WHOLE
+    black, white, x, y = (one for one in lattices if one is not None)
+    contrast = white - black
+    inside = contrast > 0.9 * contrast.max()
+    left, right = _edges(((x - black) / contrast.clamp(min=1e-6)), inside, dim=0, count=width)
+    top, bottom = _edges(((y - black) / contrast.clamp(min=1e-6)), inside, dim=1, count=height)
+    return left, top, right, bottom
+
+
+def _edges(shares: torch.Tensor, inside: torch.Tensor, dim: int, count: int) -> tuple[float, float]:
+    """What share of a picture lies at the two ends of a lattice, by the straight line through what lies between.
+
+    Args:
+        shares: (R, C) of the picture's brightness, which grows along it.
+        inside: (R, C) where the picture is, and not its border.
+        dim: that is summed over, across the ramp.
+        count: pixels of the picture along the ramp.
+    """
+    weights = inside.float()
+    seen = weights.sum(dim=dim)
+    places = (seen > 0).nonzero()[:, 0]
+    # what lies at the edges is mixed with what lies beyond them
+    kept = places[len(places) // 8 : len(places) - len(places) // 8]
+    if len(kept) < 2:
+        return 0.0, 1.0
+    line = ((shares * weights).sum(dim=dim) / seen.clamp(min=1))[kept]
+    # the ramp goes from the middle of the first pixel to the middle of the last
+    line = (line * (count - 1) + 0.5) / count
+    at = kept.float() + 0.5
+    slope = float(((at - at.mean()) * (line - line.mean())).sum() / (at - at.mean()).square().sum())
+    start = float(line.mean() - slope * at.mean())
+    return _snapped(start, 0.0), _snapped(start + slope * shares.shape[1 - dim], 1.0)
+
+
+def _snapped(share: float, whole: float) -> float:
+    return whole if abs(share - whole) <= SNAP else share
+
+
+def _lattice(image_processor: Any, values: Any, patch: tuple[int, int] | None, config: Any) -> torch.Tensor | None:
+    """(R, C) brightness of a grey picture as the tower gets it, up to the last patch; None where it cannot be told."""
+    inputs = _processed(image_processor, Image.fromarray(np.round(values).astype(np.uint8)).convert("RGB"))
+    pixels = pixels_of(inputs)
+    if pixels is None:
+        return None
+    patches = patches_on_grids(pixels.flatten(1), inputs, config)
+    if patches is not None:
+        return patches[0].values.float().mean(dim=1).reshape(patches[0].grid)
+    views = stacked_views(pixels)
+    if views.ndim != 4 or views.shape[1] not in (1, 3) or len(views) != 1 or "target_sizes" in inputs:
+        return None
+    rows, columns = _kept_pixels(views.shape[-2:], inputs, patch)
+    return views[0].float().mean(dim=0)[:rows, :columns]
+
+
+def _kept_pixels(size: Any, inputs: Mapping[str, Any], patch: tuple[int, int] | None) -> Grid:
+    """Rows and columns of pixels under the patch grid: whole patches, those of the mask where there is one."""
+    rows, columns = (int(edge) for edge in size)
+    if patch is None:
+        return rows, columns
+    mask = inputs.get("pixel_attention_mask", inputs.get("pixel_mask"))
+    if mask is not None and tuple(mask.shape[-2:]) == (rows, columns):
+        shown = mask.reshape(-1, rows, columns)[0].bool()
+        # a patch that is shown in part is kept
+        rows = min(rows, -(-int(shown.any(dim=1).sum()) // patch[0]) * patch[0])
+        columns = min(columns, -(-int(shown.any(dim=0).sum()) // patch[1]) * patch[1])
+    return rows // patch[0] * patch[0], columns // patch[1] * patch[1]
+
+
+def _processed(image_processor: Any, picture: Image.Image) -> dict[str, Any]:
+    return dict(image_processor(images=[picture], return_tensors="pt"))
