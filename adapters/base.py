@@ -551,6 +551,8 @@ class VisionAdapter:
             processor: the MLLM's.
         """
         own = processor.image_processor  # type: ignore[attr-defined]
+        # of what no setting and no plain processor shows in one view, `patch_features` takes the whole
+        self.read_processor(processor)
         return one_view_processor(own, "clip" in str(getattr(self.tower.config, "model_type", "")))
 
     def usage(self, image_processor: object | None = None) -> str:

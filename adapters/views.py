@@ -36,7 +36,6 @@ ONE_VIEW: Mapping[str, Any] = {
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 # shares of a picture's edge that rounding to whole pixels and patches may hide
 SNAP = 0.012
-QUARTERS = ((230, 40, 30), (40, 200, 60), (30, 60, 220), (240, 230, 60))
 
 
 def without_tiles(image_processor: Any) -> Any:
@@ -165,10 +164,10 @@ def _said_counts(inputs: Mapping[str, Any]) -> Iterator[list[int]]:
 
 
 def whole_end(image_processor: Any, edge: int) -> End | None:
-    """Where the view of the whole stands among the tiles of a picture, found with pictures of four colours.
+    """Where the view of the whole stands among the tiles of a picture: the one that shows it from end to end.
 
     Args:
-        image_processor: that cuts tiles.
+        image_processor: that may cut tiles.
         edge: of a tile in pixels, or about that.
 
     Returns:
@@ -177,46 +176,62 @@ def whole_end(image_processor: Any, edge: int) -> End | None:
     Raises:
         ValueError: if neither the first nor the last of several views shows the whole picture.
     """
-    for width, height in ((2, 2), (4, 2)):
-        picture = _quartered(width * edge, height * edge)
-        inputs = _processed(image_processor, picture)
+    for size in ((2 * edge, 2 * edge), (4 * edge, 2 * edge)):
+        inputs = _processed(image_processor, Image.new("RGB", size, (200, 100, 50)))
         pixels = pixels_of(inputs)
         if pixels is None or _is_one_row_per_patch(inputs):
             return None
-        views = stacked_views(pixels)
-        if len(views) > 1:
-            shown: dict[End, float] = {"first": _variety(views[0]), "last": _variety(views[-1])}
-            best: End = max(shown, key=lambda end: shown[end])
-            if shown[best] < 4 * min(shown.values()) or shown[best] == 0:
-                raise ValueError(f"of {len(views)} views neither the first nor the last alone shows the whole picture")
-            return best
+        if len(stacked_views(pixels)) > 1:
+            shown = _shares_of_views(image_processor, size)
+            if abs(shown[0] - shown[-1]) < 0.15:
+                raise ValueError(f"of {len(shown)} views neither the first nor the last alone shows the whole picture")
+            return "first" if shown[0] > shown[-1] else "last"
     return None
 
 
-def _quartered(width: int, height: int) -> Image.Image:
-    """A picture with another colour in each quarter."""
-    picture = Image.new("RGB", (width, height))
-    for index, colour in enumerate(QUARTERS):
-        left, top = (index % 2) * width // 2, (index // 2) * height // 2
-        picture.paste(colour, (left, top, left + width // 2, top + height // 2))
-    return picture
-
-
-def _variety(view: torch.Tensor) -> float:
-    """How different the corners of a view are at least: 0 where two show the same.
+def _shares_of_views(image_processor: Any, size: tuple[int, int]) -> list[float]:
+    """Of each view of a picture, how much of its area it shows.
 
     Args:
-        view: (channels, height, width), or (patches, numbers) of a square.
+        image_processor: that cuts tiles.
+        size: width and height of the picture.
     """
-    if view.ndim == 2:
-        side = round(len(view) ** 0.5)
-        view = view[: side * side].reshape(side, side, -1).permute(2, 0, 1)
-    view = view.float()
-    low, high = (
-        [max(0, int(size * share) - (share > 0.5)) for size in view.shape[1:]] for share in (1 / 8, 7 / 8)
-    )
-    corners = torch.stack([view[:, y, x] for y in (low[0], high[0]) for x in (low[1], high[1])])
-    return float(torch.pdist(corners).min())
+    black, white, x, y = (_levels_of_views(image_processor, values) for values in _greys(size))
+    contrast = white - black
+    shares = []
+    for index, seen in enumerate(contrast):
+        inside = seen > 0.9 * contrast.max()
+        if not inside.any():
+            shares.append(0.0)
+            continue
+        brightness = [((ramp[index] - black[index]) / seen)[inside] for ramp in (x, y)]
+        across, down = (float(values.max() - values.min()) for values in brightness)
+        shares.append(across * down)
+    return shares
+
+
+def _levels_of_views(image_processor: Any, values: np.ndarray) -> torch.Tensor:
+    """(V, places) brightness of a grey picture in each of its views; places are pixels, or patches."""
+    pixels = pixels_of(_processed(image_processor, _grey(values)))
+    assert pixels is not None
+    views = pixels[0] if has_tile_axis(pixels) else pixels
+    # channels of pixels, or the numbers of a patch
+    return views.float().mean(dim=1 if views.ndim == 4 else -1).flatten(1)
+
+
+def _greys(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Brightness of four pictures: black, white, and growing from left to right and from top to bottom.
+
+    Args:
+        size: width and height.
+    """
+    across, down = (np.linspace(0, 255, count, dtype=np.float32) for count in size)
+    flat = np.zeros((size[1], size[0]), dtype=np.float32)
+    return flat, flat + 255, flat + across, flat + down[:, None]
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.round(values).astype(np.uint8)).convert("RGB")
 
 
 def shown_box(image_processor: Any, size: tuple[int, int], patch: tuple[int, int] | None, config: Any) -> Box:
@@ -232,18 +247,14 @@ def shown_box(image_processor: Any, size: tuple[int, int], patch: tuple[int, int
         left, top, right and bottom as shares of width and height. Below 0 and above 1 where a border was put around
         the picture.
     """
-    width, height = size
-    ramps = [np.linspace(0, 255, count, dtype=np.float32) for count in size]
-    flat = np.zeros((height, width), dtype=np.float32)
-    greys = (flat, flat + 255, flat + ramps[0], flat + ramps[1][:, None])
-    lattices = [_lattice(image_processor, values, patch, config) for values in greys]
+    lattices = [_lattice(image_processor, values, patch, config) for values in _greys(size)]
     if any(one is None for one in lattices) or len({one.shape for one in lattices if one is not None}) != 1:
         return WHOLE
     black, white, x, y = (one for one in lattices if one is not None)
     contrast = white - black
     inside = contrast > 0.9 * contrast.max()
-    left, right = _edges(((x - black) / contrast.clamp(min=1e-6)), inside, dim=0, count=width)
-    top, bottom = _edges(((y - black) / contrast.clamp(min=1e-6)), inside, dim=1, count=height)
+    left, right = _edges(((x - black) / contrast.clamp(min=1e-6)), inside, dim=0, count=size[0])
+    top, bottom = _edges(((y - black) / contrast.clamp(min=1e-6)), inside, dim=1, count=size[1])
     return left, top, right, bottom
 
 
@@ -276,9 +287,9 @@ def _snapped(share: float, whole: float) -> float:
     return whole if abs(share - whole) <= SNAP else share
 
 
-def _lattice(image_processor: Any, values: Any, patch: tuple[int, int] | None, config: Any) -> torch.Tensor | None:
+def _lattice(image_processor: Any, values: np.ndarray, patch: tuple[int, int] | None, config: Any) -> torch.Tensor | None:
     """(R, C) brightness of a grey picture as the tower gets it, up to the last patch; None where it cannot be told."""
-    inputs = _processed(image_processor, Image.fromarray(np.round(values).astype(np.uint8)).convert("RGB"))
+    inputs = _processed(image_processor, _grey(values))
     pixels = pixels_of(inputs)
     if pixels is None:
         return None

@@ -172,7 +172,8 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
             "Give the folder of a stand-alone encoder, not of a whole MLLM.",
         )
     tower = encoder.get_encoder(modality="image")
-    if isinstance(tower, PreTrainedModel) and not encoder.can_generate():
+    is_recorded = type(encoder).__name__ == origin.record.get("encoder_class")
+    if isinstance(tower, PreTrainedModel) and not encoder.can_generate() and not is_recorded:
         # of a dual encoder such as CLIP or SigLIP, the half that sees
         encoder = tower
     if origin.repo:

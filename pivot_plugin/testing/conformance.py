@@ -42,6 +42,8 @@ Result = Literal["passed", "failed", "skipped"]
 SIZES = ((96, 96), (160, 96), (96, 160))
 # rows or columns of patches below which a patch grid cannot be seen to be right
 COARSE = 3
+# pixels of a patch at least
+FINE = 4
 
 
 @dataclass(frozen=True)
@@ -245,32 +247,42 @@ class _Kit:
         for size in SIZES:
             picture = _picture(*size)
             dark = self._features(picture)[0]
+            # patches of a pixel or two cannot be changed one by one
+            picture = _picture(*(edge * max(1, -(-FINE * max(dark.grid) // min(size))) for edge in size))
+            dark = self._features(picture)[0]
             grids.append(f"{dark.grid[0]}x{dark.grid[1]}")
             if min(dark.grid) < COARSE:
                 raise Skipped(f"a grid of {dark.grid} is too coarse to tell: every patch sees much of the picture")
-            places = _Places(self.adapter.shown_box(self.processor, size), size, dark.grid)
+            places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, dark.grid)
             for row, column in places.told_apart():
                 lit = self._features(places.lit(picture, row, column))[0]
-                moved = (lit.values - dark.values).float().norm(dim=1).reshape(dark.grid)
-                brightest = divmod(int(moved.argmax()), dark.grid[1])
-                assert brightest == (row, column), (
+                brightest = _brightest(dark, lit)
+                assert _apart(brightest, (row, column)) <= self._blur, (
                     f"in a picture of {size[0]}x{size[1]} px a change of patch {(row, column)} of {dark.grid} shows "
                     f"most in patch {brightest}"
                 )
-        return f"grids {', '.join(grids)} for {_listed(SIZES)} px"
+        near = ", or beside it, because its convolutions overlap" if self._blur else ""
+        return f"grids {', '.join(grids)} for {_listed(SIZES)} px; each in its own cell{near}"
+
+    @property
+    def _blur(self) -> int:
+        """Patches by which a change may show beside its own: convolutions that overlap mix neighbours."""
+        kernels = [module for module in self.adapter.tower.modules() if isinstance(module, nn.Conv2d)]
+        return int(any(size > step for one in kernels for size, step in zip(one.kernel_size, one.stride, strict=True)))
 
     def whole_view(self) -> str:
         """The view that saliency looks at moves with every corner of the picture, and its own corner moves most."""
         picture = _picture(*SIZES[0])
+        before = self._seen_view(picture)
+        picture = _picture(*(edge * max(1, -(-FINE * max(before.grid) // edge)) for edge in picture.size))
         before = self._seen_view(picture)
         if min(before.grid) < COARSE:
             raise Skipped(f"a grid of {before.grid} is too coarse to tell: every patch sees much of the picture")
         places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, before.grid)
         for row, column in places.corners():
             after = self._seen_view(places.lit(picture, row, column))
-            moved = (after.values - before.values).float().norm(dim=1).reshape(before.grid)
-            brightest = divmod(int(moved.argmax()), before.grid[1])
-            assert brightest == (row, column), (
+            brightest = _brightest(before, after)
+            assert _apart(brightest, (row, column)) <= self._blur, (
                 f"a change of patch {(row, column)} of {before.grid} shows most in patch {brightest} of the view that "
                 "saliency looks at"
             )
@@ -369,6 +381,17 @@ def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]}],
         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "a red dog!"}]}],
     }
+
+
+def _brightest(before: ImageFeatures, after: ImageFeatures) -> tuple[int, int]:
+    """Row and column of the patch whose features moved most."""
+    moved = (after.values - before.values).float().norm(dim=1).reshape(before.grid)
+    row, column = divmod(int(moved.argmax()), before.grid[1])
+    return row, column
+
+
+def _apart(first: tuple[int, int], second: tuple[int, int]) -> int:
+    return max(abs(first[0] - second[0]), abs(first[1] - second[1]))
 
 
 @dataclass(frozen=True)
