@@ -1,9 +1,11 @@
-# `make demo` and `make test` share one virtual environment, made once in .venv.
+# `make demo`, `make check` and `make test` share one virtual environment, made once in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types env clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo check test test-families lint types env clean
 
 env: .venv/installed
 
@@ -17,8 +19,16 @@ demo: env
 	rm -rf pivot-demo
 	$(BIN)/pivot demo --output-dir pivot-demo
 
+# while writing: all but the tests that are marked as training or slow (see CONTRIBUTING.md)
+check: env lint types
+	$(PYTEST) -m "not training and not slow"
+
 test: env lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+# every family of the zoo, and the conformance kit; part of `make test`
+test-families: env
+	$(PYTEST) tests/testing
 
 lint: env
 	$(BIN)/ruff check .
@@ -28,7 +38,7 @@ lint: env
 types: env
 	rm -rf .typecheck build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .typecheck .
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p pivot_plugin
+	cd .typecheck && ../$(BIN)/mypy --cache-dir ../.mypy_cache --config-file ../pyproject.toml -p pivot_plugin
 
 clean:
-	rm -rf .venv .typecheck build *.egg-info pivot-demo pivot-run
+	rm -rf .venv .typecheck .mypy_cache build *.egg-info pivot-demo pivot-run

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from pivot_plugin.errors import EncoderError, ModelError
 
 from .grids import on_grids, patch_size
+from .unserved import REMEDY, why_unserved
 from .views import (
     End,
     has_tile_axis,
@@ -155,6 +156,8 @@ class VisionAdapter:
                 return path
         if is_encoder(self.model):
             return ""
+        if (reason := why_unserved(self.model)) is not None:
+            raise ModelError(f"{type(self.model).__name__} {reason}.", REMEDY)
         raise ModelError(
             f"{type(self.model).__name__} has no vision tower: get_encoder(modality='image') finds none.",
             "Pass a multimodal model such as LlavaForConditionalGeneration, or install a plugin with an adapter "
@@ -275,6 +278,8 @@ class VisionAdapter:
         for name in ("image_token_id", "image_token_index"):
             if isinstance(token := getattr(self.model.config, name, None), int):
                 return token
+        if (reason := why_unserved(self.model)) is not None:
+            raise ModelError(f"{type(self.model).__name__} {reason}.", REMEDY)
         raise ModelError(
             f"{type(self.model.config).__name__} names no image token (image_token_id).",
             "Install or write a plugin whose adapter overrides image_token_id.",

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-# what tells a model's forward pass which text looks at which image
+# of a forward pass, what tells which text looks at which image, and where in the prompt an image stands
 ACROSS = ("cross_attention_mask", "image_attention_mask")
 ALONG = "image_embeds_position_mask"
+REMEDY = "Pass an MLLM that reads its images as tokens of a text, such as a LLaVA or a Qwen-VL."
 
 
 def why_unserved(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be served, in a clause; None for one about which nothing is wrong.
+    """Why a model cannot be served, as a clause that goes on from its name; None for one with nothing in the way.
 
     Args:
         model: an MLLM.
@@ -25,62 +26,50 @@ def why_unserved(model: PreTrainedModel) -> str | None:
     if "input_ids" not in accepted:
         # an encoder by itself
         return None
-    towers = [path for path, module in model.named_modules() if path and _takes_pictures(module)]
+    config = model.config
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        return "is an encoder-decoder model, whose prompts and answers stand in two sequences"
+    if hasattr(config, "num_query_tokens"):
+        return "passes its images through a query transformer, whose answers stand before the text"
     quantiser = next((path for path, module in model.named_modules() if _is_quantiser(module)), None)
-    if quantiser is not None and not _names_tower(model):
-        return (
-            f"it makes discrete image tokens of a picture ({quantiser}), through which no gradient passes: there is no "
-            "vision tower to train"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder: its images are read with the question, and not in the sequence it writes"
-    if name := next((name for name in ACROSS if name in accepted), None):
-        return f"its text looks at images by cross-attention ({name}), and not at image tokens in its input"
-    if (path := next(_cross_attention(model), None)) is not None:
-        return f"its text looks at images by cross-attention ({path}), and not at image tokens in its input"
+    if quantiser is not None and model.get_encoder(modality="image") in (model, model.get_submodule(quantiser)):
+        return f"turns its images into discrete tokens ({quantiser}), which no gradient passes"
+    across = next((name for name in ACROSS if name in accepted), None) or next(_cross_attention(model), None)
+    if across is not None:
+        return f"reads its images by cross-attention ({across}), not as tokens of the text"
     if ALONG in accepted:
-        return f"it is told by a mask along the whole prompt ({ALONG}) where its image stands, and not by image tokens"
-    if "pixel_values" in accepted and not towers:
-        return "it has no vision tower: patches of pixels go into the language model as they are"
-    if "pixel_values" in accepted and not _names_image_token(model):
-        return (
-            f"it has no image token: what {towers[0]} makes of an image is put before the text, where no token stands "
-            "for it"
-        )
-    if model.base_model is model and "pixel_values" in accepted:
-        return (
-            "there is no base model below its head (base_model is the model itself), of which the training could ask "
-            "hidden states"
-        )
+        return f"is told by a mask along the prompt ({ALONG}) where its image stands, not by image tokens"
+    return _without_a_part(model)
+
+
+def _without_a_part(model: PreTrainedModel) -> str | None:
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
+        return None
+    towers = [path for path, module in model.named_modules() if path and _reads_pictures(module)]
+    if not towers:
+        return "has no vision tower: patches of pixels go into the language model as they are"
+    names = ("image_token_id", "image_token_index")
+    if not any(isinstance(getattr(model.config, name, None), int) for name in names):
+        return f"has no image token: what {towers[0]} makes of an image stands before the text, where no token stands for it"
+    if model.base_model is model:
+        return "has no base model below its head (base_model is the model itself), which training asks hidden states"
     return None
 
 
-def _takes_pictures(module: nn.Module) -> bool:
-    if not isinstance(module, PreTrainedModel) or _is_quantiser(module):
-        return False
+def _reads_pictures(module: nn.Module) -> bool:
     accepted = inspect.signature(module.forward).parameters
-    return ("pixel_values" in accepted or "hidden_states" in accepted) and "input_ids" not in accepted
+    takes_pixels = "pixel_values" in accepted or "grid_thw" in accepted
+    return isinstance(module, PreTrainedModel) and takes_pixels and "input_ids" not in accepted
 
 
 def _is_quantiser(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and "VQ" in type(module).__name__
-
-
-def _names_tower(model: PreTrainedModel) -> bool:
-    """Whether a model says by itself which of its modules reads images."""
-    return model.get_encoder(modality="image") is not model
-
-
-def _names_image_token(model: PreTrainedModel) -> bool:
-    names = ("image_token_id", "image_token_index")
-    return any(isinstance(getattr(model.config, name, None), int) for name in names)
+    kind = type(module).__name__.lower()
+    return isinstance(module, PreTrainedModel) and ("vqvae" in kind or "vqmodel" in kind or "vectorquantizer" in kind)
 
 
 def _cross_attention(model: PreTrainedModel) -> Iterator[str]:
     """Paths of modules of the language model by which it looks at something else than its input."""
-    decoder = model.get_decoder()
-    # of a model that names no decoder, all that looks across; a query transformer before a decoder is none of it
-    for path, _ in decoder.named_modules():
-        name = path.rpartition(".")[2]
-        if "cross" in name and "attn" in name.replace("attention", "attn"):
+    for path, module in model.get_decoder().named_modules():
+        kind, name = type(module).__name__.lower(), path.rpartition(".")[2].replace("_", "")
+        if ("crossattention" in kind and "text" in kind) or name in ("crossattention", "crossattn"):
             yield path

@@ -287,7 +287,9 @@ def _snapped(share: float, whole: float) -> float:
     return whole if abs(share - whole) <= SNAP else share
 
 
-def _lattice(image_processor: Any, values: np.ndarray, patch: tuple[int, int] | None, config: Any) -> torch.Tensor | None:
+def _lattice(
+    image_processor: Any, values: np.ndarray, patch: tuple[int, int] | None, config: Any
+) -> torch.Tensor | None:
     """(R, C) brightness of a grey picture as the tower gets it, up to the last patch; None where it cannot be told."""
     inputs = _processed(image_processor, _grey(values))
     pixels = pixels_of(inputs)

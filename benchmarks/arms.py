@@ -17,13 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pivot_plugin import compare_arms, optimize
 from pivot_plugin.preferences import PairDataset
-from pivot_plugin.probes import features as frozen_features
-from pivot_plugin.probes import probe_patches, subject
+from pivot_plugin.probes import segmentation_probe, subject
 from pivot_plugin.quickstart import scenes, world
 from pivot_plugin.recipes.arms import ArmRun, ArmsComparison
 
@@ -66,16 +64,13 @@ def vqa(model: Any, processor: Any, seed: int, size: int = 1000) -> dict[str, fl
 
 
 def measure(model: Any, processor: Any) -> Mapping[str, float]:
-    """What is reported of a model: test VQA by kind, and a linear patch probe on the tower's features."""
-    fitting, testing = (scenes.render_many(500, seed, dusk=True) for seed in (910_000, 920_000))
-    features = []
-    for drawn in (fitting, testing):
-        found = frozen_features(subject(model, processor), [scene.image for scene in drawn], cache=False)
-        features.append(np.stack([found.patches(image).numpy() for image in range(len(found))]))
-    labels = [np.stack([scene.patch_labels().ravel() for scene in drawn]) for drawn in (fitting, testing)]
-    probe = probe_patches(features[0], labels[0], features[1], labels[1])
+    """What is reported of a model: test VQA by kind, and what the tower's features tell of each patch."""
+    data = (world.segmented(500, 910_000), world.segmented(500, 920_000))
+    patches = segmentation_probe(
+        subject(model, processor), data, labels="majority", classes=1 + len(scenes.SHAPES), cache=False
+    )
     answers = {f"vqa {kind}": value for kind, value in vqa(model, processor, TEST).items()}
-    return answers | {"patch probe mIoU": probe.mean_iou}
+    return answers | {"segmentation mIoU": patches.scores["miou"].value}
 
 
 def search(pairs: PairDataset, folder: Path) -> list[dict[str, Any]]:
@@ -92,9 +87,9 @@ def search(pairs: PairDataset, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _searched(pairs: PairDataset, place: Path, arm: str, rate: float, seed: int) -> float:
-    kept = place.with_suffix(place.suffix + ".json")
-    if not kept.exists():
+def _searched(pairs: PairDataset, folder: Path, arm: str, rate: float, seed: int) -> float:
+    record = folder.with_suffix(folder.suffix + ".json")
+    if not record.exists():
         model, processor = world.model(), world.processor()
         result = optimize(
             model,
@@ -102,15 +97,15 @@ def _searched(pairs: PairDataset, place: Path, arm: str, rate: float, seed: int)
             processor=processor,
             objective=arm,
             eval_fraction=0,
-            output_dir=place,
+            output_dir=folder,
             learning_rate=rate,
             max_steps=STEPS // 2,
             seed=seed,
-            resume=place.exists(),
+            resume=folder.exists(),
             **SETTINGS | (ONLINE if arm == "grpo" else {}),
         )
-        kept.write_text(json.dumps(vqa(result.model, processor, VALIDATION)["all"]))
-    score: float = json.loads(kept.read_text())
+        record.write_text(json.dumps(vqa(result.model, processor, VALIDATION)["all"]))
+    score: float = json.loads(record.read_text())
     return score
 
 
@@ -131,10 +126,10 @@ def search_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _online(place: Path, rate: float, seed: int) -> ArmRun:
+def _online(folder: Path, rate: float, seed: int) -> ArmRun:
     """GRPO with one seed, on questions instead of pairs: half the steps, each of which costs more."""
-    kept = place.with_suffix(".json")
-    if not kept.exists():
+    record = folder.with_suffix(".json")
+    if not record.exists():
         model, processor = world.model(), world.processor()
         result = optimize(
             model,
@@ -142,15 +137,15 @@ def _online(place: Path, rate: float, seed: int) -> ArmRun:
             processor=processor,
             objective="grpo",
             eval_fraction=0,
-            output_dir=place,
+            output_dir=folder,
             learning_rate=rate,
             max_steps=STEPS // 2,
             seed=seed,
-            resume=place.exists(),
+            resume=folder.exists(),
             **SETTINGS | ONLINE,
         )
-        kept.write_text(json.dumps(dict(measure(result.model, processor))))
-    return ArmRun(f"grpo ({rate:g})", seed, json.loads(kept.read_text()), str(place))
+        record.write_text(json.dumps(dict(measure(result.model, processor))))
+    return ArmRun(f"grpo ({rate:g})", seed, json.loads(record.read_text()), str(folder))
 
 
 def paired_differences(comparison: ArmsComparison, name: str, first: str, second: str) -> tuple[float, float]:
@@ -166,29 +161,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("arms-runs"))
     parser.add_argument("--only", choices=["search"])
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     pairs = PairDataset(world.pairs(PAIRS)).verify()
-    asked.folder.mkdir(exist_ok=True)
-    rows = search(pairs, asked.folder)
+    arguments.folder.mkdir(exist_ok=True)
+    rows = search(pairs, arguments.folder)
     rates = best_rates(rows)
     print(search_table(rows))
-    if asked.only:
+    if arguments.only:
         return
     # the second rate is as good in the search, and further from where it collapses
     online = [
-        _online(asked.folder / "grpo" / f"{rate:g}" / f"seed-{seed}", rate, seed)
+        _online(arguments.folder / "grpo" / f"{rate:g}" / f"seed-{seed}", rate, seed)
         for rate in (rates["grpo"], STEADY_ONLINE_RATE)
-        for seed in range(asked.seeds)
+        for seed in range(arguments.seeds)
     ]
     comparison = compare_arms(
         world.model(),
         pairs,
         ARMS,
-        asked.seeds,
+        arguments.seeds,
         processor=world.processor(),
         eval_prefs=world.pairs(400, seed=77),
-        output_dir=asked.folder / "arms",
+        output_dir=arguments.folder / "arms",
         learning_rates={arm: rates[arm] for arm in ARMS},
         measure=measure,
         max_steps=STEPS,
@@ -200,7 +195,7 @@ def main() -> None:
     for arm in dict.fromkeys([*ARMS[1:], *(run.arm for run in online)]):
         mean, error = paired_differences(comparison, "vqa all", arm, "sft")
         differences[f"{arm} - sft"] = {"vqa all": mean, "standard error": error}
-        print(f"{arm} - sft: vqa {mean:+.3f}, standard error {error:.3f} over {asked.seeds} seeds")
+        print(f"{arm} - sft: vqa {mean:+.3f}, standard error {error:.3f} over {arguments.seeds} seeds")
     RESULTS.mkdir(exist_ok=True)
     record = {
         "search": rows,

@@ -174,7 +174,10 @@ def pivot_card_sections(result: "Result") -> str | None:
 def pivot_commands(cli: "typer.Typer") -> None:
     """Add subcommands to the `pivot` command.
 
-    Called when the command line starts. All plugins are called; one that raises is named on standard error.
+    Called when the command line starts with a command that is not built in. Plugins may take seconds to import, so
+    `pivot --help` and the built-in commands load none: help lists the built-in commands alone, and `pivot adapters` the
+    plugins; say in your documentation what your command is called. All plugins are called; one that raises is named on
+    standard error.
 
     Example:
         from pivot_plugin.hooks import hookimpl

@@ -39,6 +39,7 @@ class BuiltIn:
 
 BUILT_IN = {
     "published-layouts": BuiltIn("pivot_preference_layout", "pivot_plugin.data.published"),
+    "stack-layouts": BuiltIn("pivot_preference_layout", "pivot_plugin.data.stacks"),
     "objectives": BuiltIn("pivot_objectives", "pivot_plugin.objectives"),
     "rewards": BuiltIn("pivot_rewards", "pivot_plugin.rewards.lookup"),
     "probes": BuiltIn("pivot_probes", "pivot_plugin.probes.lookup"),

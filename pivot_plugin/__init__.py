@@ -10,16 +10,29 @@
 Importing this package loads no torch; a verb loads what it needs when it is first used.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# In the source tree hooks/ and adapters/ stand beside this folder; the wheel has them inside it.
-_source_tree = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "hooks").exists() and (_source_tree / "hooks" / "hookspecs.py").exists():
-    __path__.append(str(_source_tree))
+
+class _SourceTree(MetaPathFinder):
+    """In the source tree hooks/ and adapters/ stand beside this folder; the wheel has them inside it."""
+
+    root = Path(__file__).resolve().parent.parent
+    beside = ("pivot_plugin.hooks", "pivot_plugin.adapters")
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(self.root)]) if name in self.beside else None
+
+
+if not (Path(__file__).parent / "hooks").exists():
+    # in front: another tree may be installed, and what stands beside this package belongs to it
+    sys.meta_path.insert(0, _SourceTree())
 
 if TYPE_CHECKING:
     from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig

@@ -1,16 +1,16 @@
 """Settings of a run: TRL's configurations with a few fields of our own and the defaults of this package."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
+from pivot_plugin.choices import TRAIN_CHOICES as TRAIN_CHOICES
+from pivot_plugin.choices import Train as Train
 from pivot_plugin.errors import SettingsError
 
-Train = Literal["encoder", "encoder+projector", "language_model", "projector", "projector+language_model", "all"]
-TRAIN_CHOICES: tuple[Train, ...] = get_args(Train)
 SftAverage = Literal["token", "sequence"]
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",

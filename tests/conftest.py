@@ -8,20 +8,41 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# models of this size gain nothing by threads, and two workers with two threads each lose
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
-import numpy as np
 import pytest
-from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import Trainer
 
 from pivot_plugin.testing import FAMILIES, build
-
-Tiny = tuple[PreTrainedModel, ProcessorMixin]
+from tests.helpers import Tiny, hub_server, picture, row
+from tests.helpers.hub_client import Client
 
 # how long an example takes depends on what else the machine does, and on who imports a library first
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+# settings of a short run, the small recipe, and what of it has ended: who asks for one trains
+TRAINING_FIXTURES = {"fast", "recipe", "done", "copied"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if TRAINING_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.training)
+
+
+@pytest.fixture(autouse=True)
+def _marked_where_it_trains(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that trains without its mark would slow `make check` down unnoticed."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("This test trains: give it, or its module, the mark pytest.mark.training.")
+
+    if not request.node.get_closest_marker("training"):
+        monkeypatch.setattr(Trainer, "train", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +92,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path / "cache"
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def row(text: str, chosen: str, rejected: str, *images: Image.Image) -> dict[str, Any]:
-    return {"images": list(images), "prompt": text, "chosen": chosen, "rejected": rejected}
-
-
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     """Eight pairs about image sets of different sizes.
@@ -120,3 +132,24 @@ def fast(tmp_path: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "warmup_steps": 0,
     }
+
+
+@pytest.fixture(scope="session")
+def _hub() -> Iterator[hub_server.Hub]:
+    with hub_server.serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(_hub: hub_server.Hub) -> hub_server.Hub:
+    """An empty Hub."""
+    for kept in (_hub.repos, _hub.uploaded, _hub.faults, _hub.asked, _hub.siblings):
+        kept.clear()
+    return _hub
+
+
+@pytest.fixture(scope="session")
+def client(_hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    started = Client(_hub.url, tmp_path_factory.mktemp("home"))
+    yield started
+    started.close()

@@ -11,8 +11,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from pivot_plugin.testing import build
-
-from .conftest import picture
+from tests.helpers import picture
+from tests.helpers.processes import python, script
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -31,10 +31,7 @@ def installed_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(code: str, *paths: Path, folder: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder, check=False
-    )
+    done = python(code, folder=folder, PYTHONPATH=os.pathsep.join(map(str, paths)))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -56,6 +53,7 @@ def test_own_adapter_is_found_by_entry_point_and_wins(installed_adapter: Path, t
     }
 
 
+@pytest.mark.training
 def test_own_adapter_trains_its_family(installed_adapter: Path, tmp_path: Path) -> None:
     llava, processor = build("llava")
     config = llava.config
@@ -89,6 +87,7 @@ print(result.family, [change > 0 for change in changes])
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
 
 
+@pytest.mark.training
 def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
     model, processor = build("qwen2_5_vl")
     model.save_pretrained(tmp_path / "model")
@@ -97,30 +96,14 @@ def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
     picture(60, 60, 1).save(tmp_path / "prefs" / "a.png")
     pair = {"image": "a.png", "prompt": "what?", "chosen": "this", "rejected": "that"}
     (tmp_path / "prefs" / "pairs.jsonl").write_text(json.dumps(pair))
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "with_trl.py"), "model", "prefs"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    done = script(EXAMPLES / "with_trl.py", "model", "prefs", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "with-trl" / "encoder" / "pivot.json").exists()
 
 
-def test_every_example_compiles() -> None:
-    for file in EXAMPLES.rglob("*.py"):
-        compile(file.read_text(), str(file), "exec")
-
-
+@pytest.mark.training
 def test_specs_runs_its_stages_and_prints_what_each_gave(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "specs" / "run.py"), "--steps", "20", "--output-dir", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    done = script(EXAMPLES / "specs" / "run.py", "--steps", "20", "--output-dir", tmp_path / "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     table = done.stdout[done.stdout.index("after stage") :].splitlines()
     assert [line.split("  ")[0] for line in table[1:]] == [

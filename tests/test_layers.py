@@ -2,14 +2,14 @@
 
 import ast
 import json
-import subprocess
-import sys
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import ROOT, python
+
 # from top to bottom; a module imports from its own room and from those below
 LAYERS = (
     ("cli",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("adapters",),
     ("hooks",),
     ("config",),
-    ("files", "extras"),
+    ("files", "extras", "deadline", "choices"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
@@ -89,10 +89,21 @@ def test_imports_run_one_way() -> None:
     assert not upward, "\n".join(upward)
 
 
-def loaded_by(code: str) -> list[str]:
-    """Names of all modules that a piece of code loads, in a process of its own."""
+def test_the_floors_are_drawn_as_they_are() -> None:
+    drawing = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    drawn = [re.split(r"\s{3,}", line.strip())[0] for line in drawing.strip().splitlines()]
+    floors = [set(re.findall(r"\w+", floor)) for floor in drawn]
+    # what every room uses is one floor of the drawing
+    *upper, ground = floors
+    assert upper == [set(rooms) for rooms in LAYERS[: len(upper)]]
+    assert ground == {room for rooms in LAYERS[len(upper) :] for room in rooms}
+
+
+def loaded_by(code: str, cold: bool = True) -> list[str]:
+    """Names of all modules that a piece of code loads, in a process of its own; if not cold, of our modules."""
     script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    run = python(script, folder=ROOT, cold=cold)
+    assert run.returncode == 0, run.stderr
     names: list[str] = json.loads(run.stdout.splitlines()[-1])
     return names
 
@@ -129,10 +140,22 @@ def test_the_encoders_load_no_trl_and_few_modules_of_ours(names: str) -> None:
 
 @pytest.mark.parametrize("hook", ["pivot_rewards", "pivot_objectives", "pivot_probes", "pivot_sources"])
 def test_a_built_in_plugin_loads_when_its_hook_is_first_asked(hook: str) -> None:
-    modules = loaded_by(f"from pivot_plugin import hooks\nassert hooks.offered({hook!r})")
+    modules = loaded_by(f"from pivot_plugin import hooks\nassert hooks.offered({hook!r})", cold=False)
     from pivot_plugin.hooks.manager import BUILT_IN
 
     for plugin in BUILT_IN.values():
         if plugin.hook == hook:
             assert plugin.module in modules
     assert not own(modules, "adapters.qwen_vl")
+
+
+def test_what_tests_share_is_in_the_helpers() -> None:
+    """No test imports another or a conftest: what it would borrow is in `tests.helpers`."""
+    borrowed = []
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                target = "." * node.level + (node.module or "")
+                if target.startswith((".", "tests")) and not target.startswith("tests.helpers"):
+                    borrowed.append(f"{file.relative_to(ROOT)}:{node.lineno} imports from {target}")
+    assert not borrowed, "\n".join(borrowed)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import python
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,6 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pivot_plugin"}
@@ -43,6 +46,7 @@ def test_the_wheel_installs_nothing_outside_the_package(wheel: Path) -> None:
         assert f"pivot_plugin/{source}" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["root", "elsewhere"])
 def test_sub_packages_import_after_a_plain_install(wheel: Path, folder: str, tmp_path: Path) -> None:
     target = tmp_path / "site"
@@ -104,3 +108,15 @@ def test_names_are_written_alike_for_users_and_for_type_checkers() -> None:
         assert {name: getattr(module, name) for name, module in typed.items()} == {
             name: getattr(package, name) for name in package.__all__
         }
+
+
+@pytest.mark.parametrize("name", ["tests", "benchmarks", "examples"])
+def test_what_stands_beside_the_package_is_no_part_of_it(name: str) -> None:
+    code = f"""
+import importlib, pivot_plugin.hooks, pivot_plugin.adapters
+try:
+    importlib.import_module("pivot_plugin.{name}")
+except ModuleNotFoundError:
+    print("refused")
+"""
+    assert python(code, folder=ROOT).stdout == "refused\n"

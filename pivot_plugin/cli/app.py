@@ -11,7 +11,7 @@ import typer
 from pivot_plugin import __version__
 from pivot_plugin.errors import PivotError
 
-from . import encoders, measure, models, prefs, recipe, runs
+from . import encoders, measure, models, prefs, recipe, training
 
 cli = typer.Typer(
     name="pivot",
@@ -20,11 +20,11 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cli.command("optimize")(runs.optimize)
-cli.command("compare-arms")(runs.compare_arms)
-cli.command("assemble")(recipe.assemble)
-cli.command("align")(recipe.align)
-cli.command("instruct")(recipe.instruct)
+cli.command("optimize")(training.optimize)
+cli.command("compare-arms")(training.compare_arms)
+cli.command("assemble")(models.assemble)
+cli.command("align")(training.align)
+cli.command("instruct")(training.instruct)
 cli.command("compare")(measure.compare)
 cli.command("report")(measure.report)
 cli.command("benchmark")(measure.benchmark)
@@ -32,20 +32,16 @@ cli.command("push")(encoders.push)
 cli.command("verify")(encoders.verify)
 cli.command("graft")(encoders.graft)
 cli.command("list")(encoders.list_published)
-cli.command("demo")(runs.demo)
+cli.command("demo")(training.demo)
 cli.command("inspect")(models.inspect)
+cli.command("check")(models.check)
 cli.command("adapters")(models.adapters)
 cli.add_typer(prefs.group, name="prefs")
-recipes = typer.Typer(help="Several runs one after another.", no_args_is_help=True)
-recipes.command("specs")(runs.specs)
-recipes.command("run")(recipe.run)
-recipes.command("show")(recipe.show)
-recipes.callback()(lambda: None)
-cli.add_typer(recipes, name="recipe")
+cli.add_typer(recipe.group, name="recipe")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
 
@@ -64,7 +60,8 @@ def _root(
 
 def main() -> None:
     """Entry point of the `pivot` command: a PivotError becomes a sentence and exit status 1."""
-    if _plugins_asked_for():
+    # before the command line is read, so that it knows their commands; only then, since plugins import torch
+    if _names_no_built_in_command():
         from pivot_plugin.hooks import notify
 
         notify("pivot_commands", cli=cli)
@@ -80,8 +77,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def _plugins_asked_for() -> bool:
-    """Whether to load plugins, which import torch, before the command line is read: for commands not built in."""
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+def _names_no_built_in_command() -> bool:
+    """Whether the command line names a command that only a plugin can have."""
+    words = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     built_in = {command.name for command in cli.registered_commands} | {group.name for group in cli.registered_groups}
-    return bool(given) and given[0] not in built_in
+    return bool(words) and words[0] not in built_in

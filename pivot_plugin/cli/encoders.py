@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.choices import Projector
+
+from .options import empty_folder
 
 
 def push(
@@ -29,9 +31,9 @@ def push(
 
     import pivot_plugin as pivot
 
-    place = folder / "encoder" if (folder / "run.json").is_file() else folder
+    encoder = folder / "encoder" if (folder / "run.json").is_file() else folder
     published = pivot.publish(
-        place,
+        encoder,
         repo_id,
         private=private or None,
         revision=revision,
@@ -65,28 +67,28 @@ def verify(
 
     import pivot_plugin as pivot
 
-    found = pivot.verify(encoder, revision)
-    commit = found.origin.revision if found.origin else None
+    report = pivot.verify(encoder, revision)
+    commit = report.origin.revision if report.origin else None
     if as_json:
         print(
             json.dumps(
                 {
-                    "passed": found.passed,
+                    "passed": report.passed,
                     "commit": commit,
-                    "checks": [asdict(check) for check in found.checks],
-                    "provenance": found.provenance(),
+                    "checks": [asdict(check) for check in report.checks],
+                    "provenance": report.provenance(),
                 }
             )
         )
     else:
         words = {True: "ok", False: "FAILED", None: "not known"}
-        for check in found.checks:
+        for check in report.checks:
             print(f"{check.name}: {words[check.passed]}: {check.detail}")
         if commit:
             print(f"commit: {commit}")
-        for name, value in found.provenance().items():
+        for name, value in report.provenance().items():
             print(f"{name}: {json.dumps(value)}")
-    if not found.passed:
+    if not report.passed:
         raise typer.Exit(1)
 
 
@@ -94,7 +96,7 @@ def graft(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
     encoder: Annotated[str, typer.Argument(help="Folder or Hub id of an encoder.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the new MLLM.")],
-    projector: Annotated[str, typer.Option(help="keep, new or first-layer.")] = "keep",
+    projector: Annotated[Projector, typer.Option(help="Whether the MLLM keeps its projector.")] = "keep",
     revision: Annotated[str | None, typer.Option(help="Of the encoder.")] = None,
     seed: Annotated[int, typer.Option(help="Of a new projector.")] = 0,
 ) -> None:
@@ -102,13 +104,12 @@ def graft(
 
     pivot graft llava-hf/llava-1.5-7b-hf me/clip-pivot -o better-llava
     """
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise SettingsError(f"Folder {str(output_dir)!r} is not empty.", "Choose another folder, or empty it.")
+    empty_folder(output_dir)
     import pivot_plugin as pivot
     from pivot_plugin.models.loading import load_model
 
-    loaded, processor = load_model(model, None)
-    pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)  # type: ignore[arg-type]
+    loaded, processor = load_model(model)
+    pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)
     loaded.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     print(f"MLLM: {output_dir}")
@@ -126,17 +127,17 @@ def list_published(
 
     import pivot_plugin as pivot
 
-    found = pivot.list_encoders(author)
+    published = pivot.list_encoders(author)
     if as_json:
-        print(json.dumps([asdict(one) for one in found]))
+        print(json.dumps([asdict(one) for one in published]))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{len(found)} published encoder(s)")
+    table = Table(title=f"{len(published)} published encoder(s)")
     for column in ("repository", "base", "family", "scores"):
         table.add_column(column)
-    for one in found:
+    for one in published:
         scores = "\n".join(f"{name} {value:.4g}" for name, value in list(one.scores.items())[:6])
         table.add_row(one.repo_id, one.base, one.family, scores)
     Console().print(table)

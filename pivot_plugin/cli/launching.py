@@ -36,24 +36,24 @@ def relaunched(config: Path | None, processes: int | None = None) -> bool:
     """
     if config is None or LAUNCHED in os.environ:
         return False
-    known = {path.stem: path for path in _trls()}
-    file = config if config.is_file() else known.get(str(config))
+    of_trl = {path.stem: path for path in _configurations_of_trl()}
+    file = config if config.is_file() else of_trl.get(str(config))
     if file is None:
         raise SettingsError(
             f"There is no accelerate configuration {str(config)!r}.",
-            f"Write one by `accelerate config`, or choose one of TRL's: {', '.join(sorted(known)) or 'it has none'}.",
+            f"Write one by `accelerate config`, or choose one of TRL's: {', '.join(sorted(of_trl)) or 'it has none'}.",
         )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["--num_processes", str(processes)] if processes else []
-    done = subprocess.run(
+    launched = subprocess.run(
         [*command, "-m", "pivot_plugin.cli", *sys.argv[1:]], env=os.environ | {LAUNCHED: "1"}, check=False
     )
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    if launched.returncode:
+        raise SystemExit(launched.returncode)
     return True
 
 
-def _trls() -> list[Path]:
-    found = find_spec("trl")
-    places = found.submodule_search_locations if found else None
-    return [path for place in places or [] for path in Path(place).glob("accelerate_configs/*.yaml")]
+def _configurations_of_trl() -> list[Path]:
+    trl = find_spec("trl")
+    folders = trl.submodule_search_locations if trl else None
+    return [path for folder in folders or [] for path in Path(folder).glob("accelerate_configs/*.yaml")]

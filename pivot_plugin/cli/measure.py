@@ -9,7 +9,7 @@ import typer
 
 from pivot_plugin.errors import SettingsError
 
-from .runs import setting
+from .options import setting
 
 
 def compare(
@@ -34,26 +34,23 @@ def compare(
 
     pivot compare google/siglip2-base-patch16-384 run/encoder --probe linear=imagenet-1k --probe segmentation=ade20k
     """
-    given: dict[str, dict[str, object]] = {}
+    options_of: dict[str, dict[str, Any]] = {}
     for text in options or []:
         label, dot, rest = text.partition(".")
         if not dot:
             raise SettingsError(f"--option {text!r} is not label.name=value.", "For example: --option linear.seed=1.")
         name, value = setting(rest)
-        given.setdefault(label, {})[name] = value
-    wanted = dict(_probe(text) for text in probes or [])
-    if unknown := sorted(set(given) - set(wanted)):
+        options_of.setdefault(label, {})[name] = value
+    data_of = dict(_probe(text) for text in probes or [])
+    if unknown := sorted(set(options_of) - set(data_of)):
         raise SettingsError(
-            f"--option names the probe {unknown[0]!r}.", f"The probes are {', '.join(wanted) or 'none'}."
+            f"--option names the probe {unknown[0]!r}.", f"The probes are {', '.join(data_of) or 'none'}."
         )
-    import pivot_plugin as pivot
+    from pivot_plugin.probes import ProbeTask
+    from pivot_plugin.probes.comparison import compare as compare_all
 
-    comparison = pivot.compare(
-        examined,
-        {label: pivot.probes.Probing(name, data, given.get(label, {})) for label, (name, data) in wanted.items()},
-        mllm=mllm,
-        output=output,
-    )
+    tasks = {label: ProbeTask(probe, data, options_of.get(label, {})) for label, (probe, data) in data_of.items()}
+    comparison = compare_all(examined, tasks, mllm=mllm, output=output)
     print(json.dumps(comparison.as_dict()) if as_json else comparison)
 
 
@@ -68,17 +65,17 @@ def report(
 
     pivot report run -o report.html
     """
-    compared: dict[str, Any] | None = None
+    results: dict[str, Any] | None = None
     if comparison is not None:
         try:
-            compared = json.loads(comparison.read_text())
+            results = json.loads(comparison.read_text())
         except (OSError, ValueError) as error:
             raise SettingsError(
                 f"{str(comparison)!r} is no comparison: {error}", "Give what `pivot compare -o` wrote."
             ) from error
     from pivot_plugin.report import write_report
 
-    print(f"Report: {write_report(output, runs, compared)}")
+    print(f"Report: {write_report(output, runs, results)}")
 
 
 def benchmark(
@@ -109,8 +106,8 @@ def benchmark(
             shlex.join(benchmark_command(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python))
         )
         return
-    found = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python)
-    print(json.dumps(found, indent=1))
+    metrics = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python)
+    print(json.dumps(metrics, indent=1))
 
 
 def _probe(text: str) -> tuple[str, tuple[str, str]]:

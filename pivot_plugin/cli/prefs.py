@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from pivot_plugin.choices import PairUp
 from pivot_plugin.errors import SettingsError
 
-from .runs import reward_weight
+from .options import ImageFolder, reward_weight
 
 group = typer.Typer(help="Check preference pairs, or make them.", no_args_is_help=True)
 
@@ -19,6 +20,7 @@ def check(
     processor: Annotated[str | None, typer.Option(help="Model whose processor counts the tokens.")] = None,
     split: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
     columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs; repeat it.")] = None,
+    image_folder: ImageFolder = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images given by address.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, every row number included.")
@@ -28,10 +30,17 @@ def check(
 
     pivot prefs check ./pairs --processor llava-hf/llava-1.5-7b-hf
     """
-    named = dict(_named(text) for text in columns or [])
+    theirs = dict(_column(text) for text in columns or [])
     from pivot_plugin.data.checking import check as look
 
-    report = look(source, _processor(processor), split=split, columns=named or None, allow_urls=allow_urls)
+    report = look(
+        source,
+        _processor(processor),
+        split=split,
+        columns=theirs or None,
+        image_folder=image_folder,
+        allow_urls=allow_urls,
+    )
     print(json.dumps(report.as_dict()) if as_json else report)
     if report.errors:
         raise typer.Exit(1)
@@ -43,7 +52,7 @@ def build(
     questions: Annotated[str, typer.Argument(help="File, folder or Hub id of questions with answers.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the pairs.")],
     rewards: Annotated[list[str] | None, typer.Option("--reward", help="Name, or name=weight; repeat it.")] = None,
-    pair_up: Annotated[str, typer.Option(help="best-worst, best-each or all.")] = "best-worst",
+    pair_up: Annotated[PairUp, typer.Option(help="Which completions of a question make pairs.")] = "best-worst",
     margin: Annotated[float, typer.Option(help="Leave out pairs not further apart than this.")] = 0.0,
     n: Annotated[int, typer.Option("--n", help="Completions per question.")] = 8,
     temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
@@ -52,6 +61,8 @@ def build(
     instruction: Annotated[str | None, typer.Option(help="Put behind every question.")] = None,
     engine: Annotated[str | None, typer.Option(help="Address of a vLLM server.")] = None,
     split: Annotated[str | None, typer.Option(help="Of the questions.")] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="ours=theirs; repeat it.")] = None,
+    image_folder: ImageFolder = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -62,6 +73,7 @@ def build(
     pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
     """
     weighted = [reward_weight(text) for text in rewards or ["accuracy"]]
+    theirs = dict(_column(text) for text in columns or [])
     from pivot_plugin.data.questions import load_questions
     from pivot_plugin.data.storage import save
     from pivot_plugin.generation.ranking import rank
@@ -70,11 +82,11 @@ def build(
     from pivot_plugin.rewards import resolve_rewards
 
     functions = resolve_rewards([name for name, _ in weighted])
-    asked = load_questions(questions, split=split)
-    mllm, processor = load_model(model, None)
+    dataset = load_questions(questions, columns=theirs or None, image_folder=image_folder, split=split)
+    mllm, processor = load_model(model)
     candidates = sample(
         mllm,
-        asked,
+        dataset,
         processor=processor,
         n=n,
         temperature=temperature,
@@ -85,15 +97,15 @@ def build(
         seed=seed,
         output_dir=output_dir / "candidates",
     )
-    pairs = rank(candidates, functions, [weight for _, weight in weighted], pair_up=pair_up, margin=margin)  # type: ignore[arg-type]
-    said = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
-    built = (
+    pairs = rank(candidates, functions, [weight for _, weight in weighted], pair_up=pair_up, margin=margin)
+    judges = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
+    how_built = (
         f"{n} completions per question were sampled at temperature {temperature:g} and paired by score "
-        f"({pair_up}, margin {margin:g}). Rewards: {said}. {len(asked):,} questions gave {len(pairs):,} pairs."
+        f"({pair_up}, margin {margin:g}). Rewards: {judges}. {len(dataset):,} questions gave {len(pairs):,} pairs."
     )
-    report = save(pairs, output_dir / "pairs", built)
+    report = save(pairs, output_dir / "pairs", how_built)
     if as_json:
-        print(json.dumps({"questions": len(asked), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
+        print(json.dumps({"questions": len(dataset), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
     else:
         print(f"{report}\nPairs: {output_dir / 'pairs'}")
 
@@ -127,7 +139,7 @@ def _processor(name: str | None) -> object | None:
     return loaded
 
 
-def _named(text: str) -> tuple[str, str]:
+def _column(text: str) -> tuple[str, str]:
     ours, equals, theirs = text.partition("=")
     if not equals or not ours or not theirs:
         raise SettingsError(f"--column {text!r} is not ours=theirs.", "For example: --column prompt=instruction.")

@@ -1,124 +1,70 @@
-"""Commands of the whole recipe: `pivot assemble`, `align`, `instruct`, `recipe run`, `recipe show`."""
+"""Commands of the group `pivot recipe`: several runs one after another."""
 
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pivot_plugin.errors import SettingsError
 
-from .launching import ACCELERATE, PROCESSES, relaunched
-from .runs import lora_rank, setting
+from .launching import relaunched
+from .options import AccelerateConfig, Lora, Processes, lora_rank, setting
 
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any field of TRL's SFTConfig, as name=value; repeat it.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")]
-ImageFolder = Annotated[Path | None, typer.Option(help="What relative image paths start from.")]
-Fraction = Annotated[float, typer.Option(help="Share of the rows to hold out.")]
-OnBadRow = Annotated[str, typer.Option(help="raise, or skip: leave bad rows out and list them.")]
-AccelerateConfig = Annotated[Path | None, ACCELERATE]
-Processes = Annotated[int | None, PROCESSES]
+group = typer.Typer(help="Several runs one after another.", no_args_is_help=True)
 
 
-def assemble(
-    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of a vision encoder.")],
-    language_model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the MLLM.")],
-    feature_layer: Annotated[int, typer.Option(help="Hidden state that the projector reads.")] = -2,
-    chat_template: Annotated[str | None, typer.Option(help="chatml, plain, or Jinja, where there is none.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
+@group.command("specs")
+def specs(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the base.")],
+    questions: Annotated[str, typer.Argument(help="File, folder or Hub id of questions with answers.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the stages.")] = Path("pivot-specs"),
+    skip: Annotated[list[str] | None, typer.Option(help="zero, pairs, cold-start or final; repeat it.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Of the cold start, where the stage pairs is skipped.")] = None,
+    lora: Lora = "16",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value of all training stages, or stage.name=value of one; repeat it."),
+    ] = None,
 ) -> None:
-    """Join a vision encoder and a language model to an MLLM, in an ordinary transformers folder.
+    """SPECS: a short GRPO, self-distilled pairs, a cold start on them, and GRPO again.
 
-    pivot assemble google/siglip2-so400m-patch16-384 Qwen/Qwen2.5-1.5B-Instruct -o mllm
+    Finished stages are not run again: the same command goes on where it stopped.
+
+    pivot recipe specs my-model ./questions.jsonl -o out --set zero.max_steps=200 --set pairs.n=8
     """
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise SettingsError(f"{str(output_dir)!r} is not empty.", "Choose another folder.")
-    import pivot_plugin as pivot
-
-    model, processor = pivot.assemble(
-        encoder, language_model, feature_layer=feature_layer, chat_template=chat_template, seed=seed
-    )
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    print(f"MLLM: {output_dir} ({model.num_parameters():,} parameters)")
-
-
-def align(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
-    captions: Annotated[str, typer.Argument(help="Images with captions: a file, folder, zip or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the run.")] = Path("pivot-align"),
-    image_folder: ImageFolder = None,
-    eval_fraction: Fraction = 0.0,
-    on_bad_row: OnBadRow = "raise",
-    resume: Resume = False,
-    settings: Settings = None,
-    accelerate_config: AccelerateConfig = None,
-    num_processes: Processes = None,
-) -> None:
-    """Teach an MLLM's projector the language of its language model.
-
-    pivot align mllm blip_laion_cc_sbu_558k.json --image-folder images -o aligned
-    """
-    options = dict(setting(text) for text in settings or [])
-    if relaunched(accelerate_config, num_processes):
-        return
-    import pivot_plugin as pivot
-
-    result = pivot.align(
-        *(model, captions),
-        output_dir=output_dir,
-        image_folder=image_folder,
-        eval_fraction=eval_fraction,
-        on_bad_row=on_bad_row,  # type: ignore[arg-type]
-        resume=resume,
-        **options,  # type: ignore[arg-type]
-    )
-    print(f"MLLM: {result.output_dir / 'model'}")
-
-
-def instruct(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
-    conversations: Annotated[str, typer.Argument(help="Conversations: a file, folder, zip or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the run.")] = Path("pivot-instruct"),
-    train: Annotated[str, typer.Option(help="projector+language_model, all, ...")] = "projector+language_model",
-    lora: Annotated[str, typer.Option(help="LoRA rank, or none to train the weights themselves.")] = "none",
-    image_folder: ImageFolder = None,
-    eval_fraction: Fraction = 0.0,
-    on_bad_row: OnBadRow = "raise",
-    resume: Resume = False,
-    settings: Settings = None,
-    accelerate_config: AccelerateConfig = None,
-    num_processes: Processes = None,
-) -> None:
-    """Teach an MLLM to answer questions about images.
-
-    pivot instruct aligned/model conversations.json --train all -o instructed
-    """
-    options = dict(setting(text) for text in settings or [])
+    common: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]] = {}
+    for text in settings or []:
+        stage, dot, rest = text.partition(".")
+        if dot and "=" not in stage:
+            name, value = setting(rest)
+            stages.setdefault(stage, {})[name] = value
+        else:
+            common |= dict([setting(text)])
     rank = lora_rank(lora)
-    if relaunched(accelerate_config, num_processes):
-        return
-    import pivot_plugin as pivot
+    from pivot_plugin import recipes
 
-    result = pivot.instruct(
-        *(model, conversations),
-        output_dir=output_dir,
-        train=train,  # type: ignore[arg-type]
-        lora=rank,
-        image_folder=image_folder,
-        eval_fraction=eval_fraction,
-        on_bad_row=on_bad_row,  # type: ignore[arg-type]
-        resume=resume,
-        **options,  # type: ignore[arg-type]
-    )
-    print(f"MLLM: {result.output_dir / 'model'}")
+    with contextlib.redirect_stdout(sys.stderr):
+        result = recipes.specs(
+            model,
+            questions,
+            pairs=pairs,
+            output_dir=output_dir,
+            lora=rank,
+            skip=skip or (),
+            stages=stages,
+            **common,
+        )
+    for done in result.stages:
+        trains = "-" if done.trains is None else done.trains
+        print(f"{done.name}: {done.folder} (trains: {trains}; {done.seconds:.0f} s) {json.dumps(done.metrics)}")
 
 
+@group.command("run")
 def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a ready recipe: paper, single-gpu, embedded.")],
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Instead of the recipe's.")] = None,
@@ -142,17 +88,20 @@ def run(
 
         read = load_recipe(recipe)
         if output_dir is not None:
-            read.output_dir = str(output_dir)
+            read = replace(read, output_dir=output_dir)
         if seeds is not None:
-            read.seeds = _numbers(seeds)
-        found = plan_recipe(read) if dry_run else run_recipe(read, estimate=estimate)
-    if not as_json:
-        print(found)
-        return
-    rows = [vars(score) for score in getattr(found, "scores", [])]
-    print(json.dumps(found.as_dict() if dry_run else rows))  # type: ignore[union-attr]
+            read = replace(read, seeds=_numbers(seeds))
+        if dry_run:
+            plan = plan_recipe(read)
+        else:
+            result = run_recipe(read, estimate=estimate)
+    if dry_run:
+        print(json.dumps(plan.as_dict()) if as_json else plan)
+    else:
+        print(json.dumps([vars(score) for score in result.scores]) if as_json else result)
 
 
+@group.command("show")
 def show(name: Annotated[str, typer.Argument(help="paper, single-gpu or embedded.")]) -> None:
     """Print a ready recipe, to begin one's own with.
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pivot_plugin.errors import DataError, ModelError
+from pivot_plugin.errors import ModelError
 from pivot_plugin.models.image_tokens import ImageTokens
 
 from .images import MAX_PIXELS
-from .pairs import PairDataset, load
+from .pairs import load_pairs
 from .records import RowRecord, inspect_rows
 
 Severity = Literal["error", "warning"]
@@ -102,7 +102,7 @@ def check(source: object, processor: Any = None, max_pixels: int = MAX_PIXELS, *
         source: as for `load`, with random access.
         processor: of a model; tokens per pair and per image are counted for it.
         max_pixels: larger images are reported.
-        **options: as for `load`: `split`, `columns`, `allow_urls`, `name`.
+        **options: as for `load`: `split`, `columns`, `image_folder`, `allow_urls`, `name`.
 
     Returns:
         the report; its `errors` is 0 where every row can be trained on.
@@ -111,18 +111,13 @@ def check(source: object, processor: Any = None, max_pixels: int = MAX_PIXELS, *
         DataError: if the source cannot be read at all, or is a stream.
         ModelError: if the processor is none.
     """
-    pairs = load(source, max_pixels=max_pixels, **options)
-    if not isinstance(pairs, PairDataset):
-        raise DataError(
-            "A stream of pairs cannot be checked as a whole.",
-            "Give a data set with random access; a stream's rows are checked as they pass.",
-        )
-    found = _Found()
+    pairs = load_pairs(source, max_pixels=max_pixels, **options)
+    totals = _Found()
     for row, record in enumerate(
         inspect_rows(pairs, pairs.name, None if processor is None else _TokenCounter(processor))
     ):
-        found.add(row, record)
-    return CheckReport(pairs.name, len(pairs), found.defects(), found.statistics())
+        totals.add(row, record)
+    return CheckReport(pairs.name, len(pairs), totals.defects(), totals.statistics())
 
 
 @dataclass
@@ -144,7 +139,7 @@ class _TokenCounter:
         """Tokens of prompt with chosen answer, of prompt with rejected answer, and those of them that are images."""
         texts = self._image_tokens.texts(pair)
         images = self._image_tokens.process_images([pair["images"]] if pair["images"] else [], [texts["prompt"]])
-        expansions = images.expansions and images.expansions[0]
+        expansions = images.expansions_of(0 if pair["images"] else -1)
         prompt = len(self._image_tokens.prompt(pair, texts["prompt"], expansions))
         chosen, rejected = (len(self._image_tokens.tokens(texts[side])) for side in ("chosen", "rejected"))
         return prompt + chosen, prompt + rejected, sum(sum(counts) for counts in images.counts)
@@ -190,33 +185,33 @@ class _Found:
             counts.append(count)
 
     def defects(self) -> list[Defect]:
-        found = [
+        defects = [
             Defect(kind, "error", rows, examples, remedy)
             for kind, (rows, examples, remedy) in sorted(self._bad.items())
         ]
         duplicated, contradictory = self._repeated()
         if contradictory:
             remedy = "One of the two is wrong: drop one, or both."
-            said = "The same two answers to the same question stand both ways round."
-            found.append(Defect("contradictory pairs", "error", contradictory, [said], remedy))
+            example = "The same two answers to the same question stand both ways round."
+            defects.append(Defect("contradictory pairs", "error", contradictory, [example], remedy))
         if duplicated:
             remedy = "Each counts again: drop the repeats unless that is meant."
-            said = "The same images, prompt, chosen and rejected stood in an earlier row."
-            found.append(Defect("duplicated pairs", "warning", duplicated, [said], remedy))
+            example = "The same images, prompt, chosen and rejected stood in an earlier row."
+            defects.append(Defect("duplicated pairs", "warning", duplicated, [example], remedy))
         if len(self._near):
             remedy = "Such pairs teach spelling; drop them unless that is meant."
-            said = "Chosen and rejected differ only in case, spaces or punctuation."
-            found.append(Defect("near-equal answers", "warning", self._near, [said], remedy))
+            example = "Chosen and rejected differ only in case, spaces or punctuation."
+            defects.append(Defect("near-equal answers", "warning", self._near, [example], remedy))
         longer, probability = self._length_bias()
         if probability < BIAS_P and max(longer, 1 - longer) >= BIAS_SHARE:
             side, share = ("chosen", longer) if longer > 0.5 else ("rejected", 1 - longer)
-            said = f"The {side} answer is the longer one in {share:.0%} of the pairs with unequal lengths."
+            example = f"The {side} answer is the longer one in {share:.0%} of the pairs with unequal lengths."
             remedy = "A model can learn length instead of content: balance the pairs, or use a length-averaged loss."
-            found.append(Defect("length bias", "warning", [], [said], remedy))
+            defects.append(Defect("length bias", "warning", [], [example], remedy))
         for token, rows in self._special.items():
             remedy = "Fine where the chat template means it; otherwise it is text of another model's format."
-            found.append(Defect(f"special token {token}", "warning", rows, [], remedy))
-        return found
+            defects.append(Defect(f"special token {token}", "warning", rows, [], remedy))
+        return defects
 
     def _repeated(self) -> tuple[list[int], list[int]]:
         """Rows that repeat an earlier pair, and rows whose pair stands both ways round."""

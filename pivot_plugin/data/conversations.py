@@ -1,14 +1,13 @@
 """Conversations about images, as people have them for supervised fine-tuning of MLLMs, in one normal form."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pivot_plugin.errors import DataError
 from pivot_plugin.hooks.types import Layout
 
-from .layout import IMAGE_MARKER, images_of, messages_of, text_of, with_markers
+from .layout import IMAGE_MARKER, images_of, messages_of, refuse_lost_question, text_of, with_markers
 from .rows import RowDataset
 from .sources import open_source
 
@@ -22,6 +21,8 @@ SPEAKERS = {
     "model": "assistant",
     "system": "system",
 }
+# where others keep questions; a caption may have any other text beside it, such as its address
+QUESTION_COLUMNS = ("instruction", "query", "problem", "input", "prompt", "question", "messages", "conversations")
 CAPTION_COLUMNS = ("caption", "text")
 LAYOUTS = (
     "conversations (LLaVA's: 'from' and 'value'), messages (role and content), caption or text, question and answer, "
@@ -69,8 +70,8 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
     messages = messages_of(_turns(row, where), "user", where, "conversations")
     if len(images) == 1:
         messages = [_image_first(message) for message in messages]
-    asked = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
-    messages = [m for index, m in enumerate(messages) if index >= asked or m["role"] == "system"]
+    first_question = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    messages = [m for index, m in enumerate(messages) if index >= first_question or m["role"] == "system"]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -82,9 +83,13 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
             f"Take {IMAGE_MARKER} out of the answers; images belong to the questions.",
             "image marker in an answer",
         )
-    given = row.get("id")
+    if not any(text_of([message]).strip() for message in messages if message["role"] == "user"):
+        read = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+        unread = [name for name in QUESTION_COLUMNS if name in row and name != read]
+        refuse_lost_question(row, where, unread, "Call the column of the question 'question'")
+    row_id = row.get("id")
     return {
-        "id": str(where if given is None or given == "" else given),
+        "id": str(where if row_id is None or row_id == "" else row_id),
         "images": images,
         "messages": with_markers(messages, len(images), where),
     }
@@ -92,22 +97,22 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _turns(row: Mapping[str, Any], where: str) -> list[Any]:
     """What is said in a row, in whatever layout, as messages."""
-    said = row.get("messages") if row.get("messages") is not None else row.get("conversations")
-    if said is not None:
-        if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
+    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    if turns is not None:
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
             raise DataError(
-                f"{where}: conversations is {type(said).__name__} {str(said)[:60]!r}.",
+                f"{where}: conversations is {type(turns).__name__} {str(turns)[:60]!r}.",
                 "Give a list of turns, each with 'from' and 'value', or 'role' and 'content'.",
                 "wrong type",
             )
-        return [_turn(turn, where) for turn in said]
-    asked = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
-    answered = next((row[name] for name in ("completion", "answer") if row.get(name) is not None), None)
-    if answered is not None and asked is not None:
-        return [*_as_list(asked, "user"), *_as_list(answered, "assistant")]
+        return [turn_of(turn, where) for turn in turns]
+    question = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
+    answer = next((row[name] for name in ("completion", "answer") if row.get(name) is not None), None)
+    if answer is not None and question is not None:
+        return [*_as_list(question, "user"), *_as_list(answer, "assistant")]
     caption = next((row[name] for name in CAPTION_COLUMNS if row.get(name) is not None), None)
     if caption is not None:
-        return [*_as_list("" if asked is None else asked, "user"), *_as_list(caption, "assistant")]
+        return [*_as_list("" if question is None else question, "user"), *_as_list(caption, "assistant")]
     raise DataError(
         f"{where} is no conversation; it has the columns {', '.join(sorted(map(str, row))) or 'none'}.",
         f"Give one of these: {LAYOUTS}.",
@@ -115,7 +120,8 @@ def _turns(row: Mapping[str, Any], where: str) -> list[Any]:
     )
 
 
-def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+def turn_of(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A turn of a conversation, in whoever's words, as a message with role and content."""
     speaker = turn.get("from", turn.get("role"))
     if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
         raise DataError(
@@ -125,8 +131,8 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"role": SPEAKERS[speaker.lower()], "content": content}
 
 
-def _as_list(said: object, role: str) -> list[Any]:
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
+def _as_list(content: object, role: str) -> list[Any]:
+    return content if isinstance(content, list) else [{"role": role, "content": content}]
 
 
 def _image_first(message: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +156,7 @@ def load_conversations(
             .zip file or of a folder with such files; rows in a layout of `LAYOUTS`: LLaVA-Pretrain, LLaVA-OneVision,
             Cambrian and the like. Images as paths, bytes or PIL.
         name: of the data, for errors.
-        image_folder: what relative image paths start from; the data's own folder where None.
+        image_folder: where relative image paths are looked up first, and then in the data's own folder.
         **options: `split`, `allow_urls`, `max_pixels` as for `load`.
 
     Raises:
@@ -158,7 +164,4 @@ def load_conversations(
     """
     if isinstance(source, ConversationDataset):
         return source
-    opened = open_source(source, name, **options)
-    if image_folder is not None:
-        opened = replace(opened, access=replace(opened.access, folder=Path(image_folder)))
-    return ConversationDataset(opened, name=name)
+    return ConversationDataset(open_source(source, name, image_folder=image_folder, **options), name=name)

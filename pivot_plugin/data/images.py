@@ -30,12 +30,14 @@ class ImageAccess:
         confined: refuse paths that leave the folder, as rows from strangers may.
         allow_urls: fetch images given by http(s) address.
         max_pixels: refuse larger images before decoding them.
+        image_folder: where relative paths are looked up before `folder`.
     """
 
     folder: Path | None = None
     confined: bool = False
     allow_urls: bool = False
     max_pixels: int = MAX_PIXELS
+    image_folder: Path | None = None
 
     def encoded(self, source: object, where: str) -> bytes | Image.Image:
         """The encoded bytes of an image, or the image itself where it is decoded already.
@@ -65,8 +67,11 @@ class ImageAccess:
 
     def _read(self, source: str | Path, where: str) -> bytes:
         folder = self.folder or Path()
-        path = folder / source
+        tried = folder / source
         try:
+            if self.image_folder is not None and (self.image_folder / source).exists():
+                folder = self.image_folder
+            path = folder / source
             if self.confined and not path.resolve().is_relative_to(folder.resolve()):
                 raise DataError(
                     f"{where}: image {str(source)!r} lies outside of {str(folder)!r}.",
@@ -76,9 +81,13 @@ class ImageAccess:
             return path.read_bytes()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
+            elsewhere = self.image_folder is not None and self.image_folder / source != tried
+            places = [self.image_folder / source] if self.image_folder is not None and elsewhere else []
             raise DataError(
-                f"{where}: image {str(path)!r} cannot be read ({reason}).",
-                "Check the path and its permissions; relative paths start from the data's own folder.",
+                f"{where}: image {' nor '.join(repr(str(place)) for place in (*places, tried))} cannot be read "
+                f"({reason}).",
+                "Check the path and its permissions; relative paths start from image_folder= (--image-folder), where "
+                "it is given, and from the data's own folder.",
                 MISSING,
             ) from error
 

@@ -3,7 +3,7 @@
 Images stay encoded; a row is checked for everything that can be seen without decoding them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from trl.data_utils import extract_prompt
@@ -14,6 +14,10 @@ from pivot_plugin.hooks.types import Layout
 
 IMAGE_MARKER = "<image>"
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+BESIDE_A_PAIR = ("images", "image", "id", "source", "score_chosen", "score_rejected")
+BESIDE_A_QUESTION = ("images", "image", "id", "source", "answer", "solution", "completions", "prompt", "question")
+# where turns and parts keep their text, and how deep: a list of turns, a turn, a list of parts, a part
+TEXT_KEYS, TURNS_PARTS_TEXT = ("content", "value", "text", "question", "prompt"), 4
 # what a layout needs beside its images, for the message about a row in none of them
 KNOWN = {
     "TRL's pairs": ("prompt", "chosen", "rejected"),
@@ -21,6 +25,10 @@ KNOWN = {
     "RLAIF-V and MMPR": ("question", "chosen", "rejected"),
     "scored completions": ("prompt", "completions", "scores"),
     "ranked candidates": ("prompt", "ranked"),
+    "ms-swift": ("messages", "rejected_response"),
+    "LLaMA-Factory's sharegpt ranking": ("conversations", "chosen", "rejected"),
+    "LLaMA-Factory's alpaca ranking": ("instruction", "chosen", "rejected"),
+    "LLaMA-Factory v1": ("chosen_messages", "rejected_messages"),
 }
 
 
@@ -58,19 +66,37 @@ def recognise(example: Mapping[str, Any], name: str, columns: Mapping[str, str] 
 
 
 def _renamed(example: Mapping[str, Any], name: str, columns: dict[str, str]) -> Layout:
-    allowed = (*PAIR_COLUMNS, "images", "image", "id", "source", "score_chosen", "score_rejected")
+    allowed = (*PAIR_COLUMNS, *BESIDE_A_PAIR)
+    check_columns(columns, allowed, example, name)
+
+    def layout(row: Mapping[str, object]) -> Mapping[str, object]:
+        kept = {column: value for column, value in row.items() if column not in columns}
+        if "prompt" in columns:
+            # who says what the question is says that nothing else is
+            kept = {column: value for column, value in kept.items() if column in allowed}
+        return kept | {ours: row.get(theirs) for ours, theirs in columns.items()}
+
+    return layout
+
+
+def check_columns(columns: Mapping[str, str], allowed: Collection[str], example: Mapping[str, Any], name: str) -> None:
+    """Refuse `columns` that name what is not there.
+
+    Args:
+        columns: our names to the data's own.
+        allowed: what ours may be.
+        example: the first row.
+        name: of the data, for errors.
+
+    Raises:
+        SettingsError: naming what is wrong.
+    """
     for ours, theirs in columns.items():
         if ours not in allowed:
             raise SettingsError(f"columns names {ours!r}.", f"Its keys are {', '.join(allowed)}.")
         if theirs not in example:
             finding = f"columns[{ours!r}] is {theirs!r}, but the rows of {name} have {', '.join(map(str, example))}."
             raise unknown("column", theirs, example, finding)
-
-    def layout(row: Mapping[str, object]) -> Mapping[str, object]:
-        kept = {column: value for column, value in row.items() if column not in columns}
-        return kept | {ours: row.get(theirs) for ours, theirs in columns.items()}
-
-    return layout
 
 
 def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -88,7 +114,13 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: for a missing column, an empty answer, equal answers, or images and markers that do not agree.
     """
-    if row.get("prompt") is None and row.get("chosen") is not None and row.get("rejected") is not None:
+    if implicit := row.get("prompt") is None and row.get("chosen") is not None and row.get("rejected") is not None:
+        if "prompt" in row and isinstance(row["chosen"], str):
+            raise DataError(
+                f"{where}: its prompt is null.",
+                "Give each row its question, an empty text where it has none, or leave the column prompt out.",
+                "missing column",
+            )
         row = {**row, **_without_prompt(row, where)}
     if missing := [name for name in PAIR_COLUMNS if row.get(name) is None]:
         raise DataError(
@@ -102,6 +134,9 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         "chosen": messages_of(row["chosen"], "assistant", where, "chosen"),
         "rejected": messages_of(row["rejected"], "assistant", where, "rejected"),
     }
+    # of two texts no one knows where their common beginning ceases to be the question
+    if (implicit and isinstance(row["chosen"], str)) or not _asks(pair["prompt"]):
+        refuse_lost_question(row, where, [name for name in row if name not in (*PAIR_COLUMNS, *BESIDE_A_PAIR)])
     for side in ("chosen", "rejected"):
         if not text_of(pair[side]).strip():
             raise DataError(
@@ -144,17 +179,59 @@ def normalise_question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if prompt is None:
         raise DataError(
             f"{where} has no prompt and no question; it has {', '.join(sorted(map(str, row))) or 'nothing'}.",
-            "A question needs prompt or question, and images (a list) or image.",
+            "A question needs prompt or question, and images (a list) or image; say which column it is, for example "
+            "columns={'prompt': 'instruction'}.",
             "missing column",
         )
     images = images_of(row)
     messages = messages_of(prompt, "user", where, "prompt")
-    given = row.get("id")
+    if "chosen" not in row and not _asks(messages):
+        refuse_lost_question(row, where, [name for name in row if name not in BESIDE_A_QUESTION])
+    row_id = row.get("id")
     return {
-        "id": str(where if given is None or given == "" else given),
+        "id": str(where if row_id is None or row_id == "" else row_id),
         "images": images,
         "prompt": with_markers(messages, len(images), where),
     }
+
+
+def _asks(prompt: list[dict[str, Any]]) -> bool:
+    """Whether a user says something in a prompt."""
+    return bool(text_of([message for message in prompt if message["role"] == "user"]).strip())
+
+
+def refuse_lost_question(row: Mapping[str, Any], where: str, unread: Collection[str], remedy: str = "") -> None:
+    """Refuse a row without a question where text stands in a column that nobody reads: that is the question.
+
+    Args:
+        row: whose question is empty.
+        where: names the row in errors.
+        unread: its columns that would be left out.
+        remedy: how a question is named; by `columns` where it is not said.
+
+    Raises:
+        DataError: naming the columns that hold text.
+    """
+    columns = [name for name in unread if _holds_text(row[name])]
+    if columns:
+        raise DataError(
+            f"{where} has no question, and text in {', '.join(map(repr, columns))}, which nobody reads; its columns "
+            f"are {', '.join(map(str, row))}.",
+            (remedy or f"Say which column the question is, for example columns={{'prompt': {columns[0]!r}}}")
+            + "; drop these columns if the question is the image alone.",
+            "lost question",
+        )
+
+
+def _holds_text(value: object, depth: int = TURNS_PARTS_TEXT) -> bool:
+    """Whether a value is text, or turns or parts with text in them; image files in records are none."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if depth == 0:
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_text(value.get(name), depth - 1) for name in TEXT_KEYS)
+    return isinstance(value, list | tuple) and any(_holds_text(item, depth - 1) for item in value)
 
 
 def _without_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pivot_plugin.choices import OnBadRow
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks.types import Layout
 
 from .images import MAX_PIXELS, ImageAccess
 from .layout import normalise, recognise
 from .records import inspect_row
-from .rows import OnBadRow, RowDataset, as_mapping, normalised
+from .rows import RowDataset, as_mapping, normalised, refuse_late_options
 from .skipped import SKIPPED_FILE, SkippedRows
 from .sources import open_source
 
@@ -123,6 +124,7 @@ def load(
     streaming: bool = False,
     allow_urls: bool = False,
     max_pixels: int = MAX_PIXELS,
+    image_folder: str | Path | None = None,
     name: str = "prefs",
 ) -> PairDataset | PairStream:
     """Preference pairs from what people bring, lazily: a row is read when it is needed, an image decoded when it is.
@@ -131,7 +133,7 @@ def load(
         source: a list of dicts, a generator, a `datasets.Dataset`, `DatasetDict` or `IterableDataset`, a Hub id, the
             path of a .jsonl, .json, .parquet, .arrow or .zip file or of a folder with such files, or pairs that are
             loaded already. Rows in the layouts of TRL, RLAIF-V, RLHF-V, MMPR, VLFeedback and the like, scored
-            completions or ranked candidates; others by `columns` or a plugin.
+            completions or ranked candidates, of ms-swift and LLaMA-Factory; others by `columns` or a plugin.
         split: of a data set that has several; "train" where not given.
         columns: our column names to the data's own: {"prompt": "instruction"}.
         on_bad_row: "raise" names a row that cannot be used when it is read (or all are verified, as training does);
@@ -140,6 +142,7 @@ def load(
         streaming: read a Hub data set as a stream.
         allow_urls: fetch images given by http(s) address.
         max_pixels: refuse larger images.
+        image_folder: where relative image paths are looked up first, and then in the data's own folder.
         name: of the data, for errors.
 
     Returns:
@@ -152,12 +155,31 @@ def load(
     """
     if on_bad_row not in ("raise", "skip"):
         raise SettingsError(f"on_bad_row is {on_bad_row!r}.", "Choose 'raise' or 'skip'.")
+    if isinstance(source, PairDataset | PairStream):
+        refuse_late_options("pairs", image_folder=image_folder)
     if isinstance(source, PairDataset):
         return source.verify("skip", skipped) if on_bad_row == "skip" else source
     if isinstance(source, PairStream):
         return source
-    opened = open_source(source, name, split, streaming, allow_urls, max_pixels)
+    opened = open_source(source, name, split, streaming, allow_urls, max_pixels, image_folder)
     if opened.is_stream:
         return PairStream(opened.rows, opened.name, columns, opened.access, on_bad_row, skipped)
     pairs = PairDataset(opened, columns=columns)
     return pairs.verify("skip", skipped) if on_bad_row == "skip" else pairs
+
+
+def load_pairs(source: object, name: str = "prefs", **options: Any) -> PairDataset:
+    """Preference pairs that can be read in any order and more than once: `load` for work that no stream can serve.
+
+    Args:
+        source: as for `load`, with random access.
+        name: of the data, for errors.
+        **options: of `load`.
+
+    Raises:
+        DataError: as `load`, and for a stream.
+    """
+    pairs = load(source, name=name, **options)
+    if isinstance(pairs, PairStream):
+        raise DataError(f"{name} is a stream.", "Give rows with random access: a list, a data set or a file.")
+    return pairs

@@ -4,21 +4,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset
 
-from pivot_plugin.errors import DataError, PivotError
+from pivot_plugin.choices import OnBadRow as OnBadRow
+from pivot_plugin.errors import DataError, PivotError, SettingsError
 from pivot_plugin.hooks.types import Layout
 
 from .images import KEY_LENGTH, ImageAccess
 from .records import inspect_row, inspect_rows
 from .skipped import SkippedRows
 from .sources import Source, open_source
-
-OnBadRow = Literal["raise", "skip"]
-
 
 Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
 
@@ -149,22 +147,49 @@ class RowDataset:
         return digest.hexdigest()
 
 
+def refuse_late_options(what: str, **options: object) -> None:
+    """Refuse options of reading for rows that are read already.
+
+    Raises:
+        SettingsError: naming the first that is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise SettingsError(
+                f"{name} is given for {what} that are loaded already.", f"Give {name} where they are loaded."
+            )
+
+
 def as_mapping(row: object, where: str) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}.", "Give rows as dicts.", "wrong type")
+    if any(isinstance(value, np.ndarray) for value in row.values()):
+        return {name: _without_arrays(value) if isinstance(value, np.ndarray) else value for name, value in row.items()}
     return row
 
 
+def _without_arrays(value: Any) -> Any:
+    """Lists in place of arrays of objects, as which pandas reads the lists of a parquet file; numbers stay arrays."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_without_arrays(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _without_arrays(item) for name, item in value.items()}
+    return value
+
+
 def normalised(row: object, layout: Layout | None, normal: Normal, where: str) -> dict[str, Any]:
-    found = as_mapping(row, where)
+    mapping = as_mapping(row, where)
     if layout is not None:
         try:
-            found = as_mapping(layout(found), f"{where}, as its layout gives it,")
+            mapping = as_mapping(layout(mapping), f"{where}, as its layout gives it,")
         except PivotError as error:
-            raise DataError(f"{where}: {error.finding}", error.remedy) from error
+            kind = error.kind if isinstance(error, DataError) else "unusable row"
+            raise DataError(f"{where}: {error.finding}", error.remedy, kind) from error
         # layouts are foreign code that meets foreign rows
         except Exception as error:
             raise DataError(
                 f"{where}: its layout raised {type(error).__name__}: {error}.", "Mend the row or the plugin."
             ) from error
-    return normal(found, where)
+    return normal(mapping, where)

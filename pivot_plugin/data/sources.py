@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -63,6 +63,7 @@ def open_source(
     streaming: bool = False,
     allow_urls: bool = False,
     max_pixels: int = MAX_PIXELS,
+    image_folder: str | Path | None = None,
 ) -> Source:
     """Open a source of rows.
 
@@ -72,11 +73,16 @@ def open_source(
         split: of a DatasetDict or Hub id; may be left out where there is one, or a "train".
         streaming: read a Hub id as a stream.
         allow_urls, max_pixels: as for `ImageAccess`.
+        image_folder: where relative image paths are looked up first, and then in the data's own folder.
 
     Raises:
         DataError: if the source is none of these, cannot be read, or is empty.
     """
-    opened = _open(source, name, split, streaming, ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels))
+    image_folder = None if image_folder is None else Path(image_folder)
+    if image_folder is not None and not image_folder.is_dir():
+        raise DataError(f"image_folder {str(image_folder)!r} is no folder.", "Give the folder that holds the images.")
+    access = ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels, image_folder=image_folder)
+    opened = _open(source, name, split, streaming, access)
     if isinstance(opened.rows, Sequence) and len(opened.rows) == 0:
         raise DataError(f"{opened.name} has no rows.", "Give at least one pair or question.")
     return opened
@@ -105,9 +111,9 @@ def _one_split(
         split = next(iter(splits)) if len(splits) == 1 else "train"
         logger.info("%s has the splits %s; %s is used.", name, ", ".join(map(str, splits)), split)
     if split not in splits:
-        said = "none was chosen" if split is None else f"there is no {split!r}"
+        problem = "none was chosen" if split is None else f"there is no {split!r}"
         raise DataError(
-            f"{name} has the splits {', '.join(map(str, splits)) or 'none'}, and {said}.", "Choose one with split=."
+            f"{name} has the splits {', '.join(map(str, splits)) or 'none'}, and {problem}.", "Choose one with split=."
         )
     return splits[split]
 
@@ -178,8 +184,8 @@ def _from_folder(path: Path, access: ImageAccess, split: str | None) -> Source:
             loaded = datasets.load_from_disk(str(path))
         except _UNREADABLE as error:
             raise DataError(f"The data set saved in {str(path)!r} cannot be read: {error}", "Save it anew.") from error
-        found = _one_split(loaded, split, path.name) if isinstance(loaded, DatasetDict) else loaded
-        return Source(_rows_of(found), path.name, access)
+        rows = _one_split(loaded, split, path.name) if isinstance(loaded, DatasetDict) else loaded
+        return Source(_rows_of(rows), path.name, access)
     kinds = {
         suffix: [*sorted(path.glob(f"*{suffix}")), *sorted(path.glob(f"data/*{suffix}"))]
         for suffix in (".jsonl", ".json", ".parquet", ".arrow")
@@ -254,8 +260,8 @@ def _mmpr(path: Path, subsets: Mapping[str, Any], access: ImageAccess) -> Source
 
 def _resolve(folder: Path, name: str) -> Path | None:
     """A path written from the meta file's folder, from the one above it, or from the working directory."""
-    found = next((start / name for start in (folder, folder.parent, Path()) if (start / name).exists()), None)
-    return None if found is None else found.resolve()
+    path = next((start / name for start in (folder, folder.parent, Path()) if (start / name).exists()), None)
+    return None if path is None else path.resolve()
 
 
 def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:
@@ -296,7 +302,7 @@ def _zip(path: Path, access: ImageAccess) -> Source:
     if len(entries) == 1 and entries[0].is_dir():
         inner = entries[0]
     opened = _from_path(inner, access)
-    return Source(opened.rows, path.name, ImageAccess(inner, True, access.allow_urls, access.max_pixels))
+    return Source(opened.rows, path.name, replace(access, folder=inner, confined=True))
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
@@ -319,7 +325,7 @@ def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
 
 
 def _in(access: ImageAccess, folder: Path) -> ImageAccess:
-    return ImageAccess(folder, access.confined, access.allow_urls, access.max_pixels)
+    return replace(access, folder=folder)
 
 
 _READERS = {

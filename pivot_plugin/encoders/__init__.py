@@ -5,7 +5,8 @@ assemble.py                          an MLLM made of an encoder and a language m
 store.py record.py signature.py      the folder: written, its provenance, and how a copy is known
 card.py                              the model card
 loading.py verification.py           read and checked
-publishing.py listing.py secrets.py  the Hub
+publishing.py hub.py listing.py      the Hub
+secrets.py                           what is shown of its errors
 
 A name is imported when it is first used: who loads an encoder needs nothing of what publishes one.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .listing import list_encoders
     from .loading import load_encoder
-    from .publishing import Publication, publish
+    from .publishing import Publication, PublishOptions, publish
     from .record import Origin
     from .store import save_encoder, save_lora
     from .towers import extract_encoder, graft
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Origin",
     "Publication",
+    "PublishOptions",
     "Verification",
     "extract_encoder",
     "graft",
@@ -39,6 +41,7 @@ __all__ = [
 _MODULE_OF = {
     "Origin": "record",
     "Publication": "publishing",
+    "PublishOptions": "publishing",
     "Verification": "verification",
     "extract_encoder": "towers",
     "graft": "towers",

@@ -7,7 +7,8 @@ Downloaded are JSON files and safetensors, never pickles, and code only when ask
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -28,7 +29,21 @@ logger = logging.getLogger(__name__)
 READ = ("*.json", "*.safetensors", "README.md", "*.png")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MODELING = re.compile(r"transformers\.models\.\w+\.modeling_\w+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Download:
+    """How the files of an encoder are had.
+
+    Attributes:
+        revision, trust_remote_code, token, cache_dir, local_files_only: as for `load_encoder`.
+    """
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+    token: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
 
 
 @overload
@@ -89,7 +104,14 @@ def load_encoder(
         EncoderError: if files are missing or changed since they were written, weights do not fill the model, or the
             encoder would run code.
     """
-    origin = fetch(path, revision, trust_remote_code, token, cache_dir, local_files_only)
+    download = Download(
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    origin = fetch(path, download)
     encoder = encoder_of(origin, trust_remote_code)
     if not with_processor:
         return encoder
@@ -102,32 +124,28 @@ def load_encoder(
         ) from error
 
 
-def fetch(
-    path: str | Path,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Origin:
+def fetch(path: str | Path, download: Download) -> Origin:
     """The files of an encoder on this machine, hashes compared; nothing of them is loaded yet.
 
     Args:
-        path, revision, trust_remote_code, token, cache_dir, local_files_only: as for `load_encoder`.
+        path: as for `load_encoder`.
+        download: how they are had.
 
     Raises:
         EncoderError: as `load_encoder`.
     """
     folder, repo, commit = Path(path), None, None
     if folder.is_dir():
-        if revision is not None:
-            raise EncoderError(f"{str(path)!r} is a folder, and has no revision {revision!r}.", "Leave revision out.")
+        if download.revision is not None:
+            raise EncoderError(
+                f"{str(path)!r} is a folder, and has no revision {download.revision!r}.", "Leave revision out."
+            )
         names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
     else:
         repo = str(path)
-        folder, commit, names = _downloaded(repo, revision, trust_remote_code, token, cache_dir, local_files_only)
+        folder, commit, names = _downloaded(repo, download)
     record = read_provenance(folder)
-    _refuse_code(repo or str(folder), folder, names, record, trust_remote_code)
+    _refuse_code(repo or str(folder), folder, names, record, download.trust_remote_code)
     if record.get("weights") == "lora":
         raise EncoderError(
             f"{repo or str(folder)!r} holds the LoRA of an encoder, not an encoder.",
@@ -151,9 +169,10 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
     """
     folder = origin.folder
     try:
-        kind = _encoder_class(folder, origin.record, trust_remote_code)
+        recorded = origin.record.get("encoder_class")
+        encoder_cls = _encoder_class(folder, recorded, origin.record.get("encoder_package"), trust_remote_code)
         safe = None if trust_remote_code else True
-        encoder, loading = kind.from_pretrained(
+        encoder, loading = encoder_cls.from_pretrained(
             folder,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -172,8 +191,7 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
             "Give the folder of a stand-alone encoder, not of a whole MLLM.",
         )
     tower = encoder.get_encoder(modality="image")
-    is_recorded = type(encoder).__name__ == origin.record.get("encoder_class")
-    if isinstance(tower, PreTrainedModel) and not encoder.can_generate() and not is_recorded:
+    if type(encoder).__name__ != recorded and isinstance(tower, PreTrainedModel) and not encoder.can_generate():
         # of a dual encoder such as CLIP or SigLIP, the half that sees
         encoder = tower
     if origin.repo:
@@ -182,41 +200,34 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
     return encoder.eval()
 
 
-def _downloaded(
-    repo: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    token: str | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> tuple[Path, str | None, list[str]]:
+def _downloaded(repo: str, download: Download) -> tuple[Path, str | None, list[str]]:
     """Folder of a repository's files, its commit, and the names of all files it has there."""
     names: list[str] = []
-    patterns = list(READ) + (["*.py", *(f"*{suffix}" for suffix in PICKLES)] if trust_remote_code else [])
-    api = HfApi(token=token)
+    patterns = list(READ) + (["*.py", *(f"*{suffix}" for suffix in PICKLES)] if download.trust_remote_code else [])
+    api, local_files_only = HfApi(token=download.token), download.local_files_only
 
     def names_at(commit: str | None) -> list[str]:
-        found = [str(file.rfilename) for file in api.model_info(repo, revision=commit).siblings or []]
-        for name in found:
+        present = [str(file.rfilename) for file in api.model_info(repo, revision=commit).siblings or []]
+        for name in present:
             if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
                 raise EncoderError(
                     f"{repo} has a file named {name!r}, which leads out of its folder.", "Do not use this repository."
                 )
-        return found
+        return present
 
     try:
         try:
             if not local_files_only:
-                names = names_at(revision)
+                names = names_at(download.revision)
         except (OfflineModeIsEnabled, ConnectionError) as error:
-            logger.info("%s is looked for in the cache alone: %s", repo, hidden(error, token))
+            logger.info("%s is looked for in the cache alone: %s", repo, hidden(error, download.token))
             local_files_only = True
         folder = Path(
             snapshot_download(
                 repo,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
+                revision=download.revision,
+                token=download.token,
+                cache_dir=download.cache_dir,
                 local_files_only=local_files_only,
                 allow_patterns=patterns,
             )
@@ -228,10 +239,10 @@ def _downloaded(
         raise
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise EncoderError(
-            f"{repo!r} is no folder, and no such repository could be had: {hidden(error, token)}",
+            f"{repo!r} is no folder, and no such repository could be had: {hidden(error, download.token)}",
             "Check the path or the id, the revision, and whether the repository needs a token.",
         ) from error
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else download.revision
     return folder, commit, names or [str(file.relative_to(folder)) for file in folder.rglob("*")]
 
 
@@ -262,8 +273,10 @@ def _auto_map(file: Path) -> list[str]:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return []
-    found = settings.get("auto_map") if isinstance(settings, dict) else None
-    return [str(value) for value in found.values()] if isinstance(found, dict) else [str(found)] if found else []
+    classes = settings.get("auto_map") if isinstance(settings, dict) else None
+    if isinstance(classes, dict):
+        return [str(value) for value in classes.values()]
+    return [str(classes)] if classes else []
 
 
 def has_auto_class(encoder: PreTrainedModel) -> bool:
@@ -277,43 +290,40 @@ def has_auto_class(encoder: PreTrainedModel) -> bool:
 
 def _auto_classes(config: PreTrainedConfig) -> tuple[type[Any], ...]:
     mapping = AutoModel._model_mapping  # type: ignore[attr-defined]
-    found = mapping[type(config)] if type(config) in mapping else ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    classes = mapping[type(config)] if type(config) in mapping else ()
+    return tuple(classes) if isinstance(classes, list | tuple) else (classes,)
 
 
-def _encoder_class(folder: Path, record: Mapping[str, Any], trust_remote_code: bool) -> type[Any]:
-    """AutoModel, or for towers AutoModel does not know (Qwen2-VL's) the transformers class recorded at saving."""
-    recorded = record.get("encoder_class")
+def _encoder_class(folder: Path, recorded: object, package: object, trust_remote_code: bool) -> type[Any]:
+    """The transformers class recorded at saving, AutoModel where none is.
+
+    AutoModel does not know every tower (Qwen2-VL's), and of some it gives a module inside the one that was saved.
+
+    Args:
+        folder: of the encoder.
+        recorded: name of the class.
+        package: of transformers.models that it is of; older records have none.
+        trust_remote_code: as for `load_encoder`.
+    """
+    if (encoder_cls := _transformers_class(recorded, package)) is not None:
+        return encoder_cls
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        classes = _auto_classes(config)
-        # an encoder of another package, or what was recorded
-        if classes and (recorded is None or recorded in {kind.__name__ for kind in classes}):
+        if _auto_classes(config):
             return AutoModel
     except ValueError:
         pass
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    for module in (record.get("encoder_module"), *_modules_of(str(model_type))):
-        found = _class_of_transformers(module, recorded)
-        if found is not None:
-            return found
-    return AutoModel
+    return _transformers_class(recorded, str(model_type).removesuffix("_vision")) or AutoModel
 
 
-def _modules_of(model_type: str) -> list[str]:
-    """Where the classes of a kind of model stand, for records that do not say it."""
-    package = model_type.removesuffix("_vision")
-    return [f"transformers.models.{package}.modeling_{package}"]
-
-
-def _class_of_transformers(module: object, name: object) -> type[PreTrainedModel] | None:
-    """A model class by its module and its name, out of transformers' own models alone: a record may be a stranger's."""
-    if not isinstance(module, str) or not isinstance(name, str) or not name.isidentifier():
-        return None
-    if not _MODELING.fullmatch(module):
+def _transformers_class(name: object, package: object) -> type[PreTrainedModel] | None:
+    """A class of transformers by its name and package; None for what is not there, such as strangers may write."""
+    if not (isinstance(name, str) and isinstance(package, str) and name.isidentifier() and package.isidentifier()):
         return None
     try:
-        found = getattr(import_module(module), name, None)
-    except ModuleNotFoundError:
+        modeling = import_module(f"transformers.models.{package}.modeling_{package}")
+    except ImportError:
         return None
+    found = getattr(modeling, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.find import find_adapter
 
 # numbers kept of each picture's mean feature vector
@@ -37,14 +38,12 @@ def signature(encoder: PreTrainedModel, image_processor: Any) -> dict[str, Any]:
         precision, and per picture the length of the mean feature vector and its first numbers.
     """
     adapter = find_adapter(encoder, encoder=True)
-    training = encoder.training
-    encoder.eval()
     inputs = {
         name: value.to(device=encoder.device, dtype=encoder.dtype if value.is_floating_point() else value.dtype)
         for name, value in image_processor(images=pictures(), return_tensors="pt").items()
     }
-    vectors = [features.values.float().mean(dim=0).cpu() for features in adapter.patch_features(inputs)]
-    encoder.train(training)
+    with evaluating(encoder):
+        vectors = [features.values.float().mean(dim=0).cpu() for features in adapter.patch_features(inputs)]
     return {
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "width": len(vectors[0]),

@@ -166,7 +166,7 @@ def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, An
         "weights": "encoder",
         "family": adapter.family,
         "encoder_class": type(encoder).__name__,
-        "encoder_module": type(encoder).__module__,
+        "encoder_package": _package(encoder),
         "mllm_class": type(adapter.model).__name__,
         "tower_path": adapter.tower_path,
         "feature_layer": adapter.feature_layer,
@@ -176,6 +176,12 @@ def _described(adapter: VisionAdapter, encoder: PreTrainedModel) -> dict[str, An
         "projector_first_layer": adapter.projector_first_layer,
         "versions": versions(),
     }
+
+
+def _package(encoder: PreTrainedModel) -> str | None:
+    """The package of transformers.models that an encoder's class is of; None for a class of others."""
+    parts = type(encoder).__module__.split(".")
+    return parts[2] if parts[:2] == ["transformers", "models"] else None
 
 
 def _finish(

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file
@@ -12,12 +12,12 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import FEATURE_LAYER
+from pivot_plugin.choices import Projector
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.models.find import find_adapter
 
 from .record import PROJECTOR_FILE, origin_of
 
-Projector = Literal["keep", "new", "first-layer"]
 # LLaVA's, and the paper's (arXiv 2510.16333, appendix E.1)
 DEFAULT_FEATURE_LAYER = -2
 

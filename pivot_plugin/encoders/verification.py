@@ -8,8 +8,8 @@ from transformers import AutoImageProcessor
 
 from pivot_plugin.errors import EncoderError
 
-from .loading import encoder_of, fetch
-from .record import PROVENANCE, Origin, check_hashes
+from .loading import Download, encoder_of, fetch
+from .record import PROVENANCE, Origin
 from .signature import differs, signature
 
 
@@ -82,32 +82,38 @@ def verify(
     Returns:
         every check; nothing is raised for an encoder that fails one.
     """
-    found = Verification()
+    verification = Verification()
     try:
-        origin = fetch(path, revision, False, token, cache_dir, local_files_only)
+        download = Download(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        origin = fetch(path, download)
     except EncoderError as error:
-        found.checks.append(Check("files", False, str(error)))
-        return found
-    found.origin = origin
+        verification.checks.append(Check("files", False, str(error)))
+        return verification
+    verification.origin = origin
     if not origin.record:
-        found.checks.append(Check("files", None, f"there is no {PROVENANCE}: no hashes, no provenance"))
+        verification.checks.append(Check("files", None, f"there is no {PROVENANCE}: no hashes, no provenance"))
     else:
-        names = check_hashes(origin.folder, origin.record)
-        found.checks.append(Check("files", True, f"{', '.join(names)}: sha256 as recorded; no code, no pickles"))
+        # fetch has compared them
+        names = list(origin.record.get("sha256", {}))
+        verification.checks.append(Check("files", True, f"{', '.join(names)}: sha256 as recorded; no code, no pickles"))
     try:
         encoder = encoder_of(origin)
         image_processor = AutoImageProcessor.from_pretrained(origin.folder)
     except (EncoderError, OSError, ValueError) as error:
-        found.checks.append(Check("load", False, str(error)))
-        return found
-    found.checks.append(Check("load", True, f"{type(encoder).__name__}, {encoder.num_parameters():,} parameters"))
+        verification.checks.append(Check("load", False, str(error)))
+        return verification
+    verification.checks.append(
+        Check("load", True, f"{type(encoder).__name__}, {encoder.num_parameters():,} parameters")
+    )
     stored = origin.record.get("signature")
     if not isinstance(stored, dict):
-        found.checks.append(Check("features", None, "none were recorded to compare with"))
-        return found
+        verification.checks.append(Check("features", None, "none were recorded to compare with"))
+        return verification
     try:
         difference = differs(stored, signature(encoder, image_processor))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         difference = f"they cannot be computed: {type(error).__name__}: {error}"
-    found.checks.append(Check("features", difference is None, difference or "of generated pictures, as recorded"))
-    return found
+    verification.checks.append(
+        Check("features", difference is None, difference or "of generated pictures, as recorded")
+    )
+    return verification

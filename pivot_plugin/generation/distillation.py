@@ -11,6 +11,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, ProcessorMixin
@@ -34,6 +35,11 @@ INSTRUCTION = (
     "<answer> and </answer>."
 )
 Kind = Literal["decoupled", "coupled"]
+# a text and its score, None where no reward judged it
+JudgedAnswer = tuple[str, float | None]
+NOTHING_RIGHT, DISAGREEING = "a right answer in the format", "reasoning that agrees with it"
+NOTHING_WRONG = "a wrong answer"
+LACKING = (NOTHING_RIGHT, DISAGREEING, NOTHING_WRONG)
 Judge = Callable[[str, str, str], bool]
 Break = Callable[[str], str]
 
@@ -95,9 +101,9 @@ def model_judge(model: PreTrainedModel, processor: ProcessorMixin) -> Judge:
             f"Question: {question}\nReasoning: {reasoning}\nFinal answer: {answer}\n"
             "Does the reasoning lead to this final answer? Say yes or no."
         )
-        asked = {"prompt": [{"role": "user", "content": [{"type": "text", "text": text}]}], "images": []}
-        said = engine([asked], Sampling(n=1, temperature=0, max_new_tokens=8), seed=0)[0][0]
-        return said.strip().casefold().startswith("yes")
+        row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": text}]}], "images": []}
+        verdict = engine([row], Sampling(n=1, temperature=0, max_new_tokens=8), seed=0)[0][0]
+        return verdict.strip().casefold().startswith("yes")
 
     return judge
 
@@ -149,56 +155,85 @@ def self_distill(
     Source:
         arXiv 2510.25801, section on self-distilled preference data.
     """
-    weights = _proportions(proportions)
+    weights = _weights(proportions)
     if kind not in ("decoupled", "coupled"):
         raise SettingsError(f"kind is {kind!r}.", "Choose 'decoupled' or 'coupled'.")
-    asked = load_questions(questions)
+    dataset = load_questions(questions)
     settings = {"processor": processor, "instruction": instruction, "engine": engine, **sampling}
-    own = sample(model, asked, seed=seed, output_dir=output_dir, **settings)
-    theirs = own
+    candidates = sample(model, dataset, seed=seed, output_dir=output_dir, **settings)
+    of_base = candidates
     if base is not None:
         folder = None if output_dir is None else f"{output_dir}/base"
-        theirs = sample(base, asked, seed=seed + 1, output_dir=folder, **settings)
+        of_base = sample(base, dataset, seed=seed + 1, output_dir=folder, **settings)
+    maker = _PairMaker(kind, judge, weights, random.Random(seed), "the model" if base is None else "the base model")
     scorer = Scorer(reward)
-    rng = random.Random(seed)
-    rows, lacking = [], {"a right answer in the format": 0, "reasoning that agrees with it": 0, "a wrong answer": 0}
-    for position in range(len(asked)):
-        question = own.plain(position)
-        mine, base_answers = (_judged(candidates.plain(position), scorer) for candidates in (own, theirs))
-        right = [text for text, score in mine if score and is_well_formed(text)]
-        agreed = [text for text in right if judge(text_of(question["prompt"]), reasoning_of(text), answer_of(text))]
-        if not agreed:
-            lacking["reasoning that agrees with it" if right else "a right answer in the format"] += 1
+    rows, lacking = [], dict.fromkeys(LACKING, 0)
+    for position in range(len(dataset)):
+        question = candidates.plain(position)
+        answers = _judged(question, scorer)
+        answers_of_base = answers if base is None else _judged(of_base.plain(position), scorer)
+        pair = maker(question, answers, answers_of_base)
+        if isinstance(pair, str):
+            lacking[pair] += 1
             continue
-        way = rng.choices(list(CORRUPTIONS), weights)[0]
-        usable = [text for text, score in base_answers if bool(score) == (kind == "decoupled") and text != agreed[0]]
-        if not usable and kind == "coupled":
-            lacking["a wrong answer"] += 1
-            continue
-        rejected, how = _broken(usable, agreed[0], way)
-        theirs_name = "the base model" if base is not None else "the model"
         rows.append(
             {
                 "id": question["id"],
                 "images": question["images"],
                 "prompt": instructed(question, instruction)["prompt"],
-                "chosen": agreed[0],
-                "rejected": rejected,
-                "source": f"self-distilled, {kind}: {how}, from {theirs_name if usable else 'the chosen answer'}",
+                **pair,
             }
         )
-    logger.info(
-        "%d questions gave %d %s pairs; lacking: %s.",
-        *(len(asked), len(rows), kind, ", ".join(f"{what} {count}" for what, count in lacking.items())),
-    )
+    summary = ", ".join(f"{what} {count}" for what, count in lacking.items())
+    logger.info("%d questions gave %d %s pairs; lacking: %s.", len(dataset), len(rows), kind, summary)
     if not rows:
         raise DataError(
-            f"None of {len(asked)} questions gave a pair; lacking: "
+            f"None of {len(dataset)} questions gave a pair; lacking: "
             f"{', '.join(f'{what} in {count}' for what, count in lacking.items() if count)}.",
             "Train the model on the format first (a short GRPO with rewards=['format', 'accuracy']), or sample more.",
             "no signal",
         )
-    return PairDataset(Source(rows, f"pairs of {asked.name}", asked.access))
+    return PairDataset(Source(rows, f"pairs of {dataset.name}", dataset.access))
+
+
+@dataclass(frozen=True)
+class _PairMaker:
+    """Makes the pair of one question from judged answers.
+
+    Attributes:
+        kind, judge: as `self_distill` documents them.
+        weights: of the ways in `CORRUPTIONS`.
+        rng: draws the way.
+        base_name: whose answers the rejected ones are, for `source`.
+    """
+
+    kind: Kind
+    judge: Judge
+    weights: list[float]
+    rng: random.Random
+    base_name: str
+
+    def __call__(
+        self, question: Mapping[str, Any], answers: Sequence[JudgedAnswer], answers_of_base: Sequence[JudgedAnswer]
+    ) -> dict[str, str] | str:
+        """`chosen`, `rejected` and `source`; or what is lacking, one of `LACKING`."""
+        right = [text for text, score in answers if score and is_well_formed(text)]
+        prompt = text_of(question["prompt"])
+        agreed = [text for text in right if self.judge(prompt, reasoning_of(text), answer_of(text))]
+        if not agreed:
+            return DISAGREEING if right else NOTHING_RIGHT
+        way = self.rng.choices(list(CORRUPTIONS), self.weights)[0]
+        decoupled = self.kind == "decoupled"
+        usable = [text for text, score in answers_of_base if bool(score) == decoupled and text != agreed[0]]
+        if not usable and not decoupled:
+            return NOTHING_WRONG
+        rejected, how = _broken(usable, agreed[0], way)
+        origin = self.base_name if usable else "the chosen answer"
+        return {
+            "chosen": agreed[0],
+            "rejected": rejected,
+            "source": f"self-distilled, {self.kind}: {how}, from {origin}",
+        }
 
 
 def _broken(usable: Sequence[str], chosen: str, way: str) -> tuple[str, str]:
@@ -210,18 +245,18 @@ def _broken(usable: Sequence[str], chosen: str, way: str) -> tuple[str, str]:
     return CORRUPTIONS[way](formed[0] if formed else chosen), way
 
 
-def _proportions(given: Mapping[str, float] | None) -> list[float]:
-    if given is None:
+def _weights(proportions: Mapping[str, float] | None) -> list[float]:
+    if proportions is None:
         return [1.0] * len(CORRUPTIONS)
-    if unknown := sorted(set(given) - set(CORRUPTIONS)):
+    if unknown := sorted(set(proportions) - set(CORRUPTIONS)):
         raise SettingsError(f"proportions names {unknown}.", f"Its keys are {', '.join(map(repr, CORRUPTIONS))}.")
-    weights = [float(given.get(name, 0)) for name in CORRUPTIONS]
+    weights = [float(proportions.get(name, 0)) for name in CORRUPTIONS]
     if min(weights) < 0 or sum(weights) <= 0:
-        raise SettingsError(f"proportions are {dict(given)}.", "Give weights of 0 or more, one of them above 0.")
+        raise SettingsError(f"proportions are {dict(proportions)}.", "Give weights of 0 or more, one of them above 0.")
     return weights
 
 
-def _judged(question: Mapping[str, Any], scorer: Scorer) -> list[tuple[str, float | None]]:
+def _judged(question: Mapping[str, Any], scorer: Scorer) -> list[JudgedAnswer]:
     texts: Sequence[str] = question["completions"]
     beside = {name: [value] * len(texts) for name, value in question.items() if name not in ("completions", "prompt")}
     return list(zip(texts, scorer([question["prompt"]] * len(texts), texts, **beside), strict=True))

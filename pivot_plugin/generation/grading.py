@@ -27,9 +27,9 @@ def graded(
     sampling = Sampling(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
     for start in range(0, len(questions), batch_size):
         rows = [questions[position] for position in range(start, min(start + batch_size, len(questions)))]
-        texts = [drawn[0] for drawn in engine(rows, sampling, seed)]
-        said = [[{"role": "assistant", "content": text}] for text in texts]
+        texts = [completions[0] for completions in engine(rows, sampling, seed)]
+        messages = [[{"role": "assistant", "content": text}] for text in texts]
         beside = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-        scores = scorer([row["prompt"] for row in rows], said, **beside)
+        scores = scorer([row["prompt"] for row in rows], messages, **beside)
         for offset, (text, score) in enumerate(zip(texts, scores, strict=True)):
             yield start + offset, text, float(score or 0.0)

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, get_args
 
+from pivot_plugin.choices import PairUp
 from pivot_plugin.config import TIME_LIMIT_S
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.data.published import scored_completions
@@ -15,7 +16,6 @@ from pivot_plugin.rewards import Scorer
 
 logger = logging.getLogger(__name__)
 
-PairUp = Literal["best-worst", "best-each", "all"]
 ROWS_AT_ONCE = 256
 
 
@@ -46,51 +46,54 @@ def rank(
         TrainingError: if a reward fails, naming it and the row.
         SettingsError: for an unknown reward or option.
     """
-    if pair_up not in ("best-worst", "best-each", "all") or margin < 0:
+    if pair_up not in get_args(PairUp) or margin < 0:
         raise SettingsError(
             f"pair_up is {pair_up!r}, margin {margin}.",
             "Choose best-worst, best-each or all, and a margin of 0 or more.",
         )
-    asked = load_questions(candidates, "candidates")
+    dataset = load_questions(candidates, "candidates")
     score = None if rewards is None else Scorer(rewards, weights, reward_time_limit)
-    named = "scores" if score is None else "+".join(reward.__name__ for reward in score.rewards)
+    judges = "scores" if score is None else "+".join(reward.__name__ for reward in score.rewards)
     rows: list[dict[str, Any]] = []
     silent = 0
-    for start in range(0, len(asked), ROWS_AT_ONCE):
-        questions = [asked.plain(position) for position in range(start, min(start + ROWS_AT_ONCE, len(asked)))]
-        for offset, scored in enumerate(_scored(questions, asked, start, score)):
-            made = _pairs_of(questions[offset], scored, pair_up, margin, f"rank by {named}, {pair_up}")
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        questions = [dataset.plain(position) for position in range(start, min(start + ROWS_AT_ONCE, len(dataset)))]
+        for offset, scored in enumerate(_scored_completions(questions, dataset, start, score)):
+            made = _pairs_of(questions[offset], scored, pair_up, margin, f"rank by {judges}, {pair_up}")
             silent += not made
             rows += made
     logger.info(
-        "%d questions gave %d pairs; %d gave none, their candidates scoring alike.", len(asked), len(rows), silent
+        "%d questions gave %d pairs; %d gave none, their candidates scoring alike.", len(dataset), len(rows), silent
     )
     if not rows:
         raise DataError(
-            f"None of {len(asked)} questions has two candidates that score differently by {named} (margin {margin}).",
+            f"None of {len(dataset)} questions has two candidates that score differently by {judges} "
+            f"(margin {margin}).",
             "Sample more completions or at a higher temperature, use a finer reward, or lower the margin.",
             "no signal",
         )
-    return PairDataset(Source(rows, f"pairs of {asked.name}", asked.access))
+    return PairDataset(Source(rows, f"pairs of {dataset.name}", dataset.access))
 
 
-def _scored(
-    questions: Sequence[dict[str, Any]], asked: QuestionDataset, start: int, score: Scorer | None
+def _scored_completions(
+    questions: Sequence[dict[str, Any]], dataset: QuestionDataset, start: int, score: Scorer | None
 ) -> list[list[tuple[str, float]]]:
     """For each question its distinct completions with their scores; those that no reward judged are left out."""
     if score is None:
-        found = []
+        scored = []
         for offset, question in enumerate(questions):
             try:
-                found.append(list(zip(*scored_completions(question), strict=True)))
+                scored.append(list(zip(*scored_completions(question), strict=True)))
             except DataError as error:
-                raise DataError(f"{asked.where(start + offset)}: {error.finding}", error.remedy, error.kind) from error
-        return [list(dict(own).items()) for own in found]
-    texts = [_completions(question, asked.where(start + offset)) for offset, question in enumerate(questions)]
-    owners = [offset for offset, own in enumerate(texts) for _ in own]
-    flat = [text for own in texts for text in own]
-    named = {"completions", "prompt", "images"}
-    columns = {name: [questions[owner].get(name) for owner in owners] for name in _columns(questions) - named}
+                raise DataError(
+                    f"{dataset.where(start + offset)}: {error.finding}", error.remedy, error.kind
+                ) from error
+        return [list(dict(candidates).items()) for candidates in scored]
+    texts = [_completions(question, dataset.where(start + offset)) for offset, question in enumerate(questions)]
+    owners = [offset for offset, completions in enumerate(texts) for _ in completions]
+    flat = [text for completions in texts for text in completions]
+    not_for_rewards = {"completions", "prompt", "images"}
+    columns = {name: [questions[owner].get(name) for owner in owners] for name in _columns(questions) - not_for_rewards}
     scores = score([questions[owner]["prompt"] for owner in owners], flat, **columns)
     result: list[list[tuple[str, float]]] = [[] for _ in questions]
     for owner, text, value in zip(owners, flat, scores, strict=True):
@@ -104,13 +107,13 @@ def _columns(questions: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _completions(question: Mapping[str, Any], where: str) -> list[str]:
-    given = question.get("completions")
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+    texts = question.get("completions")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"{where} has no list of texts in its column 'completions'.", "Make candidates with preferences.sample."
         )
     # an empty answer cannot stand in a pair
-    return [text for text in dict.fromkeys(given) if text.strip()]
+    return [text for text in dict.fromkeys(texts) if text.strip()]
 
 
 def _pairs_of(
@@ -126,10 +129,10 @@ def _pairs_of(
         matched = [(order[0], other) for other in order[1:]]
     else:
         matched = list(combinations(order, 2))
-    kept = [(better, worse) for better, worse in matched if better[1] - worse[1] > margin]
+    far_apart = [(better, worse) for better, worse in matched if better[1] - worse[1] > margin]
     return [
         {
-            "id": question["id"] if len(kept) == 1 else f"{question['id']}-{number}",
+            "id": question["id"] if len(far_apart) == 1 else f"{question['id']}-{number}",
             "images": question["images"],
             "prompt": question["prompt"],
             "chosen": better[0],
@@ -138,5 +141,5 @@ def _pairs_of(
             "score_chosen": better[1],
             "score_rejected": worse[1],
         }
-        for number, (better, worse) in enumerate(kept)
+        for number, (better, worse) in enumerate(far_apart)
     ]

@@ -61,7 +61,7 @@ def sample(
         SettingsError: for settings that cannot be sampled, or a folder with candidates of other settings.
         DataError: for a question that cannot be used.
     """
-    asked = load_questions(questions).verify()
+    dataset = load_questions(questions).verify()
     sampling = Sampling(n, temperature, top_p, max_new_tokens)
     draw = _engine(engine, model, processor)
     settings = {
@@ -69,25 +69,27 @@ def sample(
         "instruction": instruction,
         "batch_size": batch_size,
         "seed": seed,
-        "questions": asked.fingerprint(),
+        "questions": dataset.fingerprint(),
         "model": None if model is None else model_fingerprint(model),
     }
     done = _Candidates(None if output_dir is None else Path(output_dir) / CANDIDATES_FILE, settings)
-    bar = tqdm(total=len(asked), initial=len(done.completions), desc="sampling", disable=len(asked) < 32, leave=False)
+    bar = tqdm(
+        total=len(dataset), initial=len(done.completions), desc="sampling", disable=len(dataset) < 32, leave=False
+    )
     with bar, done:
-        for batch in _batches(len(asked), batch_size):
+        for batch in _batches(len(dataset), batch_size):
             missing = [position for position in batch if position not in done.completions]
             if not missing:
                 continue
             # the whole batch, so that what is drawn does not depend on where an earlier run stopped
-            rows = [instructed(asked[position], instruction) for position in batch]
-            drawn = draw(rows, sampling, _seed(seed, batch[0]))
-            for position, texts in zip(batch, drawn, strict=True):
+            rows = [instructed(dataset[position], instruction) for position in batch]
+            completions = draw(rows, sampling, _seed(seed, batch[0]))
+            for position, texts in zip(batch, completions, strict=True):
                 if position in missing:
                     done.add(position, texts)
             bar.update(len(missing))
-    rows = [asked.plain(position) | {"completions": done.completions[position]} for position in range(len(asked))]
-    return QuestionDataset(Source(rows, "candidates", asked.access))
+    rows = [dataset.plain(position) | {"completions": done.completions[position]} for position in range(len(dataset))]
+    return QuestionDataset(Source(rows, "candidates", dataset.access))
 
 
 def _engine(engine: Engine | str | None, model: PreTrainedModel | None, processor: ProcessorMixin) -> Engine:

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.unserved import REMEDY, why_unserved
 from pivot_plugin.errors import ModelError
 from pivot_plugin.hooks import ask, collect
 
@@ -33,6 +34,8 @@ def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter
             f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
             "It should return a VisionAdapter or None.",
         )
+    if not encoder and (reason := why_unserved(model)) is not None:
+        raise ModelError(f"{type(model).__name__} {reason}.", REMEDY)
     if not adapter.tower_path and not encoder:
         raise ModelError(
             f"{type(model).__name__} is an encoder by itself and has no language model.",
@@ -55,6 +58,24 @@ def find_adapters(model: PreTrainedModel) -> list[VisionAdapter]:
     return [adapter for _, adapter in newest_first if isinstance(adapter, VisionAdapter)]
 
 
+def _makes_image_token(processor: ProcessorMixin, image_token_id: int) -> bool:
+    """Whether a processor whose marker is another token makes the model's image token of a picture."""
+    # not at the top: who looks for an adapter needs no TRL
+    from .image_tokens import PROBE, ImageTokens
+
+    try:
+        counts = ImageTokens(processor, image_token_id).process_images([[PROBE]]).counts
+    except ImportError as error:
+        raise ModelError(
+            f"{type(processor).__name__} needs {error.name or 'a package'}, which is not installed: {error}",
+            f"Run: pip install {error.name}." if error.name else "Install it.",
+        ) from error
+    # whatever a processor of another model raises of a picture says that it is one
+    except Exception:
+        return False
+    return sum(counts[0]) > 0
+
+
 def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAdapter) -> None:
     """Refuse a processor that does not belong to a model.
 
@@ -65,11 +86,11 @@ def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAd
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ModelError(f"The processor is a {type(processor).__name__}, without an image processor.", remedy)
     marker = getattr(processor, "image_token", None)
-    token = processor.tokenizer.convert_tokens_to_ids(marker) if marker else None
-    if token != adapter.image_token_id:
+    token = processor.tokenizer.convert_tokens_to_ids(str(marker)) if marker else None
+    if token != adapter.image_token_id and not _makes_image_token(processor, adapter.image_token_id):
         raise ModelError(
             f"{type(processor).__name__} does not belong to {type(model).__name__}: its image token {marker!r} is "
-            f"{token}, the model's is {adapter.image_token_id}.",
+            f"{token}, the model's is {adapter.image_token_id}, and it makes none of these of a picture.",
             remedy,
         )
     embeddings = model.get_input_embeddings().num_embeddings

@@ -52,6 +52,16 @@ class ProcessedImages:
     counts: list[list[int]]
     expansions: list[list[list[int]]] | None
 
+    def expansions_of(self, image_set: int) -> list[list[int]] | None:
+        """For each image of a set the tokens that its marker becomes; None where only whole prompts tell.
+
+        Args:
+            image_set: its number, -1 for a prompt without images.
+        """
+        if image_set < 0:
+            return []
+        return None if self.expansions is None else self.expansions[image_set]
+
 
 class ImageTokens:
     """Turns texts and images into tokens the way a model's processor does, each image processed once.

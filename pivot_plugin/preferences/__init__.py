@@ -9,11 +9,11 @@ engines.py sampling.py               completions drawn from a model
 ranking.py distillation.py           completions into pairs
 """
 
+from pivot_plugin.choices import OnBadRow
 from pivot_plugin.data.checking import CheckReport, check
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.data.questions import QuestionDataset, load_questions
-from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.split import hold_out
 from pivot_plugin.data.storage import push, save
 from pivot_plugin.generation.distillation import self_distill

@@ -10,21 +10,37 @@
 
 Each takes what is examined (a model, an encoder, a folder, a Hub id, the result of a run) and data, and returns a
 `ProbeResult`: scores with 95 % intervals.
+
+Probes:
+    linear.py segmentation.py            what a small head on frozen features tells
+    neighbours.py                        which things lie near each other, without any head
+    gradients.py pointing.py             where a loss looks, and whether that is where the object is
+    questions.py benchmarks.py           what the whole MLLM answers
+    exploration.py generalization.py     measures of roll-outs, and of gains beyond the training distribution
+Tools:
+    subjects.py                          whatever has an encoder, as a `Subject`
+    data.py splits.py                    images with classes or masks, to fit on and to score on
+    extraction.py                        frozen features, kept on disk
+    scores.py comparison.py              intervals, paired tests, subjects side by side
+    lookup.py storage.py                 probes by name, their results on disk
+
+Notation for shapes: n samples or images, P patches of one image in raster order, D width of a feature, K classes,
+R resamples, C tokens of a completion. A grid is (rows, columns) of patches, a size is (width, height) in pixels.
 """
 
 from .benchmarks import GROUPS, benchmark_command, run_benchmarks
-from .data import PRESETS, Labelled, Masked, labelled_images, masked_images
+from .data import Labelled, Masked, labelled_images, masked_images
 from .exploration import candidate_set_sizes, pass_at_k, rollout_branching_factor
 from .extraction import Features, features
 from .generalization import generalization_factor, plot_generalization
 from .gradients import PairSaliency, pointing_game, saliency
 from .linear import linear_probe, prototype_probe
-from .lookup import Probing
+from .lookup import ProbeTask
 from .neighbours import Captioned, alignment, mutual_knn
-from .patches import PatchProbe, probe_patches
 from .questions import vqa
 from .scores import Difference, ProbeResult, Score, difference
 from .segmentation import patch_labels, segmentation_probe
+from .splits import PRESETS
 from .subjects import Subject, subject
 
 __all__ = [
@@ -36,9 +52,8 @@ __all__ = [
     "Labelled",
     "Masked",
     "PairSaliency",
-    "PatchProbe",
     "ProbeResult",
-    "Probing",
+    "ProbeTask",
     "Score",
     "Subject",
     "alignment",
@@ -55,7 +70,6 @@ __all__ = [
     "patch_labels",
     "plot_generalization",
     "pointing_game",
-    "probe_patches",
     "prototype_probe",
     "rollout_branching_factor",
     "run_benchmarks",

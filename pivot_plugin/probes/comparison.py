@@ -12,9 +12,10 @@ from transformers import ProcessorMixin
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import write_whole
 
+from . import subjects
 from .lookup import needs_mllm, runners
 from .scores import Difference, ProbeResult, apart, difference, holm
-from .subjects import Subject, name_of, subject
+from .subjects import Subject, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class Contrast:
     """One score of one of the compared against the first's.
 
     Attributes:
-        probe, score: which.
-        name: of the compared.
+        probe, score: label of the probe and name of the score.
+        name: of the subject that is held against the first.
         difference: its score minus the first's.
         p: of the paired permutation test, adjusted for all tests of the comparison (Holm 1979); None where samples are
             not paired.
@@ -65,17 +66,17 @@ class Comparison:
         if not self.results:
             return []
         base, *others = self.results
-        found: list[tuple[str, str, str, Difference]] = []
+        gaps: list[tuple[str, str, str, Difference]] = []
         for name in others:
             for label, result in self.results[name].items():
                 first = self.results[base].get(label)
                 shared = [s for s in result.scores if first and s in first.scores and not s.endswith("/spread")]
-                found += [(label, s, name, self._difference(label, s, name)) for s in shared]
-        tested = [index for index, (*_, gap) in enumerate(found) if gap.p is not None]
-        adjusted = dict(zip(tested, holm([found[i][3].p or 0.0 for i in tested]), strict=True))
+                gaps += [(label, s, name, self._difference(label, s, name)) for s in shared]
+        tested = [index for index, (*_, gap) in enumerate(gaps) if gap.p is not None]
+        adjusted = dict(zip(tested, holm([gaps[i][3].p or 0.0 for i in tested]), strict=True))
         return [
             Contrast(label, score, name, gap, adjusted.get(i), self._beyond(label, score, name, gap, adjusted.get(i)))
-            for i, (label, score, name, gap) in enumerate(found)
+            for i, (label, score, name, gap) in enumerate(gaps)
         ]
 
     def _difference(self, label: str, score: str, name: str) -> Difference:
@@ -99,9 +100,9 @@ class Comparison:
         for label, score in self.rows():
             cells = []
             for name, results in self.results.items():
-                known = results[label].scores.get(score) if label in results else None
+                measured = results[label].scores.get(score) if label in results else None
                 star = " *" if (label, score, name) in marked else ""
-                cells.append("" if known is None else f"{known}{star}")
+                cells.append("" if measured is None else f"{measured}{star}")
             lines.append(f"| {label} {score} | {' | '.join(cells)} |")
         note = "95 % intervals in brackets."
         if len(self.names) > 1:
@@ -159,8 +160,9 @@ def compare(
     Args:
         examined: what to compare, the one the others are held against first: models, encoders, folders or Hub ids of
             either, folders of runs, results; or a mapping that names them.
-        probes: by label a `probes.Probing`; or data, the label naming the probe ("linear", "prototype", "segmentation",
-            "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a `probes.Subject`.
+        probes: by label a `probes.ProbeTask`; or data, the label naming the probe ("linear", "prototype",
+            "segmentation", "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a
+            `probes.Subject`.
         processor: of loaded models that have no name.
         mllm: an MLLM into a copy of which encoders are grafted, for probes that need one.
         output: JSON file, or folder, that gets the results, also those of a comparison that fails halfway.
@@ -169,21 +171,21 @@ def compare(
         SettingsError: if there is nothing to compare, two have one name, or a probe is unknown.
         DataError, ModelError, EncoderError: for data or models that cannot be used.
     """
-    named = _named(examined)
-    if not named:
+    examined_by_name = _named(examined)
+    if not examined_by_name:
         raise SettingsError("There is nothing to compare.", "Give at least one model, encoder or folder.")
     run = runners(probes)
-    whole = [label for label, given in probes.items() if needs_mllm(label, given)]
-    around = subject(mllm, processor) if mllm is not None else None
+    of_whole_mllm = [label for label, probe in probes.items() if needs_mllm(label, probe)]
+    around = subjects.subject(mllm, processor) if mllm is not None else None
     comparison = Comparison()
-    for name, one in named.items():
-        who = subject(one, processor, name, around)
-        if whole:
-            who.mllm(f"Probe {whole[0]!r}")
+    for name, one in examined_by_name.items():
+        subject = subjects.subject(one, processor, name, around)
+        if of_whole_mllm:
+            subject.mllm(f"Probe {of_whole_mllm[0]!r}")
         comparison.results[name] = {}
         for label, probe in run.items():
             logger.info("%s: %s", name, label)
-            comparison.results[name][label] = probe(who)
+            comparison.results[name][label] = probe(subject)
             if output is not None:
                 comparison.save(output)
     return comparison

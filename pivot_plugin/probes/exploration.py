@@ -79,12 +79,12 @@ def rollout_branching_factor(
     Source:
         arXiv 2508.07534.
     """
-    asked = load_questions(questions).verify()
+    dataset = load_questions(questions).verify()
     engine = TransformersEngine(model, processor)
     sampling = Sampling(n, temperature, 1.0, max_new_tokens)
     total = tokens = 0
-    for start in range(0, len(asked), batch_size):
-        rows = [asked[position] for position in range(start, min(start + batch_size, len(asked)))]
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[position] for position in range(start, min(start + batch_size, len(dataset)))]
         for logits, generated in engine.steps(rows, sampling, seed + start):
             sizes = candidate_set_sizes(logits, top_p)
             total += int(sizes[generated].sum())

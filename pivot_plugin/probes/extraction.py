@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,11 @@ from pivot_plugin.adapters import ImageFeatures
 from pivot_plugin.data.images import ImageAccess, content_key
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.files import cache_folder, write_whole
+from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint
 
-from .subjects import Subject, subject
+from . import subjects
+from .subjects import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Features:
     """Features of images in order; those on disk are read when they are asked for.
 
     Attributes:
-        grids: (images, 2) rows and columns of each image's patch grid.
+        grids: (n, 2) rows and columns of each image's patch grid.
         width: of a feature.
     """
 
@@ -53,7 +56,7 @@ class Features:
         return len(self.grids)
 
     def patches(self, image: int) -> torch.Tensor:
-        """(P, width) features of one image's patches in raster order, in the precision of the encoder.
+        """(P, D) features of one image's patches in raster order, in the precision of the encoder.
 
         Raises:
             SettingsError: if only pooled features were kept.
@@ -63,7 +66,7 @@ class Features:
         return self._chunks[image // CHUNK].rows(image % CHUNK)
 
     def pooled(self) -> np.ndarray:
-        """(images, width) float32: the mean of each image's patch features."""
+        """(n, D) float32: the mean of each image's patch features."""
         if self._pooled:
             return torch.cat([chunk.all().float() for chunk in self._chunks]).numpy()
         return np.stack([self.patches(image).float().mean(dim=0).numpy() for image in range(len(self))])
@@ -86,21 +89,97 @@ class _Chunk:
     def _between(self, first: int, last: int) -> torch.Tensor:
         if self._values is None:
             self._values = safe_open(self._path, "pt").get_slice("values")
-        found: torch.Tensor = self._values[int(self._starts[first]) : int(self._starts[last])]
-        return found
+        rows: torch.Tensor = self._values[int(self._starts[first]) : int(self._starts[last])]
+        return rows
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is read of each image, and how.
+
+    Attributes:
+        subject: whose features.
+        pool, projected, square: as `features` documents them.
+        device: to run on.
+    """
+
+    subject: Subject
+    pool: Pool
+    projected: bool
+    square: int | None
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.pool not in ("none", "mean"):
+            raise SettingsError(f"pool is {self.pool!r}.", "Choose 'none' or 'mean'.")
+        if self.projected and not self.subject.is_mllm and len(self.subject.adapter.projector_paths) != 1:
+            self.subject.mllm("The projector's output")
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Have the model in eval mode on the device meanwhile; afterwards it is where and as it was."""
+        model = self.subject.model if self.projected else self.subject.adapter.tower
+        was_on = self.subject.adapter.tower.device
+        try:
+            with evaluating(model, self.device):
+                yield
+        finally:
+            model.to(was_on)
+
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> list[ImageFeatures]:
+        """Features of each image of a batch, on the host."""
+        adapter = self.subject.adapter
+        inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        try:
+            batch = adapter.patch_features(inputs)
+        except (ValueError, RuntimeError) as error:
+            raise _disagree(self.subject, inputs, error) from error
+        if self.projected:
+            batch = [adapter.project(image) for image in batch]
+        if self.pool == "mean":
+            batch = [ImageFeatures(image.values.float().mean(dim=0, keepdim=True), image.grid) for image in batch]
+        # views of one large tensor would keep all of it
+        return [ImageFeatures(image.values.cpu().clone(), image.grid) for image in batch]
+
+    def key(self) -> str:
+        """What features depend on, beside the images."""
+        adapter, image_processor = self.subject.adapter, self.subject.image_processor
+        hashes = [model_fingerprint(adapter.tower)]
+        if self.projected:
+            hashes += [model_fingerprint(adapter.model.get_submodule(path)) for path in adapter.projector_paths]
+        processor = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+        layer = [type(adapter.tower).__name__, type(image_processor).__name__, adapter.feature_layer]
+        return json.dumps([hashes, processor, layer, self.pool, self.projected, self.square, self.device.type])
 
 
 class _Batches(Dataset[Any]):
     """Batches of images as the encoder takes them; decoded and processed in the worker that reads them."""
 
     def __init__(
-        self, images: Sequence[Any], batches: list[range], image_processor: Any, access: ImageAccess, square: int | None
+        self,
+        images: Sequence[Any],
+        chunks: list[range],
+        size: int,
+        image_processor: Any,
+        access: ImageAccess,
+        square: int | None,
     ) -> None:
-        self.images, self.batches = images, batches
+        self.images = images
         self.image_processor, self.access, self.square = image_processor, access, square
+        self.batches: list[range] = []
+        # of each batch the chunk it is a part of: no batch reaches over two
+        self.chunk_of: list[int] = []
+        for index, chunk in enumerate(chunks):
+            batches = [chunk[start : start + size] for start in range(0, len(chunk), size)]
+            self.batches += batches
+            self.chunk_of += [index] * len(batches)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def ends_chunk(self, index: int) -> bool:
+        """Whether a batch is the last of its chunk."""
+        return index + 1 == len(self.batches) or self.chunk_of[index + 1] != self.chunk_of[index]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         decoded = [self.access.open(self.images[position], f"image {position}") for position in self.batches[index]]
@@ -142,102 +221,66 @@ def features(
         DataError: for an image that cannot be read, or if there are none.
         ModelError: if processor and encoder disagree on size, or the features form no grid.
     """
-    examined = subject(encoder_or_model, processor)
-    if pool not in ("none", "mean"):
-        raise SettingsError(f"pool is {pool!r}.", "Choose 'none' or 'mean'.")
+    subject = subjects.subject(encoder_or_model, processor)
+    reading = _Reading(subject, pool, projected, square, _device(device))
     if not len(images):
         raise DataError("There are no images to take features of.", "Give at least one.")
-    if projected and not examined.is_mllm and len(examined.adapter.projector_paths) != 1:
-        examined.mllm("The projector's output")
-    place, was = _device(device), examined.adapter.tower.device
-    model = examined.adapter.tower if not projected else examined.model
     folder = _folder(cache)
     chunks, access = _chunks(len(images)), ImageAccess()
-    names = None
+    files = None
     if folder is not None:
-        depends = _depends_on(examined, pool, projected, square, place.type)
-        names = [folder / f"{_chunk_key(depends, images, chunk, access)}.safetensors" for chunk in chunks]
-    missing = [i for i in range(len(chunks)) if names is None or not names[i].exists()]
-    training, fresh = model.training, {}
-    model.eval()
-    try:
-        if missing:
-            model.to(place)
-        for index, found in _extracted(
-            examined, images, [chunks[i] for i in missing], access, projected, pool, square, batch_size, workers, place
-        ):
-            chunk, grids = missing[index], torch.tensor([image.grid for image in found])
-            values = torch.cat([image.values for image in found]).contiguous()
-            if names is None:
-                rows = [1] * len(found) if pool == "mean" else grids.prod(dim=1).tolist()
-                fresh[chunk] = (_Chunk(values, rows), grids.numpy(), values.shape[1])
+        key = reading.key()
+        files = [folder / f"{_chunk_key(key, images, chunk, access)}.safetensors" for chunk in chunks]
+    missing = [i for i in range(len(chunks)) if files is None or not files[i].exists()]
+    batches = _Batches(images, [chunks[i] for i in missing], batch_size, subject.image_processor, access, square)
+    in_memory = {}
+    with reading.ready() if missing else nullcontext():
+        for index, values, grids in _extracted(reading, batches, workers):
+            if files is None:
+                in_memory[missing[index]] = _loaded(values, grids, pool)
             else:
-                _write(names[chunk], {"values": values, "grids": grids})
-    finally:
-        model.to(was).train(training)
-    read = [fresh[i] if names is None else _read(names[i], pool) for i in range(len(chunks))]
+                _write(files[missing[index]], {"values": values, "grids": grids})
+    read = [in_memory[i] if files is None else _read(files[i], pool) for i in range(len(chunks))]
     return Features(
         np.concatenate([grids for _, grids, _ in read]), read[0][2], tuple(c for c, _, _ in read), pool == "mean"
     )
 
 
 def _extracted(
-    examined: Subject,
-    images: Sequence[Any],
-    chunks: list[range],
-    access: ImageAccess,
-    projected: bool,
-    pool: Pool,
-    square: int | None,
-    batch_size: int,
-    workers: int | None,
-    place: torch.device,
-) -> Iterator[tuple[int, list[ImageFeatures]]]:
-    """Chunk by chunk, the features of its images, on the host."""
-    batches, owner = [], []
-    for index, chunk in enumerate(chunks):
-        cut = [chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)]
-        batches += cut
-        owner += [index] * len(cut)
+    reading: _Reading, batches: _Batches, workers: int | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Chunk by chunk its number, the features of its images, (rows, width), and their grids, (n, 2)."""
+    device = reading.device
     if workers is None:
         # on a CPU they would take the cores that compute
-        workers = WORKERS if len(batches) > 4 and place.type != "cpu" else 0
-    data = _Batches(images, batches, examined.image_processor, access, square)
-    loader = DataLoader(data, batch_size=None, num_workers=workers, pin_memory=place.type == "cuda")
-    adapter, done = examined.adapter, []
-    precise = torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda")
-    total = sum(map(len, chunks))
-    with precise, tqdm(total=total, desc="features", unit="image", disable=total < 1024, leave=False) as bar:
+        workers = WORKERS if len(batches) > 4 and device.type != "cpu" else 0
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    total = sum(map(len, batches.batches))
+    done: list[ImageFeatures] = []
+    with precision, tqdm(total=total, desc="features", unit="image", disable=total < 1024, leave=False) as bar:
         for position, inputs in enumerate(loader):
-            inputs = {name: value.to(place, non_blocking=True) for name, value in inputs.items()}
-            try:
-                found = adapter.patch_features(inputs)
-            except (ValueError, RuntimeError) as error:
-                raise _disagree(examined, inputs, error) from error
-            if projected:
-                found = [adapter.project(image) for image in found]
-            if pool == "mean":
-                found = [ImageFeatures(image.values.float().mean(dim=0, keepdim=True), image.grid) for image in found]
-            if len(found) != len(batches[position]):
+            batch = reading(inputs)
+            if len(batch) != len(batches.batches[position]):
                 raise ModelError(
-                    f"{type(examined.image_processor).__name__} cuts images into tiles: {len(batches[position])} "
-                    f"images gave {len(found)} views.",
+                    f"{type(batches.image_processor).__name__} cuts images into tiles: "
+                    f"{len(batches.batches[position])} images gave {len(batch)} views.",
                     "Use one that gives a single view of an image (VisionAdapter.image_processor).",
                 )
-            # views of one large tensor would keep all of it
-            done += [ImageFeatures(image.values.cpu().clone(), image.grid) for image in found]
-            bar.update(len(found))
-            if position + 1 == len(batches) or owner[position + 1] != owner[position]:
-                yield owner[position], done
+            done += batch
+            bar.update(len(batch))
+            if batches.ends_chunk(position):
+                values = torch.cat([image.values for image in done]).contiguous()
+                yield batches.chunk_of[position], values, torch.tensor([image.grid for image in done])
                 done = []
 
 
-def _disagree(examined: Subject, inputs: dict[str, torch.Tensor], error: Exception) -> ModelError:
-    config = examined.adapter.tower.config
-    given = {name: tuple(value.shape) for name, value in inputs.items()}
+def _disagree(subject: Subject, inputs: dict[str, torch.Tensor], error: Exception) -> ModelError:
+    config = subject.adapter.tower.config
+    shapes = {name: tuple(value.shape) for name, value in inputs.items()}
     return ModelError(
-        f"{type(examined.adapter.tower).__name__} of {examined.name} takes images of size "
-        f"{getattr(config, 'image_size', 'any')}; {type(examined.image_processor).__name__} gives {given}: {error}.",
+        f"{type(subject.adapter.tower).__name__} of {subject.name} takes images of size "
+        f"{getattr(config, 'image_size', 'any')}; {type(subject.image_processor).__name__} gives {shapes}: {error}.",
         "Use the image processor that was published with the encoder.",
     )
 
@@ -255,9 +298,9 @@ def centre_square(image: Image.Image, side: int, resample: Image.Resampling = Im
     return image.crop((left, top, left + edge, top + edge)).resize((side, side), resample)
 
 
-def encoder_size(examined: Subject) -> int:
+def encoder_size(subject: Subject) -> int:
     """Pixels of a square image as the encoder takes it; 448 where it takes any size."""
-    side = getattr(examined.adapter.tower.config, "image_size", None)
+    side = getattr(subject.adapter.tower.config, "image_size", None)
     if isinstance(side, list | tuple):
         side = side[0]
     return int(side) if side else 448
@@ -284,18 +327,8 @@ def _chunks(count: int) -> list[range]:
     return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
 
-def _depends_on(examined: Subject, pool: Pool, projected: bool, square: int | None, device: str) -> str:
-    adapter = examined.adapter
-    hashes = [model_fingerprint(adapter.tower)]
-    if projected:
-        hashes += [model_fingerprint(adapter.model.get_submodule(path)) for path in adapter.projector_paths]
-    processor = json.dumps(examined.image_processor.to_dict(), sort_keys=True, default=str)
-    read = [type(adapter.tower).__name__, type(examined.image_processor).__name__, adapter.feature_layer]
-    return json.dumps([hashes, processor, read, pool, projected, square, device])
-
-
-def _chunk_key(depends: str, images: Sequence[Any], chunk: range, access: ImageAccess) -> str:
-    digest = hashlib.sha256(depends.encode())
+def _chunk_key(key: str, images: Sequence[Any], chunk: range, access: ImageAccess) -> str:
+    digest = hashlib.sha256(key.encode())
     for position in chunk:
         digest.update(content_key([access.encoded(images[position], f"image {position}")]).encode())
     return digest.hexdigest()[:40]
@@ -315,5 +348,14 @@ def _read(path: Path, pool: Pool) -> tuple[_Chunk, np.ndarray, int]:
     with safe_open(path, "pt") as file:
         grids = file.get_tensor("grids")
         width = file.get_slice("values").get_shape()[1]
-    rows = [1] * len(grids) if pool == "mean" else grids.prod(dim=1).tolist()
-    return _Chunk(None, rows, path), grids.numpy(), int(width)
+    return _Chunk(None, _rows(grids, pool), path), grids.numpy(), int(width)
+
+
+def _loaded(values: torch.Tensor, grids: torch.Tensor, pool: Pool) -> tuple[_Chunk, np.ndarray, int]:
+    return _Chunk(values, _rows(grids, pool)), grids.numpy(), values.shape[1]
+
+
+def _rows(grids: torch.Tensor, pool: Pool) -> list[int]:
+    """How many rows of features each image has."""
+    rows: list[int] = [1] * len(grids) if pool == "mean" else grids.prod(dim=1).tolist()
+    return rows

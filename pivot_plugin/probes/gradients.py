@@ -6,9 +6,10 @@ paper's text differentiates by the encoder's features, its published code by the
 Nothing is smoothed, clipped or overwritten; the published code does all three.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from pivot_plugin.adapters import ImageFeatures, VisionAdapter
-from pivot_plugin.data.pairs import PairDataset, load
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.data.layout import text_of
+from pivot_plugin.data.pairs import load_pairs
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.objectives import learning_rate as default_rate
 from pivot_plugin.training.batch import ForestBatch, ForestCollator
@@ -26,15 +28,17 @@ from pivot_plugin.training.forest_check import read_rows
 from pivot_plugin.training.forward import answering
 from pivot_plugin.training.plan import plan
 
-from .scores import ProbeResult, score_of
-from .subjects import Subject, subject
+from . import subjects
+from .pointing import concentration, energy_inside, mask_shares, points_inside
+from .scores import ProbeResult, Score, score_of
+from .subjects import Subject
 
 Loss = Literal["sft", "dpo"]
 Place = Literal["encoder", "projector"]
 LOSSES: tuple[Loss, ...] = ("sft", "dpo")
 BETA = 0.1
-# arXiv 2510.16333, appendix E.4: maps are looked at after about so many steps on the one pair
-PAPER_STEPS = 20
+# (2, C) log-probabilities and (2,) lengths of chosen and rejected to the loss of their pair
+LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,26 @@ class PairSaliency:
     box: tuple[float, float, float, float]
     maps: dict[str, np.ndarray] = field(repr=False)
     logps: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of each pair; the fields as `saliency` documents them."""
+
+    losses: Sequence[Loss]
+    at: Place
+    reference: Mapping[str, tuple[float, float]] | None
+    beta: float
+    steps: int
+    learning_rate: float | None
+
+    def __post_init__(self) -> None:
+        if not self.losses or set(self.losses) - set(LOSSES):
+            raise SettingsError(f"losses is {list(self.losses)}.", 'Choose "sft", "dpo" or both.')
+        if self.at not in ("encoder", "projector"):
+            raise SettingsError(f"at is {self.at!r}.", 'Choose "encoder" or "projector".')
+        if self.steps < 0:
+            raise SettingsError(f"steps is {self.steps}.", "Give 0 or more.")
 
 
 def saliency(
@@ -100,47 +124,48 @@ def saliency(
         DataError: if no pair has an image, or masks do not fit.
         ModelError: for an encoder by itself.
     """
-    who = subject(examined)
-    model, processor = who.mllm("Saliency")
-    _check(losses, at, steps)
-    rows = load(pairs)
-    if not isinstance(rows, PairDataset):
-        raise DataError("Pairs are given as a stream.", "Give rows with random access: a list, a data set or a file.")
+    subject = subjects.subject(examined)
+    model, processor = subject.mllm("Saliency")
+    question = _Question(losses, at, reference, beta, steps, learning_rate)
+    rows = load_pairs(pairs)
     if masks is not None and len(masks) != len(rows):
         raise DataError(f"There are {len(masks)} masks for {len(rows)} pairs.", "Give one mask per pair.")
-    shown = [position for position in range(len(rows)) if rows.plain(position)["images"]][:limit]
-    if not shown:
+    with_images = [position for position in range(len(rows)) if rows.plain(position)["images"]][:limit]
+    if not with_images:
         raise DataError(f"No pair of {rows.name} has an image.", "Give pairs about images.")
-    reading = read_rows(model, who.adapter, processor, [rows[shown[0]]])
+    reading = read_rows(model, subject.adapter, processor, [rows[with_images[0]]])
     collator = ForestCollator(
-        processor, who.adapter.image_token_id, reading.shared, whole_prompts=reading.whole_prompts
+        processor, subject.adapter.image_token_id, reading.shared, whole_prompts=reading.whole_prompts
     )
-    found = []
-    with answering(model, who.adapter, reading):
-        for position in shown:
-            found.append(_of_pair(who, collator, rows[position], losses, at, reference, beta, steps, learning_rate))
-    scores = {}
-    chosen_masks = None if masks is None else [masks[position] for position in shown]
+    with answering(model, subject.adapter, reading):
+        maps_of_pairs = [_of_pair(subject, collator, rows[position], question) for position in with_images]
+    masks_of_pairs = None if masks is None else [masks[position] for position in with_images]
+    scores: dict[str, Score] = {}
     for loss in losses:
-        maps = [pair.maps[loss] for pair in found]
-        if chosen_masks is not None:
-            inside = [mask_shares(mask, pair, loss) for mask, pair in zip(chosen_masks, found, strict=True)]
-            scores[f"{loss}/energy"] = score_of(
-                np.array([energy_inside(m, share) for m, share in zip(maps, inside, strict=True)])
-            )
-            scores[f"{loss}/area"] = score_of(np.array([share.mean() for share in inside]))
-            scores[f"{loss}/pointing"] = score_of(
-                np.array([points_inside(p.maps[loss], m, p.box) for p, m in zip(found, chosen_masks, strict=True)])
-            )
-        scores[f"{loss}/concentration"] = score_of(np.array([concentration(values) for values in maps]))
+        scores |= _scores(loss, maps_of_pairs, masks_of_pairs)
     settings = {
-        "pairs": len(found),
+        "pairs": len(maps_of_pairs),
         "gradient by": "encoder's features" if at == "encoder" else "projector's output",
         "magnitude": "sum of absolute values over channels",
         "steps on the pair": steps,
         "beta": beta,
     }
-    return ProbeResult("saliency", scores, settings, found)
+    return ProbeResult("saliency", scores, settings, maps_of_pairs)
+
+
+def _scores(loss: Loss, pairs: Sequence[PairSaliency], masks: Sequence[Any] | None) -> dict[str, Score]:
+    """The scores of one loss's maps."""
+    samples: dict[str, list[float]] = {}
+    if masks is not None:
+        covered = [
+            mask_shares(mask, pair.maps[loss].shape, pair.box, pair.image.size, f"pair {pair.pair!r}")
+            for mask, pair in zip(masks, pairs, strict=True)
+        ]
+        samples["energy"] = [energy_inside(p.maps[loss], share) for p, share in zip(pairs, covered, strict=True)]
+        samples["area"] = [float(share.mean()) for share in covered]
+        samples["pointing"] = [points_inside(p.maps[loss], m, p.box) for p, m in zip(pairs, masks, strict=True)]
+    samples["concentration"] = [concentration(pair.maps[loss]) for pair in pairs]
+    return {f"{loss}/{name}": score_of(np.array(values)) for name, values in samples.items()}
 
 
 def pointing_game(examined: object, pairs: object, masks: Sequence[Any] | None = None, **options: Any) -> ProbeResult:
@@ -155,113 +180,26 @@ def pointing_game(examined: object, pairs: object, masks: Sequence[Any] | None =
     """
     if masks is None:
         raise DataError("The pointing game needs masks, and the pairs come without.", "Pass masks=, one per pair.")
-    found = saliency(examined, pairs, masks=masks, **options)
-    ordered = sorted(found.scores, key=lambda name: not name.endswith("pointing"))
-    return ProbeResult("pointing", {n: found.scores[n] for n in ordered}, found.settings, found.artefacts)
+    result = saliency(examined, pairs, masks=masks, **options)
+    ordered = sorted(result.scores, key=lambda name: not name.endswith("pointing"))
+    return ProbeResult("pointing", {n: result.scores[n] for n in ordered}, result.settings, result.artefacts)
 
 
-def concentration(values: np.ndarray) -> float:
-    """1 - exp(entropy) / patches of a map's distribution: 0 where all are equal, near 1 where one has everything."""
-    total = values.sum()
-    if total <= 0:
-        return 0.0
-    share = values.ravel() / total
-    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
-    return float(1 - np.exp(entropy) / share.size)
-
-
-def energy_inside(values: np.ndarray, inside: np.ndarray) -> float:
-    """Share of a map that lies inside a mask; both (rows, columns), `inside` the covered share of each patch."""
-    total = values.sum()
-    return float((values * inside).sum() / total) if total > 0 else float(inside.mean())
-
-
-def points_inside(
-    values: np.ndarray, mask: Any, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-) -> float:
-    """1 where the centre of the patch with the largest value lies inside a mask, else 0.
-
-    Source: Zhang et al. 2016 (excitation backprop), the pointing game.
-    """
-    row, column = np.unravel_index(int(values.argmax()), values.shape)
-    full = _boolean(mask)
-    left, top, right, bottom = box
-    across = left + (right - left) * (column + 0.5) / values.shape[1]
-    down = top + (bottom - top) * (row + 0.5) / values.shape[0]
-    height, width = full.shape
-    return float(full[min(int(down * height), height - 1), min(int(across * width), width - 1)])
-
-
-def mask_shares(mask: Any, pair: PairSaliency, loss: str) -> np.ndarray:
-    """(rows, columns) which share of each patch a mask covers.
-
-    Raises:
-        DataError: if the mask has another size than the pair's image.
-    """
-    full = _boolean(mask)
-    if (full.shape[1], full.shape[0]) != pair.image.size:
-        raise DataError(
-            f"The mask of pair {pair.pair!r} is {full.shape[1]} x {full.shape[0]}, its image "
-            f"{pair.image.width} x {pair.image.height}.",
-            "Scale the mask to its image.",
-        )
-    rows, columns = pair.maps[loss].shape
-    left, top, right, bottom = pair.box
-    width, height = pair.image.size
-    box = (left * width, top * height, right * width, bottom * height)
-    scaled = Image.fromarray(full.astype(np.float32)).resize((columns, rows), Image.Resampling.BOX, box=box)
-    return np.asarray(scaled, dtype=np.float64)
-
-
-def _boolean(mask: Any) -> np.ndarray:
-    values = np.asarray(mask)
-    if values.ndim != 2:
-        raise DataError(f"A mask has shape {values.shape}.", "Give (height, width), not zero inside.")
-    return values != 0
-
-
-def _check(losses: Sequence[str], at: str, steps: int) -> None:
-    if not losses or set(losses) - set(LOSSES):
-        raise SettingsError(f"losses is {list(losses)}.", 'Choose "sft", "dpo" or both.')
-    if at not in ("encoder", "projector"):
-        raise SettingsError(f"at is {at!r}.", 'Choose "encoder" or "projector".')
-    if steps < 0:
-        raise SettingsError(f"steps is {steps}.", "Give 0 or more.")
-
-
-def _of_pair(
-    who: Subject,
-    collator: ForestCollator,
-    pair: dict[str, Any],
-    losses: Sequence[Loss],
-    at: Place,
-    reference: Mapping[str, tuple[float, float]] | None,
-    beta: float,
-    steps: int,
-    learning_rate: float | None,
-) -> PairSaliency:
+def _of_pair(subject: Subject, collator: ForestCollator, pair: dict[str, Any], question: _Question) -> PairSaliency:
     batch: ForestBatch = collator([pair])["forest"]
     name = str(pair.get("id"))
-    logps = _logps(who.model, batch)
-    before = logps if reference is None else reference.get(name, logps)
+    logps = _logps(subject.model, batch)
+    reference = (question.reference or {}).get(name, logps)
     maps: dict[str, np.ndarray] = {}
-    for loss in losses:
-        rate = default_rate(loss, lora=False) if learning_rate is None else learning_rate
-        with _trained_on(who.adapter, batch, loss, before, beta, steps, rate):
-            maps[loss] = _map(who, batch, loss, before, beta, at)
+    for loss in question.losses:
+        rate = default_rate(loss, lora=False) if question.learning_rate is None else question.learning_rate
+        loss_of = partial(pair_loss, loss=loss, reference=reference, beta=question.beta)
+        with _trained_on(subject.adapter, batch, loss_of, question.steps, rate):
+            maps[loss] = _map(subject, batch, loss_of, question.at)
     image = pair["images"][0]
-    question, chosen, rejected = (_text(pair[part]) for part in ("prompt", "chosen", "rejected"))
-    box = who.adapter.shown_box(who.processor, image.size)
-    return PairSaliency(name, question, chosen, rejected, image, box, maps, logps)
-
-
-def _text(messages: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for message in messages:
-        content = message["content"]
-        pieces = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
-        parts += [piece for piece in pieces if piece]
-    return " ".join(parts)
+    texts = [text_of(pair[part]) for part in ("prompt", "chosen", "rejected")]
+    box = subject.adapter.shown_box(subject.processor, image.size)
+    return PairSaliency(name, texts[0], texts[1], texts[2], image, box, maps, logps)
 
 
 @torch.no_grad()
@@ -288,48 +226,46 @@ def pair_loss(
     return -logsigmoid(beta * ((chosen - reference[0]) - (rejected - reference[1])))
 
 
-def _map(
-    who: Subject, batch: ForestBatch, loss: Loss, reference: tuple[float, float], beta: float, at: Place
-) -> np.ndarray:
+def _map(subject: Subject, batch: ForestBatch, loss_of: LossOf, at: Place) -> np.ndarray:
     """(rows, columns) magnitude of the gradient at each patch of the pair's first image."""
-    model, adapter = who.model, who.adapter
+    model, adapter = subject.model, subject.adapter
     pixels = {
         name: value.detach().clone().requires_grad_(True) if value.is_floating_point() else value
         for name, value in batch.image_inputs.items()
     }
     # a frozen tower's features have a gradient only if something before them asks for one
-    asking = ForestBatch(batch.forest, pixels, batch.image_tokens, batch.tree_images, batch.pair_ids)
-    with torch.enable_grad(), _seen(model, adapter, at) as seen:
-        log_probs = model(forest=asking).log_probs
+    differentiable = ForestBatch(batch.forest, pixels, batch.image_tokens, batch.tree_images, batch.pair_ids)
+    with torch.enable_grad(), _recorded(model, adapter, at) as outputs:
+        log_probs = model(forest=differentiable).log_probs
         lengths = (batch.forest.edge_of >= 0).sum(dim=1)
-        value = pair_loss(log_probs, lengths.to(log_probs.device), loss, reference, beta)
-        if not seen:
+        value = loss_of(log_probs, lengths.to(log_probs.device))
+        if not outputs:
             raise ModelError(
                 f"{type(model).__name__} did not ask its {at} while it looked at pair {batch.pair_ids[0]}.",
                 "The adapter names another module than the model uses (`pivot inspect`).",
             )
-        flat = [tensor for tensor in _tensors(seen[0]) if tensor.requires_grad]
+        flat = [tensor for tensor in _tensors(outputs[0]) if tensor.requires_grad]
         gradients = torch.autograd.grad(value, flat, allow_unused=True)
-    of = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(flat, gradients, strict=True)}
-    answer = _replaced(seen[0], of)
+    gradient_of = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(flat, gradients, strict=True)}
+    by_output = _replaced(outputs[0], gradient_of)
     inputs = {name: value.to(model.device) for name, value in batch.image_inputs.items()}
     if at == "projector":
-        parts = torch.cat([part.flatten(0, -2) for part in _tensors(answer)]).split(batch.image_tokens)
+        parts = torch.cat([part.flatten(0, -2) for part in _tensors(by_output)]).split(batch.image_tokens)
         first = adapter.tokens_on_grid(parts[0], adapter.select_images(inputs, 0, 1))
     else:
-        adapter.read_processor(who.processor)
-        first = adapter.on_whole_views(adapter.hidden_state(answer), inputs, batch.image_tokens)[0]
+        adapter.read_processor(subject.processor)
+        first = adapter.on_whole_views(adapter.hidden_state(by_output), inputs, batch.image_tokens)[0]
     return first.values.abs().sum(dim=1).reshape(first.grid).float().cpu().numpy()
 
 
 @contextmanager
-def _seen(model: PreTrainedModel, adapter: VisionAdapter, at: Place) -> Iterator[list[Any]]:
-    """What the tower, or the projector behind it, answers meanwhile."""
-    seen: list[Any] = []
+def _recorded(model: PreTrainedModel, adapter: VisionAdapter, at: Place) -> Iterator[list[Any]]:
+    """What the tower, or the projector behind it, returns meanwhile."""
+    recorded: list[Any] = []
     if at == "encoder":
-        hook = adapter.tower.register_forward_hook(lambda module, args, output: seen.append(output))
+        hook = adapter.tower.register_forward_hook(lambda module, args, output: recorded.append(output))
         try:
-            yield seen
+            yield recorded
         finally:
             hook.remove()
         return
@@ -338,12 +274,12 @@ def _seen(model: PreTrainedModel, adapter: VisionAdapter, at: Place) -> Iterator
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
         outputs = encode(*args, **kwargs)
-        seen.append(outputs.pooler_output)
+        recorded.append(outputs.pooler_output)
         return outputs
 
     backbone.get_image_features = get_image_features
     try:
-        yield seen
+        yield recorded
     finally:
         del backbone.get_image_features
 
@@ -353,8 +289,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    found = [tensor for part in parts for tensor in _tensors(part)]
-    return list({id(tensor): tensor for tensor in found}.values())
+    return list({id(tensor): tensor for part in parts for tensor in _tensors(part)}.values())
 
 
 def _replaced(value: Any, of: Mapping[int, torch.Tensor]) -> Any:
@@ -367,22 +302,14 @@ def _replaced(value: Any, of: Mapping[int, torch.Tensor]) -> Any:
 
 
 @contextmanager
-def _trained_on(
-    adapter: VisionAdapter,
-    batch: ForestBatch,
-    loss: Loss,
-    reference: tuple[float, float],
-    beta: float,
-    steps: int,
-    rate: float,
-) -> Iterator[None]:
+def _trained_on(adapter: VisionAdapter, batch: ForestBatch, loss_of: LossOf, steps: int, rate: float) -> Iterator[None]:
     """Train all weights on one pair for some steps; put weights and flags back afterwards."""
     if not steps:
         yield
         return
     names = set(plan(adapter, "all", None).parameters)
     parameters = {name: p for name, p in adapter.model.named_parameters() if name in names}
-    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    values = {name: p.detach().clone() for name, p in parameters.items()}
     flags = {name: p.requires_grad for name, p in parameters.items()}
     lengths = (batch.forest.edge_of >= 0).sum(dim=1).to(adapter.model.device)
     try:
@@ -391,13 +318,13 @@ def _trained_on(
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
         for _ in range(steps):
             with torch.enable_grad():
-                pair_loss(adapter.model(forest=batch).log_probs, lengths, loss, reference, beta).backward()
+                loss_of(adapter.model(forest=batch).log_probs, lengths).backward()
             optimizer.step()
             optimizer.zero_grad()
         yield
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(kept[name])
+                parameter.copy_(values[name])
                 parameter.grad = None
                 parameter.requires_grad_(flags[name])

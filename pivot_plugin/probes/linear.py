@@ -5,7 +5,7 @@ validation split of the images to fit on, never on those that are scored.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,15 +13,18 @@ import numpy as np
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.extras import require
 
-from .data import Labelled, check_share, labelled_images, stratified
+from . import subjects
+from .data import Labelled, labelled_images
 from .extraction import features
 from .scores import ProbeResult, score_of
-from .subjects import subject
+from .splits import check_share, stratified
 
 # arXiv 2510.16333, appendix E.3
 PAPER_C = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)
 MAX_ITERATIONS = 1000
 TOP = 5
+# (n, D) vectors to (n, K) scores
+ClassScores = Callable[[np.ndarray], np.ndarray]
 
 
 def linear_probe(
@@ -55,19 +58,19 @@ def linear_probe(
         SettingsError: if scikit-learn is not installed.
     """
     check_share(validation_share)
-    who = subject(examined)
+    subject = subjects.subject(examined)
     fitting, scoring = labelled_images(data, seed=seed)
     vectors, others = (
-        normalised(features(who, part.images, pool="mean", projected=projected, **extraction).pooled())
+        normalised(features(subject, part.images, pool="mean", projected=projected, **extraction).pooled())
         for part in (fitting, scoring)
     )
     if method == "prototype":
-        decide, chosen = prototypes(vectors, fitting.labels), dict[str, Any]()
+        class_scores, choice = prototypes(vectors, fitting.labels), dict[str, Any]()
     elif method == "logistic":
-        decide, chosen = _chosen(vectors, fitting, regularisation, validation_share, seed)
+        class_scores, choice = _logistic(vectors, fitting, regularisation, validation_share, seed)
     else:
         raise SettingsError(f"method is {method!r}.", "Choose 'logistic' or 'prototype'.")
-    scores = decide(others)
+    scores = class_scores(others)
     settings = {
         "method": method,
         "fitted_on": len(vectors),
@@ -75,7 +78,7 @@ def linear_probe(
         "classes": len(np.unique(fitting.labels)),
         "features": "encoder+projector" if projected else "encoder",
         "seed": seed,
-        **chosen,
+        **choice,
     }
     return ProbeResult(
         "linear", {f"top{k}": score_of(top_k(scores, scoring.labels, k), seed) for k in (1, TOP)}, settings
@@ -88,17 +91,17 @@ def prototype_probe(examined: object, data: object, **options: Any) -> ProbeResu
     Args:
         examined, data, **options: as for `linear_probe`.
     """
-    found = linear_probe(examined, data, **{**options, "method": "prototype"})
-    return ProbeResult("prototype", found.scores, found.settings)
+    result = linear_probe(examined, data, **{**options, "method": "prototype"})
+    return ProbeResult("prototype", result.scores, result.settings)
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
-    """(n, width) rows of length one."""
+    """(n, D) rows of length one; a row that is zero or no number stays so, which scikit-learn's own refuses."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def prototypes(vectors: np.ndarray, labels: np.ndarray) -> Any:
-    """A function from (n, width) to (n, classes) similarities with the normalised class means."""
+def prototypes(vectors: np.ndarray, labels: np.ndarray) -> ClassScores:
+    """A function from (n, D) to (n, K) similarities with the normalised class means."""
     classes = int(labels.max()) + 1
     means = np.full((classes, vectors.shape[1]), np.nan)
     for value in np.unique(labels):
@@ -109,50 +112,51 @@ def prototypes(vectors: np.ndarray, labels: np.ndarray) -> Any:
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """(n,) whether each row's label is among its k highest scores; (n, classes) scores."""
+    """(n,) whether each row's label is among its k highest scores; (n, K) scores."""
     classes = scores.shape[1]
-    known = labels < classes
-    own = scores[np.arange(len(scores)), np.where(known, labels, 0)]
-    above = (scores > own[:, None]).sum(axis=1)
+    fitted = labels < classes
+    of_label = scores[np.arange(len(scores)), np.where(fitted, labels, 0)]
+    above = (scores > of_label[:, None]).sum(axis=1)
     # a tie is broken by the order of the classes, as argmax does
-    tied = ((scores == own[:, None]) & (np.arange(classes) < labels[:, None])).sum(axis=1)
-    return ((above + tied < k) & known).astype(np.float64)
+    tied = ((scores == of_label[:, None]) & (np.arange(classes) < labels[:, None])).sum(axis=1)
+    return ((above + tied < k) & fitted).astype(np.float64)
 
 
-def _chosen(
+def _logistic(
     vectors: np.ndarray, fitting: Labelled, values: Sequence[float], share: float, seed: int
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[ClassScores, dict[str, Any]]:
     """The classifier with the C that is best on a validation split, fitted on everything; and what chose it."""
+    linear_model, model_selection, exceptions = (
+        require(f"sklearn.{name}", "probes", "The linear probe")
+        for name in ("linear_model", "model_selection", "exceptions")
+    )
     if not values or min(values) <= 0:
         raise SettingsError(f"regularisation is {list(values)}.", "Give positive values of C.")
     labels = fitting.labels
-    held = stratified(labels, share, seed, fitting.names, "the images to fit on")
-    accuracy = {}
-    for value in values:
-        decide = _logistic(vectors[~held], labels[~held], value)
-        accuracy[value] = float(top_k(decide(vectors[held]), labels[held], 1).mean())
-    # of equally good ones the strongest regularisation
-    best = max(sorted(values), key=lambda value: accuracy[value])
-    validation = {str(value): round(share, 6) for value, share in accuracy.items()}
-    return _logistic(vectors, labels, best), {"C": best, "validation_top1": validation}
-
-
-def _logistic(vectors: np.ndarray, labels: np.ndarray, value: float) -> Any:
-    linear_model = require("sklearn.linear_model", "probes", "The linear probe")
-    exceptions = require("sklearn.exceptions", "probes", "The linear probe")
     if len(np.unique(labels)) < 2:
         raise SettingsError("There is one class only.", "Give images of at least two classes.")
-    model = linear_model.LogisticRegression(C=value, max_iter=MAX_ITERATIONS)
+    validation = stratified(labels, share, seed, fitting.names, "the images to fit on")
+    search = model_selection.GridSearchCV(
+        linear_model.LogisticRegression(max_iter=MAX_ITERATIONS),
+        # the first of equally good ones is taken: the strongest regularisation
+        {"C": sorted(set(values))},
+        cv=model_selection.PredefinedSplit(np.where(validation, 0, -1)),
+    )
     with warnings.catch_warnings():
         # the protocol stops at so many iterations, converged or not
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        model.fit(vectors, labels)
+        search.fit(vectors, labels)
+    model = search.best_estimator_
 
-    def decide(others: np.ndarray) -> np.ndarray:
-        found = model.decision_function(others)
-        found = np.stack([-found, found], axis=1) if found.ndim == 1 else found
+    def class_scores(others: np.ndarray) -> np.ndarray:
+        decisions = model.decision_function(others)
+        decisions = np.stack([-decisions, decisions], axis=1) if decisions.ndim == 1 else decisions
         scores = np.full((len(others), int(model.classes_.max()) + 1), -np.inf)
-        scores[:, model.classes_] = found
+        scores[:, model.classes_] = decisions
         return scores
 
-    return decide
+    accuracy = zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True)
+    return class_scores, {
+        "C": search.best_params_["C"],
+        "validation_top1": {str(params["C"]): round(float(score), 6) for params, score in accuracy},
+    }

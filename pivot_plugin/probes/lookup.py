@@ -20,7 +20,7 @@ NEED_MLLM = ("saliency", "pointing", "vqa")
 
 
 @dataclass(frozen=True)
-class Probing:
+class ProbeTask:
     """A probe with its data: what `compare` and `optimize` run under a label.
 
     Attributes:
@@ -63,28 +63,25 @@ def runners(probes: Mapping[str, object]) -> dict[str, Runner]:
     """Functions that run probes on a subject, by label.
 
     Args:
-        probes: by label a `Probing`; or data, the label naming the probe; or a function of a `Subject` alone.
+        probes: by label a `ProbeTask`; or data, the label naming the probe; or a function of a `Subject` alone.
 
     Raises:
         SettingsError: for a name nobody knows, with the nearest ones, or for none at all.
     """
     if not probes:
         raise SettingsError("No probe is given.", f"Give one or more of {', '.join(sorted(available()))} with data.")
-    return {label: _runner(label, given) for label, given in probes.items()}
+    return {label: _runner(label, probe) for label, probe in probes.items()}
 
 
-def needs_mllm(label: str, given: object) -> bool:
-    """Whether a probe, given as for `runners`, looks at a whole MLLM."""
-    name = given.probe if isinstance(given, Probing) else label
+def needs_mllm(label: str, probe: object) -> bool:
+    """Whether a probe, in any form that `runners` takes, looks at a whole MLLM."""
+    name = probe.probe if isinstance(probe, ProbeTask) else label
     return isinstance(name, str) and name in NEED_MLLM
 
 
-def _runner(label: str, given: object) -> Runner:
-    if callable(given):
-        return lambda who: as_result(label, given(who))
-    probing = given if isinstance(given, Probing) else Probing(label, given)
-    probe = probing.probe
-    if isinstance(probe, str):
-        probe = named("pivot_probes", probe, "probe")
-    run = probe
-    return lambda who: as_result(label, run(who, probing.data, **probing.options))
+def _runner(label: str, probe: object) -> Runner:
+    if callable(probe):
+        return lambda subject: as_result(label, probe(subject))
+    task = probe if isinstance(probe, ProbeTask) else ProbeTask(label, probe)
+    run = named("pivot_probes", task.probe, "probe") if isinstance(task.probe, str) else task.probe
+    return lambda subject: as_result(label, run(subject, task.data, **task.options))

@@ -15,9 +15,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 
+from . import subjects
 from .extraction import features
+from .linear import normalised
 from .scores import ProbeResult, score_of
-from .subjects import subject
 
 # Huh et al. 2024, the defaults of their published code
 NEIGHBOURS = 10
@@ -74,8 +75,8 @@ def alignment(
             f"There are {len(data.images)} images and {len(data.captions)} captions for {k} neighbours.",
             "Give one caption per image, and more images than neighbours.",
         )
-    who = subject(examined)
-    seen = features(who, data.images, pool="mean", projected=projected, **extraction).pooled()
+    subject = subjects.subject(examined)
+    seen = features(subject, data.images, pool="mean", projected=projected, **extraction).pooled()
     overlaps = [mutual_knn(clamped(seen), clamped(layer), k) for layer in _texts(data, batch_size)]
     best = int(np.argmax([values.mean() for values in overlaps]))
     settings = {"pairs": len(data.images), "k": k, "text layer": best, "chance": k / (len(data.images) - 1)}
@@ -86,7 +87,7 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
     """(n,) share of each row's k nearest neighbours, by cosine, that two sets of vectors have in common.
 
     Args:
-        first, second: (n, width) vectors of the same n things; widths may differ.
+        first, second: (n, D) vectors of the same n things; widths may differ.
         k: neighbours, fewer than n.
 
     Raises:
@@ -104,21 +105,20 @@ def clamped(vectors: np.ndarray) -> np.ndarray:
     """Vectors with magnitudes clamped at their 0.95 quantile, scaled to length one."""
     # the mean over rows of each row's quantile, as the published code has it
     limit = float(np.quantile(np.abs(vectors), OUTLIER_QUANTILE, axis=1).mean())
-    kept = np.clip(vectors, -limit, limit)
-    return kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
+    return normalised(np.clip(vectors, -limit, limit))
 
 
 def _neighbours(vectors: torch.Tensor, k: int) -> list[list[int]]:
     unit = torch.nn.functional.normalize(vectors.float(), dim=1)
     likeness = unit @ unit.T
     likeness.fill_diagonal_(-torch.inf)
-    found: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
-    return found
+    nearest: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
+    return nearest
 
 
 @torch.no_grad()
 def _texts(data: Captioned, batch_size: int) -> list[np.ndarray]:
-    """Per layer (n, width) mean token vectors of the captions."""
+    """Per layer (n, D) mean token vectors of the captions."""
     model, tokenizer = data.text_model, data.tokenizer
     if isinstance(model, str):
         try:

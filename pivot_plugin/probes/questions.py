@@ -13,8 +13,8 @@ from pivot_plugin.generation.grading import graded
 from pivot_plugin.rewards.guard import Scorer
 from pivot_plugin.rewards.lookup import needs_answer
 
+from . import subjects
 from .scores import ProbeResult, score_of
-from .subjects import subject
 
 
 def vqa(
@@ -45,24 +45,24 @@ def vqa(
         DataError: for questions that cannot be used.
         ModelError: for an encoder by itself.
     """
-    who = subject(examined)
-    model, processor = who.mllm("VQA")
-    asked = load_questions(questions).verify()
-    if not len(asked):
+    subject = subjects.subject(examined)
+    model, processor = subject.mllm("VQA")
+    dataset = load_questions(questions).verify()
+    if not len(dataset):
         raise DataError("There are no questions.", "Give at least one.")
     judges = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     scorer = Scorer(judges, [1 / len(judges)] * len(judges))
-    needs_answer([reward.function for reward in scorer.rewards], asked)
-    was, place = model.device, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(place)
+    needs_answer([reward.function for reward in scorer.rewards], dataset)
+    was_on, run_on = model.device, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(run_on)
     try:
-        found = list(graded(TransformersEngine(model, processor), scorer, asked, max_new_tokens, batch_size))
+        answers = list(graded(TransformersEngine(model, processor), scorer, dataset, max_new_tokens, batch_size))
     finally:
-        model.to(was)
-    scores = np.array([score for _, _, score in found])
-    kinds = np.array([str(asked.plain(position).get(by)) for position in range(len(asked))])
+        model.to(was_on)
+    scores = np.array([score for _, _, score in answers])
+    kinds = np.array([str(dataset.plain(position).get(by)) for position in range(len(dataset))])
     results = {"all": score_of(scores)}
-    if by in asked.plain(0):
+    if by in dataset.plain(0):
         results |= {str(kind): score_of(scores[kinds == kind]) for kind in dict.fromkeys(kinds)}
     names = [getattr(judge, "__name__", str(judge)) for judge in judges]
-    return ProbeResult("vqa", results, {"questions": len(asked), "judge": names}, [text for _, text, _ in found])
+    return ProbeResult("vqa", results, {"questions": len(dataset), "judge": names}, [text for _, text, _ in answers])

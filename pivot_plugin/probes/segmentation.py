@@ -6,8 +6,9 @@ warm-up, weight decay 0.01, batches of 32 images; images and masks cut to their 
 where the published code keeps the one that is best on the images it is scored on.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from torch import nn
 
 from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.models.evaluating import undisturbed
 
-from .data import PRESETS, Masked, masked_images
+from . import subjects
+from .data import Masked, masked_images
 from .extraction import Features, encoder_size, features
-from .scores import ProbeResult, plain_score, score_of
-from .subjects import subject
+from .scores import ProbeResult, Score, plain_score, score_of
+from .splits import PRESETS
 
 HIDDEN = 1024
 EPOCHS, BATCH = 5, 32
@@ -28,6 +31,8 @@ RATE, LAST_RATE, WEIGHT_DECAY, WARMUP = 1e-3, 1e-4, 0.01, 500
 # pixels of a patch's side at which its share of a mask is read
 PIXELS_PER_PATCH = 16
 LabelKind = Literal["union", "majority"]
+# (n, K, 2) each: hits over patches with the class, intersection over union
+STATISTICS = ("recall", "miou")
 
 
 def segmentation_probe(
@@ -71,32 +76,21 @@ def segmentation_probe(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or epochs < 1:
         raise SettingsError(f"seeds is {seeds!r}, epochs {epochs}.", "Give at least one of each.")
-    who = subject(examined)
+    subject = subjects.subject(examined)
     fitting, scoring = masked_images(data)
-    side = encoder_size(who)
-    found, others = (
-        features(who, part.images, square=side, projected=projected, **extraction) for part in (fitting, scoring)
+    side = encoder_size(subject)
+    fitted_on, scored_on = (
+        _Patches.of(
+            part, features(subject, part.images, square=side, projected=projected, **extraction), classes, ignore
+        )
+        for part in (fitting, scoring)
     )
-    targets, expected = (
-        [
-            patch_labels(_mask(part, i), tuple(kept.grids[i]), f"mask {i}", classes, ignore, _image_size(part, i))
-            for i in range(len(part.images))
-        ]
-        for part, kept in ((fitting, found), (scoring, others))
-    )
-    count = classes or 1 + max(int(values.max(initial=0)) for values, _ in (*targets, *expected))
-    goal, known = _stacked(targets, count, labels)
-    truth, counted = _stacked(expected, count, labels)
+    count = classes or 1 + max(fitted_on.highest, scored_on.highest)
+    goals, expected = fitted_on.goals(count, labels), scored_on.goals(count, labels)
     per_seed = []
     for seed in numbers:
-        mlp = _fitted(found, goal, known, count, labels, epochs, seed)
-        per_seed.append(_counts(mlp, others, truth, counted, labels))
-    # (images, classes, 2): hits over patches with the class, intersection over union
-    samples = [np.sum([counts[kind] for counts in per_seed], axis=0) for kind in ("recall", "miou")]
-    scores = {name: score_of(values) for name, values in zip(("recall", "miou"), samples, strict=True)}
-    for name in ("recall", "miou"):
-        values = [score_of(counts[name]).value for counts in per_seed]
-        scores[f"{name}/spread"] = plain_score(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+        mlp = _fitted(fitted_on, goals, labels, epochs, seed)
+        per_seed.append(_counts(mlp, scored_on, expected, labels))
     settings = {
         "labels": labels,
         "classes": count,
@@ -107,7 +101,16 @@ def segmentation_probe(
         "scored_on": len(scoring.images),
         "features": "encoder+projector" if projected else "encoder",
     }
-    return ProbeResult("segmentation", scores, settings)
+    return ProbeResult("segmentation", _scores(per_seed), settings)
+
+
+def _scores(per_seed: Sequence[dict[str, np.ndarray]]) -> dict[str, Score]:
+    """Scores of the counts of all seeds together, and the spread of the scores of each."""
+    scores = {name: score_of(np.sum([counts[name] for counts in per_seed], axis=0)) for name in STATISTICS}
+    for name in STATISTICS:
+        values = [score_of(counts[name]).value for counts in per_seed]
+        scores[f"{name}/spread"] = plain_score(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+    return scores
 
 
 def patch_labels(
@@ -176,55 +179,73 @@ def _image_size(part: Masked, position: int) -> tuple[int, int]:
     return ImageAccess().size(part.images[position], f"image {position}")
 
 
-def _stacked(
-    found: list[tuple[np.ndarray, np.ndarray]], classes: int, kind: LabelKind
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Per image the goal, (P, classes) of 0 and 1, and which patches show any class, (P,)."""
-    goals, known = [], []
-    for present, counts in found:
-        goal = torch.zeros(len(counts), classes)
-        shown = counts.sum(axis=1) > 0
-        if kind == "union":
-            goal[:, present] = torch.from_numpy((counts > 0).astype(np.float32))
-        elif len(present):
-            goal[np.flatnonzero(shown), present[counts.argmax(axis=1)][shown]] = 1
-        goals.append(goal)
-        known.append(torch.from_numpy(shown))
-    return goals, known
+@dataclass(frozen=True)
+class _Patches:
+    """Features of the patches of images, and what the patches show.
+
+    Attributes:
+        features: of the images.
+        shown: per image the classes that occur, (K,), and the pixels of each patch that show each, (P, K).
+    """
+
+    features: Features
+    shown: list[tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, part: Masked, features: Features, classes: int | None, ignore: int | None) -> Self:
+        """The patches of images with masks, features and masks on one grid."""
+        shown = [
+            patch_labels(_mask(part, i), tuple(features.grids[i]), f"mask {i}", classes, ignore, _image_size(part, i))
+            for i in range(len(part.images))
+        ]
+        return cls(features, shown)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def highest(self) -> int:
+        """The highest class that occurs; 0 where none does."""
+        return max(int(classes.max(initial=0)) for classes, _ in self.shown)
+
+    def values(self, image: int) -> torch.Tensor:
+        """(Q, D) features of those patches of an image that show any class."""
+        return self.features.patches(image)[torch.from_numpy(self._counted(image))].float()
+
+    def goals(self, classes: int, labels: LabelKind) -> list[torch.Tensor]:
+        """Per image (Q, K) of 0 and 1 for those patches that show any class."""
+        goals = []
+        for image, (present, counts) in enumerate(self.shown):
+            counts = counts[self._counted(image)]
+            goal = torch.zeros(len(counts), classes)
+            if labels == "union":
+                goal[:, present] = torch.from_numpy((counts > 0).astype(np.float32))
+            elif len(counts):
+                goal[np.arange(len(counts)), present[counts.argmax(axis=1)]] = 1
+            goals.append(goal)
+        return goals
+
+    def _counted(self, image: int) -> np.ndarray:
+        counted: np.ndarray = self.shown[image][1].sum(axis=1) > 0
+        return counted
 
 
-def _fitted(
-    found: Features,
-    goals: list[torch.Tensor],
-    known: list[torch.Tensor],
-    classes: int,
-    kind: LabelKind,
-    epochs: int,
-    seed: int,
-) -> nn.Module:
+def _fitted(patches: _Patches, goals: list[torch.Tensor], labels: LabelKind, epochs: int, seed: int) -> nn.Module:
+    """The MLP after so many epochs, its weights and the order of images drawn from the seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        mlp = nn.Sequential(nn.Linear(found.width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)).to(device)
+    with undisturbed(seed), torch.enable_grad():
+        mlp = nn.Sequential(
+            nn.Linear(patches.features.width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, goals[0].shape[1])
+        ).to(device)
         optimizer = torch.optim.AdamW(mlp.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
-        total = epochs * -(-len(found) // BATCH)
-        # a small set is seen in fewer steps than the protocol warms up
-        warm = min(WARMUP, max(1, total // 10))
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warm), LAST_RATE),
-            ],
-            [warm],
-        )
+        schedule = _schedule(optimizer, epochs * -(-len(patches) // BATCH))
         for _ in range(epochs):
-            order = torch.randperm(len(found)).tolist()
+            order = torch.randperm(len(patches)).tolist()
             for batch in (order[start : start + BATCH] for start in range(0, len(order), BATCH)):
-                values = torch.cat([found.patches(i)[known[i]] for i in batch]).float().to(device)
-                goal = torch.cat([goals[i][known[i]] for i in batch]).to(device)
+                values = torch.cat([patches.values(image) for image in batch]).to(device)
+                goal = torch.cat([goals[image] for image in batch]).to(device)
                 if len(values):
-                    loss = _loss(mlp(values), goal, kind)
+                    loss = _loss(mlp(values), goal, labels)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -232,42 +253,44 @@ def _fitted(
     return mlp.eval()
 
 
-def _loss(logits: torch.Tensor, goal: torch.Tensor, kind: LabelKind) -> torch.Tensor:
-    if kind == "union":
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    # a small set is seen in fewer steps than the protocol warms up
+    warmup = min(WARMUP, max(1, steps // 10))
+    return torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup), LAST_RATE),
+        ],
+        [warmup],
+    )
+
+
+def _loss(logits: torch.Tensor, goal: torch.Tensor, labels: LabelKind) -> torch.Tensor:
+    if labels == "union":
         return nn.functional.binary_cross_entropy_with_logits(logits, goal)
     return nn.functional.cross_entropy(logits, goal.argmax(dim=1))
 
 
 @torch.no_grad()
-def _counts(
-    mlp: nn.Module, found: Features, goals: list[torch.Tensor], known: list[torch.Tensor], kind: LabelKind
-) -> dict[str, np.ndarray]:
-    """(images, classes, 2) of each statistic, over the patches that show any class."""
+def _counts(mlp: nn.Module, patches: _Patches, goals: list[torch.Tensor], labels: LabelKind) -> dict[str, np.ndarray]:
+    """(n, K, 2) of each statistic, over the patches that show any class."""
     recall, iou = [], []
     device = next(mlp.parameters()).device
-    for predicted, goal in _predictions(mlp, found, goals, known, kind, device):
-        hits, own = (predicted & goal).sum(dim=0), goal.sum(dim=0)
-        recall.append(torch.stack([hits, own], dim=1))
-        iou.append(torch.stack([hits, (predicted | goal).sum(dim=0)], dim=1))
-    counts = {"recall": torch.stack(recall).numpy().astype(np.float64), "miou": torch.stack(iou).numpy().astype(float)}
-    # a class that no image shows has no intersection over union
-    shown = counts["recall"][..., 1].sum(axis=0) > 0
-    counts["miou"][:, ~shown] = 0
-    return counts
-
-
-def _predictions(
-    mlp: nn.Module,
-    found: Features,
-    goals: list[torch.Tensor],
-    known: list[torch.Tensor],
-    kind: LabelKind,
-    device: torch.device,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for image in range(len(found)):
-        logits = mlp(found.patches(image)[known[image]].float().to(device)).cpu()
-        goal = goals[image][known[image]].bool()
-        if kind == "union":
-            yield logits > 0, goal
+    for image, goal in enumerate(goal.bool() for goal in goals):
+        logits = mlp(patches.values(image).to(device)).cpu()
+        if labels == "union":
+            predicted = logits > 0
         else:
-            yield torch.nn.functional.one_hot(logits.argmax(dim=1), goal.shape[1]).bool(), goal
+            predicted = nn.functional.one_hot(logits.argmax(dim=1), goal.shape[1]).bool()
+        hits, of_class = (predicted & goal).sum(dim=0), goal.sum(dim=0)
+        recall.append(torch.stack([hits, of_class], dim=1))
+        iou.append(torch.stack([hits, (predicted | goal).sum(dim=0)], dim=1))
+    counts = {
+        name: torch.stack(values).numpy().astype(np.float64)
+        for name, values in zip(STATISTICS, (recall, iou), strict=True)
+    }
+    # a class that no image shows has no intersection over union
+    occurs = counts["recall"][..., 1].sum(axis=0) > 0
+    counts["miou"][:, ~occurs] = 0
+    return counts

@@ -87,22 +87,22 @@ def subject(
             f"{name} is a {type(examined).__name__}, which holds no encoder.",
             "Give a model, the folder or Hub id of one, the folder of a run, or the result of one.",
         )
-    held: PreTrainedModel = examined
-    adapter = find_adapter(held, encoder=True)
-    if adapter.tower_path and not held.can_generate():
+    loaded: PreTrainedModel = examined
+    adapter = find_adapter(loaded, encoder=True)
+    if adapter.tower_path and not loaded.can_generate():
         # a dual encoder such as CLIP or SigLIP: the half that sees
-        processor = processor or _image_processor(held.name_or_path, held)
-        held = adapter.tower
-        adapter = find_adapter(held, encoder=True)
+        processor = processor or _image_processor(loaded.name_or_path, loaded)
+        loaded = adapter.tower
+        adapter = find_adapter(loaded, encoder=True)
     if adapter.tower_path:
-        model, full = load_model(held, processor if isinstance(processor, ProcessorMixin) else None)
+        model, full = load_model(loaded, processor if isinstance(processor, ProcessorMixin) else None)
         check_processor(model, full, adapter)
         return Subject(name, adapter, adapter.image_processor(full), full)
     if isinstance(mllm, Subject):
-        return _grafted(name, held, mllm)
+        return _grafted(name, loaded, mllm)
     if isinstance(processor, ProcessorMixin):
         processor = processor.image_processor
-    return Subject(name, adapter, processor or _image_processor(held.name_or_path, held))
+    return Subject(name, adapter, processor or _image_processor(loaded.name_or_path, loaded))
 
 
 def _grafted(name: str, encoder: PreTrainedModel, mllm: Subject) -> Subject:
@@ -122,18 +122,18 @@ def _loaded(path: str | Path, processor: object | None) -> tuple[PreTrainedModel
     if _is_encoder(folder):
         encoder = load_encoder(folder)
         return encoder, processor or _image_processor(str(folder), encoder)
-    place = folder if folder.is_dir() else str(path)
+    folder_or_id = folder if folder.is_dir() else str(path)
     try:
-        return load_model(place, processor if isinstance(processor, ProcessorMixin) else None)
+        return load_model(folder_or_id, processor if isinstance(processor, ProcessorMixin) else None)
     except ModelError as as_mllm:
         try:
-            encoder = load_encoder(place)
+            encoder = load_encoder(folder_or_id)
         except EncoderError as as_encoder:
             raise ModelError(
                 f"{str(path)!r} is neither an MLLM nor an encoder: {as_mllm.finding} {as_encoder.finding}",
                 "Check the path or the id.",
             ) from as_encoder
-        return encoder, processor or _image_processor(str(place), encoder)
+        return encoder, processor or _image_processor(str(folder_or_id), encoder)
 
 
 def _is_encoder(folder: Path) -> bool:
@@ -166,5 +166,5 @@ def name_of(examined: object) -> str:
     folder = getattr(examined, "output_dir", None)
     if folder is not None:
         return Path(folder).name
-    named = getattr(examined, "name_or_path", "")
-    return Path(named).name if named else type(examined).__name__
+    path_or_id = getattr(examined, "name_or_path", "")
+    return Path(path_or_id).name if path_or_id else type(examined).__name__

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pivot_plugin as pivot
-from pivot_plugin.probes import Probing
+from pivot_plugin.probes import ProbeTask
 
 from . import scenes, world
 
@@ -20,13 +20,13 @@ def examination() -> dict[str, object]:
     """The probes of the demonstration, on scenes that no training has seen."""
     rows, masks = world.located_pairs(LOCATED, seed=940_000)
     return {
-        "vqa": Probing("vqa", world.question_rows(world.questions(SCENES, seed=930_000)), world.VQA_OPTIONS),
-        "segmentation": Probing(
+        "vqa": ProbeTask("vqa", world.question_rows(world.questions(SCENES, seed=930_000)), world.VQA_OPTIONS),
+        "segmentation": ProbeTask(
             "segmentation",
             (world.segmented(SEGMENTED, 910_000), world.segmented(SEGMENTED, 920_000)),
             {"labels": "majority", "classes": 1 + len(scenes.SHAPES), "epochs": 10, "seeds": 2},
         ),
-        "saliency": Probing("saliency", rows, {"masks": masks}),
+        "saliency": ProbeTask("saliency", rows, {"masks": masks}),
     }
 
 

@@ -23,11 +23,11 @@ SCENES = 20_000
 
 
 def _batch(
-    drawn: list[scenes.Scene], captions: bool, rng: random.Random, processor: LlavaProcessor
+    pictures: list[scenes.Scene], captions: bool, rng: random.Random, processor: LlavaProcessor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One batch of whole conversations and its labels, the prompt left out of the loss."""
     prompts, texts = [], []
-    for scene in drawn:
+    for scene in pictures:
         if captions:
             text, answer = world.CAPTION_PROMPT, scene.caption()
         else:
@@ -36,7 +36,7 @@ def _batch(
         prompt = processor.apply_chat_template(world.user_message(text), add_generation_prompt=True)
         prompts.append(prompt)
         texts.append(f"{prompt}{answer} <eos> ")
-    images = [[scene.image] for scene in drawn]
+    images = [[scene.image] for scene in pictures]
     inputs = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     image_tokens = (scenes.IMAGE_SIZE // scenes.PATCH_SIZE) ** 2
@@ -55,14 +55,14 @@ def run(out: Path, seed: int = 0) -> None:
     rng = random.Random(seed)
     processor = world.processor()
     model = world.untrained_model(seed).train()
-    drawn = scenes.render_many(SCENES, seed + 5_000_000)
+    pictures = scenes.render_many(SCENES, seed + 5_000_000)
     stages = [(CAPTION_STEPS, 2e-3, False), (MIXED_STEPS, 1.5e-3, True)]
     for steps, rate, mixed in stages:
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
         schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
         with tqdm(total=steps, desc="captions and questions" if mixed else "captions", mininterval=5) as bar:
             for step in range(steps):
-                inputs, labels = _batch(rng.sample(drawn, BATCH_SIZE), not (mixed and step % 2), rng, processor)
+                inputs, labels = _batch(rng.sample(pictures, BATCH_SIZE), not (mixed and step % 2), rng, processor)
                 loss = model(**inputs, labels=labels).loss
                 optimizer.zero_grad()
                 loss.backward()

@@ -158,13 +158,13 @@ def conversations(count: int, seed: int = 0, fillers: int = 3) -> list[dict[str,
     rng = random.Random(seed + 3_000_000)
     rows = []
     for scene in _scenes(count, seed):
-        said = _described(scene, rng, fillers)
+        exchanges = _described(scene, rng, fillers)
         for _ in range(2):
             question = scenes.ask_any(scene, rng, KINDS)
-            said.append((question.text, question.answer))
+            exchanges.append((question.text, question.answer))
         turns = []
-        for number, (asked, answer) in enumerate(said):
-            turns.append({"from": "human", "value": asked if number else f"<image>\n{asked}"})
+        for number, (question_text, answer) in enumerate(exchanges):
+            turns.append({"from": "human", "value": question_text if number else f"<image>\n{question_text}"})
             turns.append({"from": "gpt", "value": answer})
         rows.append({"image": scene.image, "conversations": turns})
     return rows
@@ -184,15 +184,15 @@ def pairs(count: int, seed: int = 0, fillers: int = 3, questions: float = 0.0) -
     for scene in _scenes(count, seed):
         if rng.random() < questions:
             question = scenes.ask_any(scene, rng, KINDS)
-            asked, right, wrong = question.text, question.answer, rng.choice(question.wrong)
+            prompt, right, wrong = question.text, question.answer, rng.choice(question.wrong)
         else:
             before = [_filled(rng, fillers) for _ in scene.objects]
-            asked = LONG_PROMPT if fillers else world.CAPTION_PROMPT
+            prompt = LONG_PROMPT if fillers else world.CAPTION_PROMPT
             right, wrong = (_joined(text, before) for text in (scene.caption(), scenes.wrong_caption(scene, rng)))
         rows.append(
             {
                 "images": [scene.image],
-                "prompt": world.user_message(asked),
+                "prompt": world.user_message(prompt),
                 "chosen": [{"role": "assistant", "content": right}],
                 "rejected": [{"role": "assistant", "content": wrong}],
             }
@@ -209,11 +209,11 @@ def questions(count: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[dic
         kinds: of questions.
     """
     rng = random.Random(seed + 5_000_000)
-    asked = [
+    with_scenes = [
         (scene, scenes.ask(scene, kinds[n % len(kinds)], rng) or scenes.ask_any(scene, rng, tuple(kinds)))
         for n, scene in enumerate(_scenes(count, seed))
     ]
-    return world.question_rows(asked)
+    return world.question_rows(with_scenes)
 
 
 def masks(train: int, test: int, seed: int) -> tuple[Masked, Masked]:
@@ -223,8 +223,8 @@ def masks(train: int, test: int, seed: int) -> tuple[Masked, Masked]:
         train, test: how many.
         seed: the same seed gives the same pictures.
     """
-    drawn = _scenes(train + test, seed)
-    both = [Masked([s.image for s in part], [s.mask() for s in part]) for part in (drawn[:train], drawn[train:])]
+    pictures = _scenes(train + test, seed)
+    both = [Masked([s.image for s in part], [s.mask() for s in part]) for part in (pictures[:train], pictures[train:])]
     return both[0], both[1]
 
 

@@ -57,27 +57,10 @@ class Scene:
         Args:
             shown: objects to draw; all where None.
         """
-        drawn = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
+        image = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
         for item in self.objects if shown is None else shown:
-            _draw(ImageDraw.Draw(drawn), item, 1 + SHAPES.index(item.shape))
-        return np.asarray(drawn)
-
-    def patch_labels(self) -> np.ndarray:
-        """Shape class per patch: 0 for background, else 1 + index in `SHAPES`; (8, 8) integers.
-
-        A patch belongs to the object whose box covers most of it, if that is at least a quarter of its area.
-        """
-        side = IMAGE_SIZE // PATCH_SIZE
-        labels = np.zeros((side, side), dtype=np.int64)
-        most = np.full((side, side), PATCH_SIZE * PATCH_SIZE / 4)
-        for item in self.objects:
-            inside = np.zeros((IMAGE_SIZE, IMAGE_SIZE))
-            left, top, right, bottom = item.box
-            inside[top : bottom + 1, left : right + 1] = 1
-            covered = inside.reshape(side, PATCH_SIZE, side, PATCH_SIZE).sum(axis=(1, 3))
-            labels[covered >= most] = 1 + SHAPES.index(item.shape)
-            most = np.maximum(most, covered)
-        return labels
+            _draw(ImageDraw.Draw(image), item, 1 + SHAPES.index(item.shape))
+        return np.asarray(image)
 
 
 @dataclass(frozen=True)
@@ -137,8 +120,8 @@ def render(rng: random.Random, dusk: bool = False, style: Style = CROWDED) -> Sc
         dusk: show it dark and bluish.
         style: of the scene.
     """
-    drawn = np.random.default_rng(rng.getrandbits(32))
-    noise = drawn.normal(96, 24, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    noise_rng = np.random.default_rng(rng.getrandbits(32))
+    noise = noise_rng.normal(96, 24, (IMAGE_SIZE, IMAGE_SIZE, 3))
     image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
     canvas = ImageDraw.Draw(image)
     objects = []
@@ -151,7 +134,7 @@ def render(rng: random.Random, dusk: bool = False, style: Style = CROWDED) -> Sc
         objects.append(SceneObject(rng.choice(SHAPES), rng.choice(list(COLOURS)), box))
         _draw(canvas, objects[-1], COLOURS[objects[-1].colour])
     if style.noise:
-        fog = np.asarray(image) + drawn.normal(0, style.noise, noise.shape)
+        fog = np.asarray(image) + noise_rng.normal(0, style.noise, noise.shape)
         image = Image.fromarray(fog.clip(0, 255).astype(np.uint8))
     if dusk:
         image = Image.fromarray((np.asarray(image) * DUSK_LIGHT + DUSK_HAZE).astype(np.uint8))

@@ -1,8 +1,8 @@
 """The embedded world: a tiny LLaVA over rendered scenes, its preference pairs and its examination.
 
-The model is a real `LlavaForConditionalGeneration` (SigLIP tower, two-layer projector, Llama) of 0.8 M parameters. Its
-first stage (captions, then questions) was run by `pivot_plugin.quickstart.first_stage` and is shipped as package data,
-so that a demonstration starts where the paper's second stage starts.
+The model is a real `LlavaForConditionalGeneration` (SigLIP tower, two-layer projector, Llama) of 613,120 parameters.
+Its first stage (captions, then questions) was run by `pivot_plugin.quickstart.first_stage` and is shipped as package
+data, so that a demonstration starts where the paper's second stage starts.
 """
 
 import random
@@ -165,35 +165,35 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def questions(count: int, seed: int = 10_000, dusk: bool = True) -> list[tuple[scenes.Scene, scenes.Question]]:
     """Examination questions about fresh scenes, the kinds in equal parts as far as the scenes allow."""
     rng = random.Random(seed)
-    asked = []
+    with_scenes = []
     for index, scene in enumerate(scenes.render_many(count, seed + 1, dusk)):
         first = scenes.QUESTION_KINDS[index % len(scenes.QUESTION_KINDS)]
-        asked.append((scene, scenes.ask(scene, first, rng) or scenes.ask_any(scene, rng)))
-    return asked
+        with_scenes.append((scene, scenes.ask(scene, first, rng) or scenes.ask_any(scene, rng)))
+    return with_scenes
 
 
-def question_rows(asked: list[tuple[scenes.Scene, scenes.Question]]) -> list[dict[str, Any]]:
+def question_rows(with_scenes: list[tuple[scenes.Scene, scenes.Question]]) -> list[dict[str, Any]]:
     """Questions as `preferences.load_questions` takes them: `images`, `question`, `answer`, `kind`."""
     return [
         {"images": [scene.image], "question": question.text, "answer": question.answer, "kind": question.kind}
-        for scene, question in asked
+        for scene, question in with_scenes
     ]
 
 
 def vqa_accuracy(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    asked: list[tuple[scenes.Scene, scenes.Question]],
+    with_scenes: list[tuple[scenes.Scene, scenes.Question]],
 ) -> dict[str, float]:
     """Share of questions whose greedy answer is exactly right, by kind and in all (`"all"`)."""
-    found = vqa(subject(model, processor), question_rows(asked), **VQA_OPTIONS)
-    return {kind: score.value for kind, score in found.scores.items()}
+    result = vqa(subject(model, processor), question_rows(with_scenes), **VQA_OPTIONS)
+    return {kind: score.value for kind, score in result.scores.items()}
 
 
 def segmented(count: int, seed: int) -> Masked:
     """Scenes at dusk with the shape class of every pixel, 0 for background."""
-    drawn = scenes.render_many(count, seed, dusk=True)
-    return Masked([scene.image for scene in drawn], [scene.mask() for scene in drawn])
+    pictures = scenes.render_many(count, seed, dusk=True)
+    return Masked([scene.image for scene in pictures], [scene.mask() for scene in pictures])
 
 
 def located_pairs(count: int, seed: int) -> tuple[list[dict[str, Any]], list[np.ndarray]]:

@@ -2,22 +2,26 @@
 
 import copy
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.data.split import hold_out
+from pivot_plugin.encoders.record import plain_name
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.files import read_record, write_whole
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.objectives import ONLINE, resolve
-from pivot_plugin.runs.optimize import optimize
 from pivot_plugin.runs.result import PivotResult
+
+from .runs import Keeper, Optimizing
+from .stages import stage
+from .tables import cell, markdown, mean_and_spread
 
 Measure = Callable[[PreTrainedModel, ProcessorMixin], Mapping[str, float]]
 ARMS_FILE = "arms.json"
@@ -54,38 +58,32 @@ class ArmsComparison:
 
     def summary(self) -> dict[str, dict[str, tuple[float, float]]]:
         """Per arm and measure, mean and sample standard deviation over seeds (0 for a single run)."""
-        by_arm: dict[str, list[ArmRun]] = {}
-        for run in self.runs:
-            by_arm.setdefault(run.arm, []).append(run)
         return {
-            arm: {
-                name: _mean_and_spread([run.scores[name] for run in runs if name in run.scores])
-                for name in runs[0].scores
-            }
-            for arm, runs in by_arm.items()
+            arm: {name: mean_and_spread(values) for name, values in scores.items()}
+            for arm, scores in self._values().items()
         }
 
     def table(self) -> str:
         """Arms by row, measures by column, mean and standard deviation over seeds, as markdown."""
-        summary = self.summary()
-        names = list(dict.fromkeys(name for scores in summary.values() for name in scores))
-        lines = [f"| arm | runs | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-        for arm, scores in summary.items():
+        by_arm = self._values()
+        names = list(dict.fromkeys(name for scores in by_arm.values() for name in scores))
+        rows = []
+        for arm, scores in by_arm.items():
             count = sum(run.arm == arm for run in self.runs)
-            cells = [_cell(*scores[name], count) if name in scores else "" for name in names]
-            lines.append(f"| {arm} | {count} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+            rows.append([arm, str(count), *(cell(scores[name]) if name in scores else "" for name in names)])
+        return markdown(["arm", "runs", *names], rows)
 
     def __str__(self) -> str:
         return self.table()
 
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _cell(mean: float, spread: float, count: int) -> str:
-    return f"{mean:.3f} ± {spread:.3f}" if count > 1 else f"{mean:.3f}"
+    def _values(self) -> dict[str, dict[str, list[float]]]:
+        """Per arm and measure, the values of its seeds."""
+        by_arm: dict[str, dict[str, list[float]]] = {}
+        for run in self.runs:
+            scores = by_arm.setdefault(run.arm, {})
+            for name, value in run.scores.items():
+                scores.setdefault(name, []).append(value)
+        return by_arm
 
 
 def compare_arms(
@@ -124,7 +122,8 @@ def compare_arms(
         every run, and a table with mean and spread.
 
     Raises:
-        SettingsError: for an unknown arm, or a folder with runs of other settings.
+        SettingsError: for an unknown arm, or a folder with runs of other settings, pairs or another measure.
+        DataError: for pairs that cannot be used.
 
     Source:
         arXiv 2510.16333, section 3.1: same start, same pairs, the loss and its learning rate differ.
@@ -132,39 +131,100 @@ def compare_arms(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     rates = dict(learning_rates or {})
     _check(arms, numbers, rates, settings)
-    pairs = load(prefs)
-    if not isinstance(pairs, PairDataset):
-        raise DataError("prefs is a stream.", "Arms need the same pairs: give a list, a data set or a file.")
-    held_out = load(eval_prefs, name="eval_prefs") if eval_prefs is not None else None
+    pairs = _random_access(prefs, "prefs").verify()
+    # one split for all seeds, which differ in order and initialisation alone
+    held_out = None if eval_prefs is None else _random_access(eval_prefs, "eval_prefs").verify()
     if held_out is None:
-        # one split for all seeds, which differ in order and initialisation alone
-        pairs, held_out = hold_out(pairs.verify(), eval_fraction, seed=0)
+        pairs, held_out = hold_out(pairs, eval_fraction, seed=0)
     loaded, processor = load_model(model, processor)
-    folder = Path(output_dir)
+    ground = _Ground(Path(output_dir), loaded, processor, pairs, held_out, measure)
     comparison = ArmsComparison()
     for seed in numbers:
         for arm in arms:
-            place = folder / arm / f"seed-{seed}"
-            chosen = settings | {"seed": seed} | ({"learning_rate": rates[arm]} if arm in rates else {})
-            scores = _finished(place, arm, chosen)
-            if scores is None:
-                result = optimize(
-                    copy.deepcopy(loaded),
-                    pairs,
-                    processor=processor,
-                    eval_prefs=held_out,
-                    eval_fraction=0,
-                    output_dir=place,
-                    objective=arm,
-                    resume=read_record(place) is not None,
-                    **chosen,
-                )
-                scores = _measured(result, measure)
+            rate = {"learning_rate": rates[arm]} if arm in rates else {}
+            run = ground.run(arm, seed, settings | rate)
             if not comparison.runs:
-                comparison.runs.append(_base(folder, place, loaded, processor, measure))
-            comparison.runs.append(ArmRun(arm, seed, scores, str(place)))
-            _write(folder / ARMS_FILE, [asdict(run) for run in comparison.runs])
+                comparison.runs.append(ground.base(run))
+            comparison.runs.append(run)
+            _write(ground.folder / ARMS_FILE, [asdict(run) for run in comparison.runs])
     return comparison
+
+
+class _Measuring(Keeper):
+    """Keeps of a run what its held-out pairs and the user's measure say of it."""
+
+    def __init__(self, folder: Path, measure: Measure | None) -> None:
+        super().__init__(folder)
+        self.measure = measure
+
+    def keep(self, result: PivotResult) -> Mapping[str, Any]:
+        scores = _after(result.metrics)
+        if self.measure is not None:
+            scores |= _measured(self.measure, result.model, result.processor)
+        _write(self.folder / MEASURED_FILE, scores)
+        return {"scores": scores}
+
+    def kept(self, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if self.measure is not None:
+            # of the trained model nothing but its encoder is left to be measured
+            return None
+        scores = _after(record["metrics"])
+        _write(self.folder / MEASURED_FILE, scores)
+        return {"scores": scores}
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What all arms share."""
+
+    folder: Path
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    pairs: PairDataset
+    held_out: PairDataset | None
+    measure: Measure | None
+
+    def run(self, arm: str, seed: int, settings: Mapping[str, Any]) -> ArmRun:
+        """One arm with one seed: run, gone on with, or found finished."""
+        folder = self.folder / arm / f"seed-{seed}"
+        options = {"objective": arm, "seed": seed, **settings}
+        optimizing = Optimizing(
+            folder,
+            start=lambda: (copy.deepcopy(self.model), self.processor),
+            rows=self.pairs,
+            held_out=self.held_out,
+            options=options if self.held_out is not None else options | {"eval_fraction": 0},
+            keeper=_Measuring(folder, self.measure),
+        )
+        done = optimizing.stage(f"{arm}, seed {seed}", options | self._described())
+        return ArmRun(arm, seed, done.outcome["scores"], str(folder))
+
+    def base(self, run: ArmRun) -> ArmRun:
+        """The model before training, on the same held-out pairs, which every run has measured.
+
+        Args:
+            run: one that has ended.
+        """
+        record = read_record(Path(run.folder or "."))
+        scores = dict({"before": {}, **record["metrics"]}["before"]) if record is not None else {}
+        if self.measure is not None:
+            scores |= stage(BASE, self.folder / BASE, self._described(), self._measure_base).outcome["scores"]
+        return ArmRun(BASE, 0, scores)
+
+    def _measure_base(self) -> Mapping[str, Any]:
+        assert self.measure is not None
+        scores = _measured(self.measure, self.model, self.processor)
+        _write(self.folder / f"{BASE}.json", scores)
+        return {"scores": scores}
+
+    def _described(self) -> dict[str, Any]:
+        """What decides every run beside its options."""
+        return {
+            "model": plain_name(self.model.name_or_path),
+            "pairs": self.pairs.fingerprint(),
+            "held_out": None if self.held_out is None else self.held_out.fingerprint(),
+            "measure": self.measure,
+        }
 
 
 def _check(arms: Sequence[str], seeds: list[int], rates: dict[str, float], settings: dict[str, Any]) -> None:
@@ -176,51 +236,28 @@ def _check(arms: Sequence[str], seeds: list[int], rates: dict[str, float], setti
             raise SettingsError(
                 f"The arm {arm!r} learns from questions, not from pairs.", "Run it by optimize, on the same model."
             )
-    if unknown := sorted(set(rates) - set(arms)):
-        raise SettingsError(f"learning_rates names {unknown}.", f"The arms are {', '.join(arms)}.")
+    if strange := sorted(set(rates) - set(arms)):
+        raise SettingsError(f"learning_rates names {strange}.", f"The arms are {', '.join(arms)}.")
     if taken := sorted({"seed", "output_dir", "objective", "resume"} & set(settings)):
         raise SettingsError(f"{taken[0]} is given for all arms.", "Arms and seeds decide it.")
 
 
-def _finished(place: Path, arm: str, chosen: dict[str, Any]) -> dict[str, float] | None:
-    """The scores of a run that is finished and measured, if it had these settings."""
-    record = read_record(place)
-    measured = place / MEASURED_FILE
-    if record is None or not record.get("finished") or not measured.exists():
-        return None
-    had = record["settings"]
-    now = json.loads(json.dumps({"objective": arm, **chosen}, default=str))
-    if differing := sorted(name for name, value in now.items() if had.get(name) != value):
-        name = differing[0]
-        raise SettingsError(
-            f"The run in {str(place)!r} had {name}={had.get(name)!r}, now it is {now[name]!r}.",
-            "Choose another output_dir, delete this one, or use the same settings.",
-        )
-    scores: dict[str, float] = json.loads(measured.read_text())
-    return scores
+def _random_access(prefs: object, name: str) -> PairDataset:
+    pairs = load(prefs, name=name)
+    if not isinstance(pairs, PairDataset):
+        raise DataError(f"{name} is a stream.", "Arms need the same pairs: give a list, a data set or a file.")
+    return pairs
 
 
-def _measured(result: PivotResult, measure: Measure | None) -> dict[str, float]:
-    scores = dict(result.metrics.get("after", {}))
-    if measure is not None:
-        scores |= {name: float(value) for name, value in measure(result.model, result.processor).items()}
-    _write(result.output_dir / MEASURED_FILE, scores)
-    return scores
+def _after(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Held-out scores of a trained model; none where nothing was held out."""
+    return dict(metrics["after"]) if "after" in metrics else {}
 
 
-def _base(
-    folder: Path, run: Path, model: PreTrainedModel, processor: ProcessorMixin, measure: Measure | None
-) -> ArmRun:
-    """The model before training, on the same held-out pairs, which every run has measured."""
-    record = read_record(run) or {}
-    scores = dict(record.get("metrics", {}).get("before", {}))
-    kept = folder / f"{BASE}.json"
-    if measure is not None:
-        if not kept.exists():
-            _write(kept, {name: float(value) for name, value in measure(model, processor).items()})
-        scores |= json.loads(kept.read_text())
-    return ArmRun(BASE, 0, scores)
+def _measured(measure: Measure, model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, float]:
+    return {name: float(value) for name, value in measure(model, processor).items()}
 
 
 def _write(path: Path, content: object) -> None:
-    write_whole(path, json.dumps(content, indent=1))
+    if PartialState().is_main_process:
+        write_whole(path, json.dumps(content, indent=1))

@@ -16,12 +16,12 @@ Source: arXiv 2510.25801.
 import copy
 import json
 import logging
-import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import Train
@@ -29,41 +29,26 @@ from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.sources import Source
 from pivot_plugin.data.storage import save
-from pivot_plugin.errors import SettingsError
-from pivot_plugin.files import read_record
+from pivot_plugin.encoders.record import plain_name
+from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.files import write_whole
 from pivot_plugin.generation.distillation import INSTRUCTION, self_distill
 from pivot_plugin.generation.sampling import instructed
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
-from pivot_plugin.runs.optimize import optimize
+from pivot_plugin.runs.instruct import MODEL_FOLDER
 from pivot_plugin.training.rollout_trainer import Rewards
+
+from .runs import Keeper, Optimizing
+from .stages import Stage, stage
 
 logger = logging.getLogger(__name__)
 
 ZERO, PAIRS, COLD_START, FINAL = "zero", "pairs", "cold-start", "final"
 STAGES = (ZERO, PAIRS, COLD_START, FINAL)
 TRAINS: Mapping[str, Train] = {ZERO: "language_model", COLD_START: "language_model", FINAL: "all"}
-MODEL_FOLDER = "model"
+PAIRS_FOLDER = "pairs"
 RECIPE_FILE = "specs.json"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage as it ended.
-
-    Attributes:
-        name: of the stage.
-        folder: its run folder; of the pairs the data set.
-        trains: which parts trained, None for the pairs.
-        seconds: it took, 0 where it was finished before.
-        metrics: before and after on held-out rows; of the pairs their number.
-    """
-
-    name: str
-    folder: str
-    trains: str | None
-    seconds: float
-    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,7 +107,7 @@ def specs(
         the model after the last stage, and what each stage came to.
 
     Raises:
-        SettingsError: for an unknown stage or option, or a folder with another recipe's stages.
+        SettingsError: for an unknown stage or option, or a folder with stages of other settings, questions or starts.
         DataError: for questions that cannot be used, or none of which gives a pair.
 
     Source:
@@ -130,33 +115,41 @@ def specs(
     """
     own = {name: dict(options) for name, options in (stages or {}).items()}
     parts = dict(TRAINS) | dict(train or {})
+    _check_stages(skip, own, parts, pairs)
+    base, processor = load_model(model, processor)
+    asked = load_questions(questions)
+    run = _Specs(Path(output_dir), processor, lora, settings, own, parts)
+    online: dict[str, Any] = {"objective": "grpo", "rewards": rewards or list(SPECS_WEIGHTS)}
+    if reward_weights is not None or rewards is None:
+        online["reward_weights"] = reward_weights or list(SPECS_WEIGHTS.values())
+    start = _Point(base, {"model": plain_name(base.name_or_path)})
+    zero = start
+    if ZERO not in skip:
+        zero = run.train(ZERO, start, _instructed(asked, instruction), online)
+    distilled = None if pairs is None else _random_access(pairs)
+    if PAIRS not in skip:
+        distilled = run.distil(zero, start, asked, instruction)
+    warm = start
+    if COLD_START not in skip:
+        assert distilled is not None
+        warm = run.train(COLD_START, start, distilled, {"objective": "specs"})
+    last = warm
+    if FINAL not in skip:
+        wanted = asked if final_questions is None else load_questions(final_questions)
+        last = run.train(FINAL, warm, _instructed(wanted, instruction), online)
+    return SpecsResult(last.model, processor, run.done)
+
+
+def _check_stages(
+    skip: Collection[str], own: Mapping[str, Any], parts: Mapping[str, Train], pairs: object | None
+) -> None:
     for what, names in (("skip", skip), ("stages", own), ("train", parts)):
-        if unknown := sorted(set(names) - set(STAGES)):
-            raise SettingsError(f"{what} names {unknown}.", f"The stages are {', '.join(STAGES)}.")
+        if strange := sorted(set(names) - set(STAGES)):
+            raise SettingsError(f"{what} names {strange}.", f"The stages are {', '.join(STAGES)}.")
     if PAIRS in skip and COLD_START not in skip and pairs is None:
         raise SettingsError("Stage 'pairs' is skipped, and the cold start has none.", "Give pairs=.")
     if set(STAGES) <= set(skip):
         raise SettingsError("All stages are skipped.", "Leave one in.")
-    base, processor = load_model(model, processor)
-    folder = Path(output_dir)
-    asked = load_questions(questions)
-    run = _Recipe(folder, processor, lora, settings, own, parts)
-    online: dict[str, Any] = {"objective": "grpo", "rewards": rewards or list(SPECS_WEIGHTS)}
-    online["reward_weights"] = reward_weights or (list(SPECS_WEIGHTS.values()) if rewards is None else None)
-    zero = base
-    if ZERO not in skip:
-        zero = run.train(1, ZERO, base, _instructed(asked, instruction), online)
-    distilled: object = pairs
-    if PAIRS not in skip:
-        distilled = run.distil(2, zero, base if zero is not base else None, asked, instruction)
-    warm = base
-    if COLD_START not in skip:
-        warm = run.train(3, COLD_START, base, distilled, {"objective": "specs"})
-    last = warm
-    if FINAL not in skip:
-        wanted = asked if final_questions is None else load_questions(final_questions)
-        last = run.train(4, FINAL, warm, _instructed(wanted, instruction), online)
-    return SpecsResult(last, processor, run.done)
 
 
 def _instructed(questions: QuestionDataset, instruction: str) -> QuestionDataset:
@@ -164,83 +157,102 @@ def _instructed(questions: QuestionDataset, instruction: str) -> QuestionDataset
     return QuestionDataset(Source(rows, questions.name, questions.access))
 
 
+def _random_access(rows: object) -> PairDataset:
+    pairs = load(rows, name="pairs")
+    if not isinstance(pairs, PairDataset):
+        raise DataError("pairs is a stream.", "Stages are gone on with: give a list, a data set or a file.")
+    return pairs.verify()
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A model between stages, and all that decided it."""
+
+    model: PreTrainedModel
+    settings: Mapping[str, Any]
+
+
 @dataclass
-class _Recipe:
-    """Stages that are run, or found finished."""
+class _Specs:
+    """The recipe on its way through its stages."""
 
     folder: Path
     processor: ProcessorMixin
     lora: int | None
-    settings: dict[str, Any]
-    own: dict[str, dict[str, Any]]
-    parts: dict[str, Train]
+    settings: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]]
+    parts: Mapping[str, Train]
     done: list[Stage] = field(default_factory=list)
 
-    def train(
-        self, number: int, name: str, start: PreTrainedModel, rows: object, given: dict[str, Any]
-    ) -> PreTrainedModel:
-        place = self.folder / f"{number}-{name}"
-        parts = self.parts[name]
-        record = read_record(place)
-        if record and record.get("finished") and (place / MODEL_FOLDER / "config.json").exists():
-            logger.info("Stage %s is finished: %s.", name, place)
-            loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(place / MODEL_FOLDER)
-            self._note(Stage(name, str(place), parts, 0.0, record.get("metrics", {})))
-            return loaded
+    def train(self, name: str, start: _Point, rows: PairDataset | QuestionDataset, given: Mapping[str, Any]) -> _Point:
+        """A stage that trains, from a model on; or the model it left."""
+        folder, parts = self._folder(name), self.parts[name]
+        options = {**self.settings, **given, **self._own(name), "train": parts, "lora": self.lora}
         logger.info("Stage %s: the %s train(s).", name, parts.replace("_", " "))
-        options = self.settings | given | self.own.get(name, {})
-        if options.get("reward_weights", 0) is None:
-            del options["reward_weights"]
-        began = time.monotonic()
-        result = optimize(
-            copy.deepcopy(start),
-            rows,
-            processor=self.processor,
-            output_dir=place,
-            train=parts,
-            lora=self.lora,
-            resume=record is not None,
-            **options,
+        keeper = Keeper(folder, {"trains": parts})
+        optimizing = Optimizing(
+            folder,
+            start=lambda: (copy.deepcopy(start.model), self.processor),
+            rows=rows,
+            held_out=None,
+            options=options,
+            keeper=keeper,
         )
-        aside = place / f".{MODEL_FOLDER}"
-        result.model.save_pretrained(aside)
-        self.processor.save_pretrained(aside)
-        aside.rename(place / MODEL_FOLDER)
-        self._note(Stage(name, str(place), parts, time.monotonic() - began, result.metrics))
-        return result.model
+        settings = {**options, "rows": rows.fingerprint(), "start": start.settings}
+        self._note(optimizing.stage(name, settings))
+        trained = keeper.model
+        if trained is None:
+            trained = AutoModelForImageTextToText.from_pretrained(folder / MODEL_FOLDER)
+        return _Point(trained, settings)
 
-    def distil(
-        self,
-        number: int,
-        model: PreTrainedModel,
-        base: PreTrainedModel | None,
-        questions: QuestionDataset,
-        instruction: str,
-    ) -> PairDataset:
-        place = self.folder / f"{number}-{PAIRS}"
-        began = time.monotonic()
-        if not (place / "pairs" / "data").is_dir():
-            made = self_distill(
-                model,
-                questions,
-                processor=self.processor,
-                base=base,
-                instruction=instruction,
-                output_dir=str(place / "candidates"),
-                **self.own.get(PAIRS, {}),
-            )
-            whose = "a short GRPO on it" if base is not None else "the model itself"
-            save(
-                made,
-                place / "pairs",
-                "Self-distilled as in SPECS (arXiv 2510.25801): chosen by "
-                f"{whose}, rejected in a broken format by the base model. Such pairs teach format, not seeing.",
-            )
-        pairs = load(place / "pairs")
-        assert isinstance(pairs, PairDataset)
-        self._note(Stage(PAIRS, str(place / "pairs"), None, time.monotonic() - began, {"pairs": len(pairs)}))
-        return pairs
+    def distil(self, chosen: _Point, base: _Point, questions: QuestionDataset, instruction: str) -> PairDataset:
+        """The pairs of the cold start, made of the answers of a model and of the base; or those made before."""
+        folder, options = self._folder(PAIRS), self._own(PAIRS)
+        trained = chosen is not base
 
-    def _note(self, stage: Stage) -> None:
-        self.done.append(stage)
-        (self.folder / RECIPE_FILE).write_text(json.dumps([asdict(one) for one in self.done], indent=1))
+        def work() -> dict[str, Any]:
+            if PartialState().is_main_process:
+                made = self_distill(
+                    chosen.model,
+                    questions,
+                    processor=self.processor,
+                    base=base.model if trained else None,
+                    instruction=instruction,
+                    output_dir=str(folder / "candidates"),
+                    **options,
+                )
+                whose = "a short GRPO on it" if trained else "the model itself"
+                save(
+                    made,
+                    folder / PAIRS_FOLDER,
+                    "Self-distilled as in SPECS (arXiv 2510.25801): chosen by "
+                    f"{whose}, rejected in a broken format by the base model. Such pairs teach format, not seeing.",
+                )
+            PartialState().wait_for_everyone()
+            return {"metrics": {"pairs": len(_random_access(folder / PAIRS_FOLDER))}}
+
+        settings = {**options, "instruction": instruction, "rows": questions.fingerprint(), "start": chosen.settings}
+        self._note(stage(PAIRS, folder, settings, work))
+        return _random_access(folder / PAIRS_FOLDER)
+
+    def _folder(self, name: str) -> Path:
+        return self.folder / f"{STAGES.index(name) + 1}-{name}"
+
+    def _own(self, name: str) -> dict[str, Any]:
+        """Settings of one stage alone."""
+        return dict(self.own[name]) if name in self.own else {}
+
+    def _note(self, done: Stage) -> None:
+        self.done.append(done)
+        if PartialState().is_main_process:
+            told = [
+                {
+                    "name": one.name,
+                    "folder": str(one.folder),
+                    "trains": one.trains,
+                    "seconds": one.seconds,
+                    "metrics": one.metrics,
+                }
+                for one in self.done
+            ]
+            write_whole(self.folder / RECIPE_FILE, json.dumps(told, indent=1))

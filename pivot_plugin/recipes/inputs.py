@@ -1,117 +1,222 @@
-"""What a recipe names, opened: data by path, Hub id or a plugin's maker, encoders and language models likewise."""
+"""What a recipe names, opened: data, encoders, language models and probes, by path, Hub id or a plugin's maker."""
 
+import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
 from pivot_plugin.data.pairs import PairDataset, load
+from pivot_plugin.encoders import load_encoder
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks import named
+from pivot_plugin.probes.lookup import ProbeTask, runners
+
+from .sections import BENCHMARKS, Evaluation, Made, PivotRecipe, Stored, Tuning
+
+HOOK = "pivot_sources"
+# of conversations, before the first stage; the stages look at all
+LOOKED_AT = 100
 
 
-def made(spec: Mapping[str, Any]) -> Any:
-    """What a plugin makes for {"source": name, **options}.
+def made(wanted: Made, **defaults: Any) -> Any:
+    """What a plugin makes.
 
     Args:
-        spec: of a recipe.
+        wanted: of a recipe.
+        **defaults: options where the recipe gives none.
 
     Raises:
         SettingsError: for a name no plugin offers, or options it does not take.
     """
-    name = str(spec["source"])
-    maker = named("pivot_sources", name, "source")
-    options = {key: value for key, value in spec.items() if key not in ("source", "rows")}
+    maker = named(HOOK, wanted.source, "source")
     try:
-        return maker(**options)
+        return maker(**defaults | wanted.options)
     except TypeError as error:
-        raise SettingsError(f"Source {name!r}: {error}.", "Give the options it takes.") from error
+        raise SettingsError(f"Source {wanted.source!r}: {error}.", "Give the options it takes.") from error
 
 
-def conversations(spec: object, name: str, image_folder: str | None = None) -> ConversationDataset:
+def conversations(data: object, name: str, image_folder: str | Path | None = None) -> ConversationDataset:
     """Captions or conversations of a recipe, opened.
 
     Args:
-        spec: of a recipe: a path or Hub id, {"path": ..., "image_folder", "split", "sample", "seed"}, {"source": ...},
-            or rows.
-        name: of the stage, for errors.
-        image_folder: what relative image paths start from.
+        data: of a section: a path or Hub id, `Stored`, `Made`, or rows.
+        name: of the data, for errors.
+        image_folder: what relative image paths start from, where the data do not say.
 
     Raises:
         DataError, SettingsError: if they cannot be opened.
     """
-    if not isinstance(spec, Mapping):
-        return load_conversations(spec, name, image_folder)
-    if "source" in spec:
-        return load_conversations(made(spec), name, image_folder)
-    folder = spec.get("image_folder", image_folder)
-    return _sampled(load_conversations(_path(spec, name), name, folder, **_split(spec)), spec)
+    if isinstance(data, Stored):
+        folder = image_folder if data.image_folder is None else data.image_folder
+        return _sampled(load_conversations(data.path, name, folder, **_split(data)), data)
+    return load_conversations(made(data) if isinstance(data, Made) else data, name, image_folder)
 
 
-def pairs(spec: object, name: str = "optimize.data") -> PairDataset:
+def pairs(data: object, name: str = "optimize.data") -> PairDataset:
     """Preference pairs of a recipe, opened; as `conversations` otherwise."""
-    if isinstance(spec, Mapping) and "source" not in spec:
-        found = load(_path(spec, name), name=name, **_split(spec))
+    if isinstance(data, Stored):
+        opened = load(data.path, name=name, **_split(data))
     else:
-        found = load(made(spec) if isinstance(spec, Mapping) else spec, name=name)
-    if not isinstance(found, PairDataset):
+        opened = load(made(data) if isinstance(data, Made) else data, name=name)
+    if not isinstance(opened, PairDataset):
         raise DataError(f"{name} is a stream.", "Arms need the same pairs: give a list, a data set or a file.")
-    return _sampled(found, spec) if isinstance(spec, Mapping) else found
+    return _sampled(opened, data) if isinstance(data, Stored) else opened
 
 
-def plain(spec: object) -> object:
-    """Data of a probe: what a plugin makes, or as it is."""
-    if not isinstance(spec, Mapping):
-        return spec
-    return made(spec) if "source" in spec else spec.get("path", spec)
+@dataclass(frozen=True)
+class RecipeData:
+    """All rows that a recipe trains on, opened and looked at.
+
+    Attributes:
+        captions, dialogues: of the first MLLM.
+        pairs: of the arms.
+        held_out: pairs; None where a share of `pairs` is held out.
+        moved_captions, moved_dialogues: of the new MLLMs.
+    """
+
+    captions: ConversationDataset
+    dialogues: ConversationDataset
+    pairs: PairDataset
+    held_out: PairDataset | None
+    moved_captions: ConversationDataset
+    moved_dialogues: ConversationDataset
+
+    @classmethod
+    def opened(cls, recipe: PivotRecipe) -> "RecipeData":
+        """Open what a recipe names; look at every pair, which come late, and at the first of the conversations.
+
+        Args:
+            recipe: which names them.
+
+        Raises:
+            DataError, SettingsError: for data that cannot be opened, or a row that cannot be used.
+        """
+        captions = conversations(recipe.align.data, "align.data", recipe.align.image_folder)
+        dialogues = conversations(recipe.instruct.data, "instruct.data", recipe.instruct.image_folder)
+        held_out = recipe.optimize.eval_data
+        moved = recipe.transplant
+        data = cls(
+            captions=captions,
+            dialogues=dialogues,
+            pairs=pairs(recipe.optimize.data),
+            held_out=None if held_out is None else pairs(held_out, "optimize.eval_data"),
+            moved_captions=captions if moved is None else _own(moved.align, "transplant.align", captions),
+            moved_dialogues=dialogues if moved is None else _own(moved.instruct, "transplant.instruct", dialogues),
+        )
+        for rows in (data.pairs, data.held_out):
+            if rows is not None:
+                rows.verify(recipe.optimize.on_bad_row)
+        for one in (data.captions, data.dialogues, data.moved_captions, data.moved_dialogues):
+            for position in range(min(LOOKED_AT, len(one))):
+                one.plain(position)
+        return data
+
+    def by_section(self) -> dict[str, ConversationDataset | PairDataset]:
+        """Rows to train on, by the dotted names of the recipe's sections."""
+        return {
+            "align": self.captions,
+            "instruct": self.dialogues,
+            "optimize": self.pairs,
+            "transplant.align": self.moved_captions,
+            "transplant.instruct": self.moved_dialogues,
+        }
 
 
-def accumulated(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section with its `batch`, rows of an optimiser step over all processes, in the trainer's words.
+class Parts:
+    """Encoders, language models and probes that a recipe names; each is made once.
 
     Args:
-        section: of a recipe.
+        recipe: which names them.
 
     Raises:
-        SettingsError: if the processes cannot make up such a batch.
+        SettingsError: for a source or a probe that nobody offers.
     """
-    settings = dict(section)
-    batch = settings.pop("batch", None)
-    if batch is None:
-        return settings
-    each, processes = int(settings.get("per_device_train_batch_size", 8)), PartialState().num_processes
-    steps, rest = divmod(int(batch), each * processes)
-    if rest or not steps or "gradient_accumulation_steps" in settings:
-        raise SettingsError(
-            f"A batch of {batch} cannot be made up of {processes} process(es) with per_device_train_batch_size={each}.",
-            "Choose sizes that divide it, and leave gradient_accumulation_steps out.",
-        )
-    return settings | {"per_device_train_batch_size": each, "gradient_accumulation_steps": steps}
+
+    def __init__(self, recipe: PivotRecipe) -> None:
+        self.recipe = recipe
+        # by what the recipe, which outlives this, names, and the seed
+        self._kept: dict[tuple[int, int | None], Any] = {}
+        moved = None if recipe.transplant is None else recipe.transplant.language_model
+        for part in (recipe.encoder, recipe.language_model, moved):
+            if isinstance(part, Made):
+                named(HOOK, part.source, "source")
+        probes = dict(recipe.evaluate)
+        if isinstance(recipe.optimize.select, Evaluation):
+            probes["select"] = recipe.optimize.select
+        if own := self.probings(probes):
+            runners(own)
+
+    def encoder(self, seed: int) -> tuple[PreTrainedModel, Any]:
+        """The bare encoder and its image processor, None where that comes with the encoder.
+
+        Args:
+            seed: for a plugin that trains one.
+        """
+        part = self.recipe.encoder
+        if isinstance(part, Made):
+            part = made(part, seed=seed)
+        if isinstance(part, str | Path):
+            return load_encoder(part, with_processor=True)
+        return part if isinstance(part, tuple) else (part, None)
+
+    def language_model(self, seed: int, moved: bool = False) -> tuple[Any, PreTrainedTokenizerBase | None]:
+        """A language model of one's own, and its tokenizer, None where that comes with the model.
+
+        Args:
+            seed: for a plugin that trains one.
+            moved: that of the transplants, not that of the first MLLM.
+        """
+        part = self.recipe.language_model
+        if moved and self.recipe.transplant is not None and self.recipe.transplant.language_model is not None:
+            part = self.recipe.transplant.language_model
+        if isinstance(part, Made):
+            # a maker may train its model, and every transplant of a seed begins with the same
+            wanted = part
+            part = self._once((id(part), seed), lambda: made(wanted, seed=seed))
+        model, tokenizer = part if isinstance(part, tuple) else (part, None)
+        # assemble makes its modules part of the MLLM
+        return (copy.deepcopy(model) if isinstance(model, PreTrainedModel) else model), tokenizer
+
+    def probings(self, evaluations: Mapping[str, Evaluation]) -> dict[str, object]:
+        """Probes by label, as `probes.compare` takes them; lmms-eval's benchmarks are none of them."""
+        return {
+            label: self._probe_task(evaluation)
+            for label, evaluation in evaluations.items()
+            if evaluation.probe != BENCHMARKS
+        }
+
+    def _probe_task(self, evaluation: Evaluation) -> ProbeTask:
+        data = evaluation.data
+        if isinstance(data, Made):
+            wanted = data
+            data = self._once((id(data), None), lambda: made(wanted))
+        elif isinstance(data, Stored):
+            data = data.path
+        return ProbeTask(evaluation.probe, data, evaluation.options)
+
+    def _once(self, key: tuple[int, int | None], make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
 
-def declared_rows(spec: object) -> int | None:
-    """How many rows a recipe says that data has; None where it says nothing."""
-    if isinstance(spec, Mapping):
-        for key in ("sample", "rows", "count"):
-            if spec.get(key) is not None:
-                return int(spec[key])
-    return len(spec) if hasattr(spec, "__len__") and not isinstance(spec, str | Mapping) else None
+def _own(section: Tuning, name: str, otherwise: ConversationDataset) -> ConversationDataset:
+    """Rows of a transplant, those of the first MLLM where it has none of its own."""
+    if section.data is None:
+        return otherwise
+    return conversations(section.data, f"{name}.data", section.image_folder)
 
 
-def _path(spec: Mapping[str, Any], name: str) -> str:
-    if not isinstance(spec.get("path"), str):
-        raise SettingsError(f"The data of {name} has neither path nor source.", "Give one of them.")
-    return str(spec["path"])
+def _split(data: Stored) -> dict[str, Any]:
+    return {} if data.split is None else {"split": data.split}
 
 
-def _split(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {"split": spec["split"]} if spec.get("split") else {}
-
-
-def _sampled(rows: Any, spec: Mapping[str, Any]) -> Any:
-    wanted = spec.get("sample")
-    if wanted is None or wanted >= len(rows):
+def _sampled(rows: Any, data: Stored) -> Any:
+    if data.sample is None or data.sample >= len(rows):
         return rows
-    return rows.select(sorted(random.Random(spec.get("seed", 0)).sample(range(len(rows)), wanted)))
+    return rows.select(sorted(random.Random(data.seed).sample(range(len(rows)), data.sample)))

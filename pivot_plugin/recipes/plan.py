@@ -3,7 +3,8 @@
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from pivot_plugin.runs.instruct import ALIGN, GLOBAL_BATCH, INSTRUCT, align, ins
 from pivot_plugin.runs.optimize import optimize
 from pivot_plugin.runs.settings import configuration, instruct_configuration
 
-from .file import PivotRecipe
-from .inputs import accumulated, declared_rows
+from .sections import Optimization, PivotRecipe, Tuning, declared_rows
 
 logger = logging.getLogger(__name__)
 
 MEASURED_STEPS = 3
-OWN = ("data", "eval_data", "arms", "select", "image_folder", "learning_rate")
+# of a trial: no checkpoints, no evaluation, no log
+TRIAL = {"max_steps": MEASURED_STEPS, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+HEADER = ("stage", "runs", "rows", "batch", "steps", "tokens", "time of a run")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecipePlan:
     """What a recipe will cost.
 
     Attributes:
@@ -71,13 +73,12 @@ class Plan:
         return {"stages": [vars(stage) for stage in self.stages], "seconds": self.seconds}
 
     def __str__(self) -> str:
-        names = ("stage", "runs", "rows", "batch", "steps", "tokens", "time of a run")
-        rows = [names, *[_cells(stage) for stage in self.stages]]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-        lines = [
-            "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
+        rows = [HEADER, *[_cells(stage) for stage in self.stages]]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+        lines = []
+        for first, *others in rows:
+            numbers = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+            lines.append("  ".join([first.ljust(widths[0]), *numbers]))
         total = "" if self.seconds is None else f"\nTraining in all: about {_time(self.seconds)}."
         return "\n".join(lines) + total
 
@@ -87,8 +88,8 @@ class Plan:
         start: Path,
         data: Mapping[str, ConversationDataset | PairDataset],
         folder: Path,
-        known: Mapping[str, tuple[int, float]],
-    ) -> "Plan":
+        ended: Mapping[str, tuple[int, float]],
+    ) -> "RecipePlan":
         """The same plan with tokens and time, from a few steps of every kind on the assembled MLLM.
 
         Args:
@@ -96,22 +97,25 @@ class Plan:
             start: folder of the assembled MLLM.
             data: by section of the recipe.
             folder: for the trial runs, deleted afterwards.
-            known: by name of a stage, tokens and seconds of a run that has ended.
+            ended: by name of a stage, tokens and seconds of a run that has ended.
         """
-        found = []
+        jobs = {job.name: job for job in _jobs(recipe)}
+        stages = []
         for planned in self.stages:
-            if planned.name in known:
-                tokens, seconds = known[planned.name]
-                found.append(replace(planned, tokens=tokens, seconds=seconds))
+            if planned.name in ended:
+                tokens, seconds = ended[planned.name]
+                stages.append(replace(planned, tokens=tokens, seconds=seconds))
                 continue
-            section = "optimize" if planned.name.startswith("optimize") else planned.name.replace(" ", ".")
-            found.append(_trial(planned, recipe, start, data[section], folder))
+            job = jobs[planned.name]
+            rows = data[job.section]
+            few = rows.select(range(min(len(rows), MEASURED_STEPS * planned.batch)))
+            stages.append(_tried(planned, job, start, few, folder / planned.name.replace(" ", "-")))
         if PartialState().is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-        return Plan(tuple(found))
+        return RecipePlan(tuple(stages))
 
 
-def plan_recipe(recipe: PivotRecipe, rows: Mapping[str, int] | None = None) -> Plan:
+def plan_recipe(recipe: PivotRecipe, rows: Mapping[str, int] | None = None) -> RecipePlan:
     """The optimiser steps of every stage; every setting is checked on the way.
 
     Args:
@@ -122,132 +126,152 @@ def plan_recipe(recipe: PivotRecipe, rows: Mapping[str, int] | None = None) -> P
     Raises:
         SettingsError: for a setting that does not exist or cannot be used.
     """
-    known = dict(rows or {})
-    moved = recipe.transplant or {}
-    specs = {
-        "align": recipe.align.get("data"),
-        "instruct": recipe.instruct.get("data"),
-        "optimize": recipe.optimize.get("data"),
-        "transplant.align": (moved.get("align") or {}).get("data", recipe.align.get("data")),
-        "transplant.instruct": (moved.get("instruct") or {}).get("data", recipe.instruct.get("data")),
-    }
-    sizes = {name: known.get(name, declared_rows(spec)) for name, spec in specs.items()}
-    whole, optimized, seeds = _repeats(recipe)
-    stages = [
-        _tuning("align", recipe.align, ALIGN, "projector", sizes["align"], whole),
-        _tuning("instruct", recipe.instruct, INSTRUCT, "all", sizes["instruct"], whole),
-    ]
-    for arm, own in recipe.optimize["arms"].items():
-        rates = (own or {}).get("learning_rate", recipe.optimize.get("learning_rate"))
-        tried = len(rates) if isinstance(rates, list | tuple) else 1
-        # the first seed tries every rate, the others run at the best
-        stages.append(_arm(arm, recipe, sizes["optimize"], optimized + tried - 1))
+    sizes = {name: declared_rows(data) for name, data in _data(recipe).items()} | dict(rows or {})
+    return RecipePlan(tuple(job.planned(sizes[job.section]) for job in _jobs(recipe)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A kind of run that the recipe asks for.
+
+    Attributes:
+        name: of the planned stage.
+        section: of the recipe, in dots.
+        runs: how often it runs.
+        verb: that runs it.
+        options: of the verb.
+        configs: of the trainer, one per learning rate.
+        share: of the rows that trains.
+    """
+
+    name: str
+    section: str
+    runs: int
+    verb: Callable[..., Any]
+    options: Mapping[str, Any]
+    configs: tuple[TowerConfig, ...]
+    share: float
+
+    def planned(self, rows: int | None) -> PlannedStage:
+        """Its steps on so many rows."""
+        config = self.configs[0]
+        batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+        steps: int | None = None
+        if config.max_steps > 0:
+            steps = config.max_steps
+        elif rows is not None:
+            steps = math.ceil(math.ceil(rows * self.share / batch) * config.num_train_epochs)
+        return PlannedStage(self.name, self.runs, rows, batch, steps)
+
+
+def _jobs(recipe: PivotRecipe) -> list[_Job]:
+    """Every kind of run, in order, its settings checked."""
+    seeds, arms = len(recipe.seeds), recipe.optimize.arms
+    of_first = seeds if recipe.seeds_from == "assemble" else 1
+    of_arms = 1 if recipe.seeds_from == "transplant" else seeds
+    jobs = [_tuning("align", recipe.align, of_first), _tuning("instruct", recipe.instruct, of_first)]
+    # the first seed tries every rate, the others run at the best
+    jobs += [_arm(arm, recipe.optimize, of_arms + len(recipe.optimize.rates(arm)) - 1) for arm in arms]
     if recipe.transplant is not None:
-        variants = len(recipe.transplant.get("projectors") or ["0"])
-        runs = seeds * (1 + variants * (1 + len(recipe.optimize["arms"])))
-        for name, defaults in (("align", ALIGN), ("instruct", INSTRUCT)):
-            section = recipe.transplant.get(name) or {}
-            train = "projector" if name == "align" else "projector+language_model"
-            stages.append(_tuning(f"transplant {name}", section, defaults, train, sizes[f"transplant.{name}"], runs))
-    return Plan(tuple(stages))
+        # the original, for which no projector was tuned, is moved once
+        of_moved = seeds * (1 + len(recipe.transplant.projectors) * (1 + len(arms)))
+        jobs.append(_tuning("transplant.align", recipe.transplant.align, of_moved))
+        jobs.append(_tuning("transplant.instruct", recipe.transplant.instruct, of_moved))
+    return jobs
 
 
-def _repeats(recipe: PivotRecipe) -> tuple[int, int, int]:
-    """How often the first stage, the arms and the transplants run."""
-    seeds = len(recipe.seeds)
-    return (
-        seeds if recipe.seeds_from == "assemble" else 1,
-        1 if recipe.seeds_from == "transplant" else seeds,
-        seeds,
+def _data(recipe: PivotRecipe) -> dict[str, object]:
+    """Data by section; a transplant without its own has those of the first MLLM."""
+    data = {"align": recipe.align.data, "instruct": recipe.instruct.data, "optimize": recipe.optimize.data}
+    for name, section in _moved(recipe).items():
+        data[f"transplant.{name}"] = data[name] if section.data is None else section.data
+    return data
+
+
+def _moved(recipe: PivotRecipe) -> dict[str, Tuning]:
+    moved = recipe.transplant
+    return {} if moved is None else {"align": moved.align, "instruct": moved.instruct}
+
+
+def _tuning(section: str, tuning: Tuning, runs: int) -> _Job:
+    aligns = section.endswith("align")
+    options = tuning.options()
+    config = instruct_configuration(
+        defaults=ALIGN if aligns else INSTRUCT,
+        settings=tuning.trainer(),
+        folder=Path(),
+        train="projector" if aligns else options["train"],
+        held_out=tuning.eval_fraction > 0,
+        batch=GLOBAL_BATCH,
+    )
+    return _Job(
+        name=section.replace(".", " "),
+        section=section,
+        runs=runs,
+        verb=align if aligns else instruct,
+        options=options,
+        configs=(config,),
+        share=1 - tuning.eval_fraction,
     )
 
 
-def _tuning(
-    name: str, section: Mapping[str, Any], defaults: Mapping[str, Any], train: Any, rows: int | None, runs: int
-) -> PlannedStage:
-    own = ("data", "image_folder", "eval_fraction", "on_bad_row", "train", "lora")
-    settings = {key: value for key, value in accumulated(section).items() if key not in own}
-    held_out = float(section.get("eval_fraction", 0.0))
-    config = instruct_configuration(defaults, settings, Path(), section.get("train", train), held_out > 0, GLOBAL_BATCH)
-    return _planned(name, config, rows, runs, 1 - held_out)
-
-
-def _arm(arm: str, recipe: PivotRecipe, rows: int | None, runs: int) -> PlannedStage:
-    own = dict(recipe.optimize["arms"][arm] or {})
-    taken = (*OWN, "eval_fraction", "on_bad_row", "saliency", "train", "lora")
-    settings = {
-        key: value for key, value in accumulated({**recipe.optimize, **own}).items() if key not in (*taken, "objective")
-    }
-    rates = own.get("learning_rate", recipe.optimize.get("learning_rate"))
-    for rate in rates if isinstance(rates, list | tuple) else [rates]:
-        chosen = settings | ({} if rate is None else {"learning_rate": rate})
-        config = configuration(
-            *(chosen, Path(), own.get("objective", arm), recipe.optimize.get("train", "all")),
-            *(recipe.optimize.get("lora") is not None, False),
+def _arm(arm: str, section: Optimization, runs: int) -> _Job:
+    rates = section.rates(arm)
+    options = section.options(arm, rates[0])
+    configs = [
+        configuration(
+            settings=section.trainer(arm, rate),
+            folder=Path(),
+            objective=options["objective"],
+            train=options["train"],
+            lora=section.lora is not None,
+            held_out=False,
         )
-    share = 1.0 if "eval_data" in recipe.optimize else 1 - float(recipe.optimize.get("eval_fraction", 0.02))
-    return _planned(f"optimize {arm}", config, rows, runs, share)
+        for rate in rates
+    ]
+    return _Job(
+        name=f"optimize {arm}",
+        section="optimize",
+        runs=runs,
+        verb=optimize,
+        options=options,
+        configs=tuple(configs),
+        share=1.0 if section.eval_data is not None else 1 - section.eval_fraction,
+    )
 
 
-def _planned(name: str, config: TowerConfig, rows: int | None, runs: int, share: float) -> PlannedStage:
-    batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps: int | None = None
-    if config.max_steps > 0:
-        steps = config.max_steps
-    elif rows is not None:
-        steps = math.ceil(math.ceil(rows * share / batch) * config.num_train_epochs)
-    return PlannedStage(name, runs, rows, batch, steps)
-
-
-def _trial(
-    planned: PlannedStage,
-    recipe: PivotRecipe,
-    start: Path,
-    data: ConversationDataset | PairDataset,
-    folder: Path,
+def _tried(
+    planned: PlannedStage, job: _Job, start: Path, few: ConversationDataset | PairDataset, folder: Path
 ) -> PlannedStage:
-    """A few steps, thrown away."""
+    """A plan with the cost of a few steps, which are thrown away."""
     state = PartialState()
-    place = folder / planned.name.replace(" ", "-")
-    few = data.select(range(min(len(data), MEASURED_STEPS * planned.batch)))
-    settings, verb, given = _settings_of(planned.name, recipe)
-    settings = {
-        k: v
-        for k, v in accumulated(settings).items()
-        if k not in (*OWN, "eval_fraction", "on_bad_row", "num_train_epochs")
-    }
-    settings |= {"max_steps": MEASURED_STEPS, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+    # epochs would end a trial on few rows before its steps are taken
+    options = {name: value for name, value in job.options.items() if name != "num_train_epochs"}
+    options |= {**TRIAL, "eval_fraction": 0.0}
+    model, processor = load_model(start, None)
     try:
-        model, processor = load_model(start, None)
-        level = logging.getLogger("pivot_plugin").level
-        logging.getLogger("pivot_plugin").setLevel(logging.WARNING)
-        try:
-            result = verb(model, few, processor=processor, output_dir=place, eval_fraction=0.0, **given, **settings)
-        finally:
-            logging.getLogger("pivot_plugin").setLevel(level)
+        with _quiet():
+            result = job.verb(model, few, processor=processor, output_dir=folder, **options)
     finally:
         if state.is_main_process:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
     runtime = next(entry["train_runtime"] for entry in reversed(result.history) if "train_runtime" in entry)
-    steps = planned.steps or 0
+    scale = (planned.steps or 0) / MEASURED_STEPS
     tokens = result.cost.language_tokens * state.num_processes
-    return replace(planned, tokens=round(tokens / MEASURED_STEPS * steps), seconds=runtime / MEASURED_STEPS * steps)
+    return replace(planned, tokens=round(tokens * scale), seconds=runtime * scale)
 
 
-def _settings_of(name: str, recipe: PivotRecipe) -> tuple[dict[str, Any], Callable[..., Any], dict[str, Any]]:
-    """Settings of a stage, the verb that runs it, and what the recipe gives it beside them."""
-    if name.startswith("optimize "):
-        own = dict(recipe.optimize["arms"][name.removeprefix("optimize ")] or {})
-        settings = {"objective": name.removeprefix("optimize "), "train": "all", "lora": None, **recipe.optimize, **own}
-        return settings, optimize, {} if "saliency" in settings else {"saliency": 0}
-    section: Mapping[str, Any] = {"align": recipe.align, "instruct": recipe.instruct}.get(name) or (
-        (recipe.transplant or {}).get(name.removeprefix("transplant ")) or {}
-    )
-    if name.endswith("align"):
-        return dict(section), align, {}
-    train = "projector+language_model" if name.startswith("transplant") else "all"
-    return {"train": train, **section}, instruct, {}
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Trials are not told of as runs are."""
+    ours = logging.getLogger("pivot_plugin")
+    level = ours.level
+    ours.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def _cells(stage: PlannedStage) -> tuple[str, ...]:

@@ -115,20 +115,20 @@ def _compared(comparison: Comparison | Mapping[str, Any] | None, folder: Path) -
     if comparison is not None:
         return comparison
     try:
-        found: Mapping[str, Any] = json.loads((folder / COMPARISON_FILE).read_text())
+        saved: Mapping[str, Any] = json.loads((folder / COMPARISON_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return saved
 
 
 def _curves(runs: Sequence[RunFacts]) -> list[str]:
     """Plots of everything the logs hold: of one run training beside held out, of several run beside run."""
-    drawn: list[str] = []
+    curves: list[str] = []
 
     def add(title: str, lines: Mapping[str, Series], zero: bool = False) -> None:
-        known = {name: points for name, points in lines.items() if points}
-        if known:
-            drawn.append(curve(title, known, len(drawn), zero))
+        with_points = {name: points for name, points in lines.items() if points}
+        if with_points:
+            curves.append(curve(title, with_points, len(curves), zero))
 
     for title, training, held_out, zero in CURVES:
         if len(runs) == 1:
@@ -147,7 +147,7 @@ def _curves(runs: Sequence[RunFacts]) -> list[str]:
             name = next(iter(next(iter(steps.values())).scores)) if steps else ""
             looked[run.name if len(runs) > 1 else name] = points if len(points) > 1 else []
         add(f"probe: {label}", looked)
-    return drawn
+    return curves
 
 
 def _one_series(run: RunFacts, training: str, held_out: str | None) -> Series:
@@ -181,8 +181,8 @@ def _saliency(run: RunFacts) -> dict[int, list[PairSaliency]]:
 
 def _maps(run: RunFacts) -> list[dict[str, Any]]:
     """Per pair its image, texts and maps before and after."""
-    found = _saliency(run)
-    first, last = found[min(found)], found[max(found)]
+    by_step = _saliency(run)
+    first, last = by_step[min(by_step)], by_step[max(by_step)]
     when = [("before", first)] + ([("after", last)] if last is not first else [])
     shown = []
     for index, pair in enumerate(first[:PAIRS_SHOWN]):

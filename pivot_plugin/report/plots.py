@@ -58,9 +58,9 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
         axes.locator_params(axis="x", nbins=6, integer=True)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(drawn.getvalue(), f"{title} over optimiser steps: {_described(lines)}", number)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(svg.getvalue(), f"{title} over optimiser steps: {_described(lines)}", number)
 
 
 def _described(lines: Mapping[str, Series]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import RUN_FILE, read_record
-from pivot_plugin.probes.kept import kept
 from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.training.checkpoints import last_checkpoint
 
 # Images seen in pre-training, by the type of the tower. SigLIP: Zhai et al. 2023 (arXiv 2303.15343), section 4, and
@@ -108,5 +108,5 @@ def read_run(folder: str | Path) -> RunFacts:
         record.get("cost") or {},
         record.get("trained") or {},
         history,
-        kept(folder),
+        saved_results(folder),
     )

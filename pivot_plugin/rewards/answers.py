@@ -29,29 +29,29 @@ def expected(columns: dict[str, object], count: int, reward: str) -> Sequence[ob
     Raises:
         DataError: if there are none, naming the reward that needs them and the first row without one.
     """
-    given = columns.get("answer", columns.get("solution"))
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
+    answers = columns.get("answer", columns.get("solution"))
+    if not isinstance(answers, Sequence) or isinstance(answers, str) or len(answers) != count:
         raise DataError(
             f"The reward {reward!r} needs an expected answer per question; there is no column 'answer' or 'solution'.",
             "Add a column 'answer', or use a reward that needs none, such as 'format'.",
             "no answer",
         )
-    for index, answer in enumerate(given):
+    for index, answer in enumerate(answers):
         if answer is None or answer == []:
             raise DataError(
                 f"The reward {reward!r} needs an expected answer, and row {index} of its batch has none.",
                 "Give every question an 'answer', or leave the question out.",
                 "no answer",
             )
-    return given
+    return answers
 
 
 def _judge(name: str, compare: Compare, completions: Sequence[object], columns: dict[str, object]) -> list[float]:
     scores = []
     for completion, answer in zip(completions, expected(columns, len(completions), name), strict=True):
-        said = answer_of(completion_text(completion))
+        given_answer = answer_of(completion_text(completion))
         right = answer if isinstance(answer, list | tuple) else [answer]
-        scores.append(max(compare(said, str(one)) for one in right))
+        scores.append(max(compare(given_answer, str(one)) for one in right))
     return scores
 
 
@@ -66,11 +66,11 @@ def as_number(text: str) -> float | None:
     """The number a text is, a fraction and a percentage included; None if it is none or several."""
     if fraction := FRACTION.fullmatch(text):
         return int(fraction[1]) / int(fraction[2]) if int(fraction[2]) else None
-    found = [match[0] for match in NUMBER.finditer(text.strip().strip("$")) if re.match(r"[-+]?[\d.]", match[0])]
-    if len(found) != 1:
+    numbers = [match[0] for match in NUMBER.finditer(text.strip().strip("$")) if re.match(r"[-+]?[\d.]", match[0])]
+    if len(numbers) != 1:
         return None
-    number = float(found[0].replace(",", "").rstrip("%"))
-    return number / 100 if found[0].endswith("%") else number
+    number = float(numbers[0].replace(",", "").rstrip("%"))
+    return number / 100 if numbers[0].endswith("%") else number
 
 
 def choice_of(text: str) -> str | None:
@@ -79,28 +79,28 @@ def choice_of(text: str) -> str | None:
     return match[1].upper() if match else None
 
 
-def same_text(said: str, right: str) -> float:
-    return float(said.strip() == right.strip())
+def same_text(answer: str, expected_answer: str) -> float:
+    return float(answer.strip() == expected_answer.strip())
 
 
-def same_normalised(said: str, right: str) -> float:
-    return float(normalised(said) == normalised(right))
+def same_normalised(answer: str, expected_answer: str) -> float:
+    return float(normalised(answer) == normalised(expected_answer))
 
 
-def same_choice(said: str, right: str) -> float:
-    wanted = choice_of(right)
-    return float(wanted is not None and choice_of(said) == wanted)
+def same_choice(answer: str, expected_answer: str) -> float:
+    wanted = choice_of(expected_answer)
+    return float(wanted is not None and choice_of(answer) == wanted)
 
 
-def same_number(said: str, right: str) -> float:
+def same_number(answer: str, expected_answer: str) -> float:
     """Equal within a relative tolerance of 0.1 %; where one is no plain number, equal to math-verify if installed."""
-    first, second = as_number(said), as_number(right)
+    first, second = as_number(answer), as_number(expected_answer)
     if first is not None and second is not None:
         return float(isclose(first, second, rel_tol=TOLERANCE, abs_tol=1e-9))
-    return _same_formula(said, right)
+    return _same_formula(answer, expected_answer)
 
 
-def _same_formula(said: str, right: str) -> float:
+def _same_formula(answer: str, expected_answer: str) -> float:
     try:
         from math_verify import parse, verify
     except ModuleNotFoundError:
@@ -109,17 +109,17 @@ def _same_formula(said: str, right: str) -> float:
         # which warn at every call that their time limit is off
         logging.getLogger(name).setLevel(logging.ERROR)
     # its own time limit works with signals, in the main thread alone; `GuardedReward` has one that works everywhere
-    parsed = [parse(f"${text}$", parsing_timeout=None) for text in (right, said)]
+    parsed = [parse(f"${text}$", parsing_timeout=None) for text in (expected_answer, answer)]
     return float(verify(*parsed, timeout_seconds=None))
 
 
-def same_answer(said: str, right: str) -> float:
+def same_answer(answer: str, expected_answer: str) -> float:
     """The rule that the expected answer asks for: of a choice, of a number, else of normalised text."""
-    if len(right.strip(" ().")) == 1 and right.strip(" ().").isalpha():
-        return same_choice(said, right)
-    if as_number(right) is not None:
-        return max(same_number(said, right), same_normalised(said, right))
-    return same_normalised(said, right)
+    if len(expected_answer.strip(" ().")) == 1 and expected_answer.strip(" ().").isalpha():
+        return same_choice(answer, expected_answer)
+    if as_number(expected_answer) is not None:
+        return max(same_number(answer, expected_answer), same_normalised(answer, expected_answer))
+    return same_normalised(answer, expected_answer)
 
 
 def accuracy(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:

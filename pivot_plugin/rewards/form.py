@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from .text import completion_text, is_well_formed
 
-# characters below which a completion is not penalised, and the length at which it is fully
+# Characters below which a completion is not penalised, and the length at which it is fully. Characters, since a reward
+# by name sees texts and no tokenizer; TRL's `get_soft_overlong_punishment` counts tokens, is made for a length, and can
+# be given as a function.
 FREE_LENGTH, FULL_LENGTH = 2000, 8000
 
 

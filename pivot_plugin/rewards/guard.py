@@ -2,12 +2,12 @@
 
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pivot_plugin.config import TIME_LIMIT_S
+from pivot_plugin.deadline import Overdue, within
 from pivot_plugin.errors import PivotError, SettingsError, TrainingError
 
 from .lookup import resolve_rewards
@@ -40,9 +40,10 @@ class GuardedReward:
     def __call__(
         self, prompts: Sequence[object], completions: Sequence[object], **columns: object
     ) -> list[float | None]:
-        finished, value = self._within_limit(prompts, completions, columns)
-        if not finished:
-            self._name_the_slow_row(prompts, completions, columns)
+        try:
+            value = self._called(prompts, completions, columns)
+        except Overdue as error:
+            raise self._slow_row(prompts, completions, columns) from error
         if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
             raise self._error(f"returned {type(value).__name__} {str(value)[:60]!r}", completions)
         if len(value) != len(completions):
@@ -60,50 +61,45 @@ class GuardedReward:
             raise self._error(f"returned {score!r} for {_shown(index, completions)}", completions)
         return number
 
-    def _within_limit(
-        self, prompts: Sequence[object], completions: Sequence[object], columns: dict[str, Any]
-    ) -> tuple[bool, Any]:
-        """Whether a call finished in time, and its value. A call that does not is left behind in its thread."""
-        outcome: dict[str, Any] = {}
+    def _called(self, prompts: Sequence[object], completions: Sequence[object], columns: dict[str, Any]) -> Any:
+        """What the function returns.
 
-        def call() -> None:
-            try:
-                value = self.function(prompts=prompts, completions=completions, **columns)
-                if inspect.iscoroutine(value):
-                    import asyncio
+        Raises:
+            Overdue: if it takes too long; it is left behind in its thread.
+            TrainingError: if it raises.
+        """
 
-                    value = asyncio.run(value)
-                outcome["value"] = value
-            # carried to the caller's thread, where it is raised
-            except BaseException as error:
-                outcome["error"] = error
+        def call() -> Any:
+            value = self.function(prompts=prompts, completions=completions, **columns)
+            if inspect.iscoroutine(value):
+                import asyncio
 
-        thread = threading.Thread(target=call, name=f"reward {self.__name__}", daemon=True)
-        thread.start()
-        thread.join(self.time_limit_s)
-        if thread.is_alive():
-            return False, None
-        if (error := outcome.get("error")) is not None:
-            if isinstance(error, PivotError) or not isinstance(error, Exception):
-                raise error
+                value = asyncio.run(value)
+            return value
+
+        try:
+            return within(self.time_limit_s, call, f"reward {self.__name__}")
+        except (Overdue, PivotError):
+            raise
+        except Exception as error:
             raise self._error(f"raised {type(error).__name__}: {error}", completions) from error
-        return True, outcome["value"]
 
-    def _name_the_slow_row(
+    def _slow_row(
         self, prompts: Sequence[object], completions: Sequence[object], columns: dict[str, Any]
-    ) -> None:
-        """Find the row that alone takes longer than the limit, and raise; if none does, they do together."""
+    ) -> TrainingError:
+        """The error for the row that alone takes longer than the limit; if none does, they do together."""
         for index in range(len(completions)):
-            own = {
-                name: value[index : index + 1] if isinstance(value, list) and len(value) == len(completions) else value
+            only = slice(index, index + 1)
+            columns_of_row = {
+                name: value[only] if isinstance(value, list) and len(value) == len(completions) else value
                 for name, value in columns.items()
             }
-            finished, _ = self._within_limit(prompts[index : index + 1], completions[index : index + 1], own)
-            if not finished:
-                raise self._error(
-                    f"takes longer than {self.time_limit_s:g} s on {_shown(index, completions)}", completions
-                )
-        raise self._error(f"takes longer than {self.time_limit_s:g} s on {len(completions)} completions", completions)
+            try:
+                self._called(prompts[only], completions[only], columns_of_row)
+            except Overdue:
+                what = f"takes longer than {self.time_limit_s:g} s on {_shown(index, completions)}"
+                return self._error(what, completions)
+        return self._error(f"takes longer than {self.time_limit_s:g} s on {len(completions)} completions", completions)
 
     def _error(self, what: str, completions: Sequence[object]) -> TrainingError:
         return TrainingError(

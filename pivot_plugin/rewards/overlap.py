@@ -17,7 +17,9 @@ def bleu(prompts: Sequence[object], completions: Sequence[object], **columns: ob
     scores = []
     for completion, answer in zip(completions, expected(columns, len(completions), "bleu"), strict=True):
         references = [str(one) for one in answer] if isinstance(answer, list | tuple) else [str(answer)]
-        scores.append(float(metric.sentence_score(answer_of(completion_text(completion)), references).score) / 100)
+        score = metric.sentence_score(answer_of(completion_text(completion)), references).score
+        # a geometric mean of ones may round above one
+        scores.append(min(float(score) / 100, 1.0))
     return scores
 
 

@@ -29,13 +29,13 @@ def answer_of(text: str) -> str:
     In <answer> tags, in \\boxed{}, behind "the answer is" or "Answer:", or the whole text, whichever comes first in
     this list; of several, the last.
     """
-    if found := ANSWER.findall(text):
-        return str(found[-1]).strip()
+    if tagged := ANSWER.findall(text):
+        return str(tagged[-1]).strip()
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     after = re.split(r"</think>", text)[-1] if "</think>" in text else text
-    if said := SAID.findall(after):
-        return str(said[-1]).strip().rstrip(".").strip()
+    if announced := SAID.findall(after):
+        return str(announced[-1]).strip().rstrip(".").strip()
     return re.sub(r"</?(?:think|answer)>", "", after).strip()
 
 

@@ -18,9 +18,9 @@ from pivot_plugin.data.rows import RowDataset
 from pivot_plugin.errors import DataError, PivotError, SettingsError
 from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.probes.generalization import FACTOR, ID, OOD, generalization_factor
-from pivot_plugin.probes.kept import keep, kept
 from pivot_plugin.probes.lookup import Runner, runners
 from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.probes.storage import save_result, saved_results
 from pivot_plugin.probes.subjects import Subject
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.rollout_trainer import Rollouts
@@ -178,13 +178,13 @@ class ProbeRecorder(TrainerCallback):
     def _record(self, state: TrainerState, step: int, to_run: Mapping[str, Runner], fatal: bool) -> None:
         if state.is_world_process_zero:
             # a resumed run has its beginning behind it
-            earlier = kept(self._folder) if to_run and step == 0 else {}
+            earlier = saved_results(self._folder) if to_run and step == 0 else {}
             for label, runner in to_run.items():
                 if step == 0 and 0 in earlier.get(label, {}):
                     continue
                 result = self._run(label, runner, fatal)
                 if result is not None:
-                    keep(self._folder, label, step, result)
+                    save_result(self._folder, label, step, result)
                     self._log(state, label, step, result)
         self._trainer.accelerator.wait_for_everyone()
 

@@ -17,8 +17,8 @@ from pivot_plugin.encoders.store import SHARD
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.hooks import collect
 from pivot_plugin.probes.comparison import Comparison
-from pivot_plugin.probes.kept import kept
 from pivot_plugin.probes.scores import ProbeResult
+from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.report import saliency_sheet, write_report
 from pivot_plugin.training.cost import Cost
 
@@ -151,7 +151,7 @@ class PivotResult:
     @property
     def probes(self) -> dict[str, dict[int, ProbeResult]]:
         """What probes found during the run, by label and step."""
-        return kept(self.output_dir)
+        return saved_results(self.output_dir)
 
     def report(self, path: str | Path, comparison: Comparison | None = None) -> Path:
         """Write one self-contained HTML page about the run.

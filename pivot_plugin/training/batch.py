@@ -126,8 +126,7 @@ class ForestCollator:
         # 2. texts, with their images expanded
         answers = []
         for row, text, index in zip(rows, texts, shown, strict=True):
-            expansions = [] if index < 0 else images.expansions and images.expansions[index]
-            answers.append(self._tokenised(row, text, expansions))
+            answers.append(self._tokenised(row, text, images.expansions_of(index)))
         sequences = [sides[side] for side in (0, 1) for _, sides in answers]
         starts = [start for start, _ in answers] * 2
 

@@ -23,6 +23,7 @@ class DecoderInputs:
 
     Attributes:
         kinds: of each layer, as the configuration calls it.
+        length: L.
         embeddings: (B, L, D) hidden states that the first layer was given.
         per_token: by name, other tensors that count tokens, as the first layer of a kind was given them: whole numbers
             (..., B, L), others (..., B, L, D). Positions, rotary embeddings and the like.
@@ -30,6 +31,7 @@ class DecoderInputs:
     """
 
     kinds: list[str]
+    length: int
     embeddings: torch.Tensor | None = None
     per_token: dict[str, torch.Tensor] = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -62,13 +64,14 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def recorded(model: PreTrainedModel) -> Iterator[DecoderInputs]:
+def recorded(model: PreTrainedModel, length: int) -> Iterator[DecoderInputs]:
     """Record what the decoder's layers are given meanwhile, in one forward pass.
 
     Args:
         model: the MLLM, without a peft model around it.
+        length: tokens of a row.
     """
-    inputs = DecoderInputs(layer_kinds(model))
+    inputs = DecoderInputs(layer_kinds(model), length)
     handles = []
     for index, layer in enumerate(decoder_layers(model)):
         kind = inputs.kinds[index] if index < len(inputs.kinds) else inputs.kinds[-1]
@@ -84,7 +87,11 @@ def _recorder(inputs: DecoderInputs, kind: str, first: bool) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature(layer.forward).bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        hidden = given.get("hidden_states", args[0] if args else None)
+        # every decoder layer is given hidden states, by name or first
+        hidden: torch.Tensor = given["hidden_states"] if "hidden_states" in given else args[0]
+        if hidden.ndim == 4:
+            # a few decoders carry several streams of hidden states along, in front of the rows or behind the tokens
+            hidden = hidden[0] if hidden.shape[2] == inputs.length else hidden[:, :, 0]
         rows, length = hidden.shape[:2]
         if first:
             inputs.embeddings = hidden.detach()

@@ -270,8 +270,19 @@ def _observed(
     for answer_type in (0, 1) if names else (0,):
         types = {name: TokenTypes(_by_token(name, sequences), answer_type) for name in names}
         reading = replace(reading, token_types=types)
-        with answering(model, adapter, reading):
-            passes = [_plain(model, sequence, types) for sequence in sequences]
+        try:
+            with answering(model, adapter, reading):
+                passes = [_plain(model, sequence, types) for sequence in sequences]
+        except torch.OutOfMemoryError:
+            raise
+        # the model is foreign code, and called as transformers' MLLMs are; what it raises says that it is none
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be run on what its processor makes of {sequences[0].name} and others: "
+                f"{type(error).__name__}: {error}",
+                "Use a model whose forward pass takes its processor's outputs and whose base model returns "
+                "last_hidden_state, or write an adapter.",
+            ) from error
         if _is_causal(passes):
             return _with_patterns(reading, adapter, passes), passes
     raise ModelError(
@@ -331,7 +342,7 @@ def _by_token(name: str, sequences: Sequence[CheckedSequence]) -> dict[int, int]
 
 def _plain(model: PreTrainedModel, sequence: CheckedSequence, types: Mapping[str, TokenTypes]) -> _PlainPass:
     inputs = {name: on_model(value, model) for name, value in sequence.inputs(types).items()}
-    with recorded(model) as decoder:
+    with recorded(model, len(sequence.tokens)) as decoder:
         logits = model(**inputs, use_cache=False).logits[0].float()
     tokens = sequence.tokens.to(logits.device)
     logps = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None])[sequence.prompt - 1 :, 0]
@@ -374,7 +385,7 @@ def _difference(
         if forest.tokens[tree, path].tolist() != one.sequence.tokens.tolist():
             return _Difference("tokens", f"the tokens of {one.sequence.name} are not those that its processor makes")
     try:
-        with answering(model, adapter, reading), recorded(model) as decoder:
+        with answering(model, adapter, reading), recorded(model, forest.tokens.shape[1]) as decoder:
             logps = model(forest=batch).log_probs.float()
     # whatever a foreign forward pass raises of inputs it was not made for is a finding here
     except Exception as error:

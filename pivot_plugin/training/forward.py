@@ -192,6 +192,7 @@ class _Reader:
             return {"attention_mask": batch.forest.is_node.long(), **self._token_types(batch.forest)}
         return {
             "attention_mask": self._masks(batch.forest),
+            **self._token_types(batch.forest),
             "position_ids": position_ids(batch.forest, self.adapter, batch, self.reading.first_position),
         }
 

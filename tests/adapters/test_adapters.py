@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.data.layout import normalise
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.training.batch import ForestCollator
-
-from ..conftest import picture
+from tests.helpers import picture
 
 CLIP = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 INTERN = (
@@ -150,8 +150,7 @@ def test_the_view_of_the_whole_is_found_among_tiles(make: Any) -> None:
         outputs = processor(images=[list(images)], text=[text], padding=True, return_tensors="pt")
         about_text = ("input_ids", "attention_mask", "mm_token_type_ids")
         inputs = {name: value for name, value in outputs.items() if name not in about_text}
-        expansions = ImageTokens(processor, adapter.image_token_id).process_images([images])[1]
-        counts = [sum(token == adapter.image_token_id for token in part) for part in expansions[0]]
+        counts = ImageTokens(processor, adapter.image_token_id).process_images([images]).counts[0]
         seen: list[Any] = []
         hook = adapter.tower.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
         with torch.no_grad():
@@ -176,3 +175,19 @@ def test_the_view_of_the_whole_is_found_among_tiles(make: Any) -> None:
             through = adapter.project(expected[0])
         assert projected.grid == through.grid
         torch.testing.assert_close(projected.values, through.values, rtol=1e-3, atol=1e-4)
+
+
+def test_a_family_without_a_deeper_projector_says_so_and_stays_as_it_is(make: Any) -> None:
+    model, _ = make("qwen2_5_vl")
+    adapter = find_adapter(model)
+    before = set(model.state_dict())
+    tuned = {"linear_1.weight": torch.zeros(8, 32), "linear_2.weight": torch.zeros(8, 8)}
+    with pytest.raises(EncoderError, match=r"family qwen2.5-vl.* cannot begin with the layers of another"):
+        adapter.begin_projector(tuned, 1)
+    assert set(model.state_dict()) == before
+    assert adapter.projector_layers() == ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"]
+
+
+def test_a_name_given_to_an_adapter_is_its_own(llava: Any) -> None:
+    named, unnamed = VisionAdapter(llava[0], family="mine"), VisionAdapter(llava[0])
+    assert (named.family, unnamed.family, VisionAdapter.family) == ("mine", "generic", "generic")

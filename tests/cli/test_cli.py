@@ -1,7 +1,6 @@
 """The `pivot` command, as a user types it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +10,8 @@ import pytest
 from PIL import Image
 
 from pivot_plugin.testing import build
-
-from ..conftest import picture
-
-
-def pivot(*arguments: str | Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **variables}
-    command = [sys.executable, "-c", "from pivot_plugin.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+from tests.helpers import picture
+from tests.helpers.processes import pivot
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +47,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules, "heavy 
         assert command in run.stdout
 
 
+@pytest.mark.training
 def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Path) -> None:
     options = ["--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "-o", tmp_path / "run"]
     run = pivot("optimize", world / "model", world / "pairs", *options, "--lora", "4", folder=tmp_path)
@@ -78,7 +72,6 @@ def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Pa
         (["--set", "max_stepz=2"], "Did you mean max_steps"),
         (["--set", "oops"], "is not name=value"),
         (["--lora", "many"], "--lora is 'many'"),
-        (["--train", "tower"], "train is 'tower'"),
         (["--objective", "dop"], "Did you mean dpo"),
     ],
 )
@@ -87,6 +80,13 @@ def test_a_typo_is_one_sentence(world: Path, tmp_path: Path, arguments: list[str
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_word_that_is_no_choice_is_refused_with_the_choices(tmp_path: Path) -> None:
+    run = pivot("optimize", "model", "pairs", "--train", "tower", folder=tmp_path)
+    assert run.returncode == 2
+    assert "'tower'" in run.stderr and "'projector+language_model'" in run.stderr
+    assert "keep|new|first-layer" in pivot("graft", "--help", folder=tmp_path).stdout
 
 
 def test_inspect_shows_what_the_adapter_sees(world: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
     names = [info["name"] for info in json.loads(run.stdout)]
     families, others = ["internvl", "qwen-vl", "llava", "generic"], ["probes", "rewards", "objectives"]
-    assert names[-9:] == [*families, "embedded-world", *others, "published-layouts"]
+    assert names[-10:] == [*families, "embedded-world", *others, "stack-layouts", "published-layouts"]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:
@@ -144,6 +144,20 @@ def test_prefs_check_takes_columns_by_name(tmp_path: Path) -> None:
     assert "--column 'prompt' is not ours=theirs" in wrong.stderr
 
 
+@pytest.mark.training
+def test_images_in_a_folder_of_their_own_are_found_by_check_and_optimize(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved.jsonl").write_text((world / "pairs" / "pairs.jsonl").read_text())
+    beside = pivot("prefs", "check", "moved.jsonl", folder=tmp_path)
+    assert beside.returncode == 1
+    assert "error: image not found" in beside.stdout
+    there = ["--image-folder", world / "pairs"]
+    assert pivot("prefs", "check", "moved.jsonl", *there, folder=tmp_path).returncode == 0
+    training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "--eval-prefs", "moved.jsonl"]
+    trained = pivot("optimize", world / "model", "moved.jsonl", *there, *training, folder=tmp_path)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+
+
+@pytest.mark.training
 def test_prefs_build_makes_pairs_that_optimize_takes(world: Path, tmp_path: Path) -> None:
     lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -180,6 +194,7 @@ def test_prefs_build_says_what_is_wrong_before_the_model_is_loaded(tmp_path: Pat
     assert "'nothing.jsonl' cannot be read" in missing.stderr
 
 
+@pytest.mark.training
 def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)]
     rows[3]["chosen"] = "no"
@@ -195,6 +210,7 @@ def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path)
     assert json.loads(line)["row"] == 3
 
 
+@pytest.mark.training
 def test_arms_are_compared_and_the_table_is_printed(world: Path, tmp_path: Path) -> None:
     training = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "--eval-fraction", "0.25"]
     arms = ["--arms", "sft,dpo", "--seeds", "2", "--learning-rate", "dpo=1e-3", "-o", tmp_path / "arms"]
@@ -207,6 +223,7 @@ def test_arms_are_compared_and_the_table_is_printed(world: Path, tmp_path: Path)
     assert "Did you mean dpo" in typo.stderr
 
 
+@pytest.mark.training
 def test_online_objectives_run_from_the_command_line(world: Path, tmp_path: Path) -> None:
     lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -221,6 +238,7 @@ def test_online_objectives_run_from_the_command_line(world: Path, tmp_path: Path
     assert set(json.loads(run.stdout)["metrics"]["after"]) == {"reward", "rewards/accuracy", "rewards/length_penalty"}
 
 
+@pytest.mark.training
 def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text('{"question": "what?", "answer": "1"}\n' * 4)
     common = ["--set", "use_cpu=true", "--set", "eval_fraction=0", "--set", "max_completion_length=4", "--lora", "4"]
@@ -236,6 +254,7 @@ def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> No
     assert "stages names ['last']. The stages are zero, pairs, cold-start, final" in typo.stderr
 
 
+@pytest.mark.training
 def test_compare_prints_the_table_and_report_writes_the_page(world: Path, tmp_path: Path) -> None:
     options = ["--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "-o", "run"]
     assert pivot("optimize", world / "model", world / "pairs", *options, folder=tmp_path).returncode == 0

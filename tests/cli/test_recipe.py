@@ -7,9 +7,9 @@ import pytest
 import yaml
 from transformers import AutoModelForImageTextToText
 
-from ..conftest import picture
-from ..encoders.test_assemble import encoder, language_model
-from .test_cli import pivot
+from tests.helpers import picture
+from tests.helpers.encoders import encoder, language_model
+from tests.helpers.processes import pivot
 
 FAST = ("use_cpu=true", "max_steps=2", "per_device_train_batch_size=4", "save_strategy=no", "logging_steps=1")
 QUICK = [word for setting in (*FAST, "gradient_accumulation_steps=1") for word in ("--set", setting)]
@@ -35,6 +35,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.training
 def test_an_mllm_is_assembled_aligned_and_instructed(parts: Path, tmp_path: Path) -> None:
     run = pivot("assemble", parts / "encoder", parts / "language-model", "-o", "mllm", folder=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -87,6 +88,7 @@ def test_a_ready_recipe_is_shown_and_planned(tmp_path: Path) -> None:
     assert not (tmp_path / "pivot-paper").exists()
 
 
+@pytest.mark.training
 @pytest.mark.timeout(300)
 def test_two_processes_by_accelerate_s_own_configuration_give_the_losses_of_one(parts: Path, tmp_path: Path) -> None:
     config = {

@@ -10,8 +10,7 @@ from datasets import Dataset, Image
 
 from pivot_plugin.errors import DataError
 from pivot_plugin.preferences import load_conversations
-
-from ..conftest import picture
+from tests.helpers import picture
 
 IMAGE = {"type": "image"}
 

@@ -1,9 +1,6 @@
 """Images in every form and mode, and every way in which one cannot be used."""
 
-import io
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,14 +12,8 @@ from PIL import Image
 
 from pivot_plugin.data.images import OVERLARGE, ImageAccess, content_key
 from pivot_plugin.errors import DataError
-
-from ..conftest import picture
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
+from tests.helpers import picture
+from tests.helpers.images import encoded, png_header
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -62,16 +53,6 @@ def test_a_turned_photograph_is_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert ImageAccess().open(encoded(picture(20, 10, 1), "JPEG", exif=exif)).size == (10, 20)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG file of some size whose pixels are never reached."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore:Image size")

@@ -11,8 +11,7 @@ from PIL import Image
 
 from pivot_plugin.errors import DataError
 from pivot_plugin.preferences import PairDataset, PairStream, hold_out, load
-
-from ..conftest import picture, row
+from tests.helpers import picture, row
 
 
 @pytest.mark.parametrize("extra", [{}, {"idx": 3, "ds_name": "x", "origin_dataset": "y"}])

@@ -14,8 +14,7 @@ from PIL import Image
 
 from pivot_plugin.errors import DataError, PivotError, SettingsError
 from pivot_plugin.preferences import PairDataset, PairStream, load
-
-from ..conftest import picture
+from tests.helpers import picture
 
 PAIRS = [{"prompt": f"{n}?", "chosen": "yes", "rejected": f"no {n}", "image": f"{n % 2}.png"} for n in range(4)]
 

@@ -9,9 +9,11 @@ import pytest
 from pivot_plugin.data import storage
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.preferences import PairDataset, load, save
+from tests.helpers import picture, row
+from tests.helpers.hub_client import Client
+from tests.helpers.hub_server import Fault, Hub
 
-from .. import hub_server
-from ..conftest import picture, row
+PUSH = "from pivot_plugin.preferences import push; answer = push('{folder}', 'tester/pairs')"
 
 
 def test_saved_pairs_are_loaded_unchanged(rows: Any, tmp_path: Path) -> None:
@@ -93,29 +95,28 @@ def test_saving_again_replaces_and_a_failure_leaves_what_was_there(rows: Any, tm
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
-def test_pairs_go_to_the_hub_in_one_commit(rows: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_pairs_go_to_the_hub_in_one_commit(hub: Hub, client: Client, rows: Any, tmp_path: Path) -> None:
     save(PairDataset(rows), tmp_path / "saved")
-    code = f"from pivot_plugin.preferences import push; print(push({str(tmp_path / 'saved')!r}, 'tester/pairs'))"
-    with hub_server.serving() as server:
-        for _ in range(2):
-            run = server.run(code)
-            assert run.returncode == 0, run.stderr
-            assert "datasets/tester/pairs/commit" in run.stdout
-        # the commit that made the repository, and one each
-        assert len(server.repos["datasets/tester/pairs"].commits) == 3
-        files = server.files("datasets/tester/pairs")
+    for _ in range(2):
+        run = client(PUSH.format(folder=tmp_path / "saved"))
+        assert "datasets/tester/pairs/commit" in run["answer"], run
+    # the commit that made the repository, and one each
+    assert len(hub.repos["datasets/tester/pairs"].commits) == 3
+    files = hub.files("datasets/tester/pairs")
     assert {name for name in files if not name.startswith(".")} == {"README.md", "data/train-00000.parquet"}
     assert files["data/train-00000.parquet"] == (tmp_path / "saved" / "data" / "train-00000.parquet").read_bytes()
 
 
-def test_a_hub_that_refuses_is_said(rows: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_hub_that_refuses_is_said(hub: Hub, client: Client, rows: Any, tmp_path: Path) -> None:
     save(PairDataset(rows), tmp_path / "saved")
-    code = f"from pivot_plugin.preferences import push; push({str(tmp_path / 'saved')!r}, 'tester/pairs')"
-    with hub_server.serving() as server:
-        server.faults.append(hub_server.Fault("commit", "status", 403))
-        run = server.run(code)
-        assert "The pairs could not be put on the Hub as 'tester/pairs'" in run.stderr
-        assert server.run(code, HF_TOKEN="hf_wrong").returncode == 1
-        assert len(server.repos["datasets/tester/pairs"].commits) == 1
+    push = PUSH.format(folder=tmp_path / "saved")
+    hub.faults.append(Fault("commit", "status", 403))
+    assert "The pairs could not be put on the Hub as 'tester/pairs'" in client(push)["finding"]
+    stranger = f"import os; right = os.environ['HF_TOKEN']; os.environ['HF_TOKEN'] = 'hf_wrong'\ntry:\n    {push}\n"
+    refused = client(f"{stranger}finally:\n    os.environ['HF_TOKEN'] = right")
+    assert "The pairs could not be put on the Hub as 'tester/pairs'" in refused["finding"]
+    assert len(hub.repos["datasets/tester/pairs"].commits) == 1
     with pytest.raises(DataError, match="holds no saved pairs"):
         storage.push(tmp_path, "tester/pairs")

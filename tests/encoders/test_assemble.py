@@ -9,107 +9,24 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     ResNetConfig,
     ResNetModel,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
     SiglipVisionModel,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTMAEConfig,
-    ViTMAEModel,
-    ViTModel,
 )
 
 import pivot_plugin as pivot
+from pivot_plugin.adapters.base import Assembled, VisionAdapter
+from pivot_plugin.adapters.llava import EncoderAdapter
 from pivot_plugin.encoders import save_encoder
-from pivot_plugin.encoders.assemble import CHAT_TEMPLATES
 from pivot_plugin.errors import EncoderError, ModelError, SettingsError
+from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, subject
-from pivot_plugin.testing.families import byte_tokenizer
-
-from ..conftest import picture, row
-from .test_grafting import plain
-
-SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-SIZED = {**SMALL, "image_size": 84, "patch_size": 14}
-SIZE = {"height": 84, "width": 84}
-CLASS_TOKEN, REGISTERS = 1, 4
-
-
-def clip_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 84}, crop_size=SIZE)
-
-
-def vit_processor() -> ViTImageProcessor:
-    return ViTImageProcessor(size=SIZE)
-
-
-# builder, image processor, tokens beside the patches
-ENCODERS: dict[str, tuple[Any, Any, int]] = {
-    "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**SIZED)), clip_processor, CLASS_TOKEN),
-    "siglip": (
-        lambda: SiglipVisionModel(SiglipVisionConfig(**SIZED, vision_use_head=False)),
-        lambda: SiglipImageProcessor(size=SIZE),
-        0,
-    ),
-    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZED)), vit_processor, CLASS_TOKEN),
-    "dinov2-registers": (
-        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZED)),
-        vit_processor,
-        CLASS_TOKEN + REGISTERS,
-    ),
-    "dinov3": (
-        lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZED, num_register_tokens=REGISTERS)),
-        vit_processor,
-        CLASS_TOKEN + REGISTERS,
-    ),
-    "vit": (lambda: ViTModel(ViTConfig(**SIZED)), vit_processor, CLASS_TOKEN),
-    "vit-mae": (lambda: ViTMAEModel(ViTMAEConfig(**SIZED)), vit_processor, CLASS_TOKEN),
-}
-TEXT = {"vocab_size": 280, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-LANGUAGE_MODELS = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT, **HEADS)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT, **HEADS, tie_word_embeddings=True)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, **HEADS)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT, **HEADS, head_dim=8)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**TEXT, **HEADS, head_dim=8)),
-}
-
-
-def language_model(name: str = "qwen2") -> tuple[Any, Any]:
-    torch.manual_seed(1)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
-    model = LANGUAGE_MODELS[name]().eval()
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return model, tokenizer
-
-
-def encoder(name: str) -> tuple[Any, Any, int]:
-    torch.manual_seed(2)
-    build, processor, beside = ENCODERS[name]
-    return build().eval(), processor(), beside
+from tests.helpers import picture, row
+from tests.helpers.encoders import ENCODERS, HEADS, LANGUAGE_MODELS, TEXT, encoder, language_model, plain, vit_processor
 
 
 def assembled(kind: str = "siglip", text: str = "qwen2", **options: Any) -> Any:
@@ -239,6 +156,7 @@ def test_what_cannot_be_assembled_is_named(make: Any) -> None:
 QWEN = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2-tied", "qwen3_vl": "qwen3"}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(("family", "text"), QWEN.items())
 def test_an_extracted_qwen_tower_makes_a_model_of_its_own_family(
     family: str, text: str, make: Any, tmp_path: Path
@@ -302,3 +220,36 @@ def test_a_qwen_tower_wants_its_family_s_language_model(make: Any) -> None:
             tokenizer=tokenizer,
             image_processor=processor.image_processor,
         )
+
+
+class OwnTower(VisionAdapter):
+    """Of a plugin that knows a tower, and not what MLLM it makes."""
+
+    family = "mine"
+
+
+class OwnAssembly(OwnTower):
+    """Of a plugin that knows both."""
+
+    def assemble(self, decoder: Any, tokenizer: Any, image_processor: Any, feature_layer: int) -> Assembled | None:
+        made = EncoderAdapter(self.model).assemble(decoder, tokenizer, image_processor, feature_layer)
+        assert made is not None
+        made.model.config.made_by = self.family
+        return made
+
+
+@pytest.mark.parametrize(("adapter", "made_by"), [(OwnTower, None), (OwnAssembly, "mine")])
+def test_the_first_adapter_that_makes_an_mllm_of_the_encoder_does(adapter: Any, made_by: str | None) -> None:
+    class Plugin:
+        @hookimpl
+        def pivot_adapter(self, model: Any) -> VisionAdapter | None:
+            return adapter(model) if isinstance(model, SiglipVisionModel) else None
+
+    manager().register(plugin := Plugin(), "own-tower")
+    try:
+        assert find_adapter(encoder("siglip")[0], encoder=True).family == "mine"
+        model, _ = assembled("siglip")
+    finally:
+        manager().unregister(plugin)
+    assert type(model) is LlavaForConditionalGeneration
+    assert getattr(model.config, "made_by", None) == made_by

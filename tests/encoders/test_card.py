@@ -13,8 +13,7 @@ from transformers.utils import ModelOutput
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.models.find import find_adapter
-
-from ..conftest import picture
+from tests.helpers import picture
 
 IMAGE = picture(84, 56, 1)
 

@@ -14,10 +14,11 @@ from pivot_plugin.encoders.record import LARGEST
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
+from tests.helpers import hub_server
+from tests.helpers.hub_client import Client
+from tests.helpers.hub_server import TOKEN, Fault, Hub
 
-from .. import hub_server
-from ..hub_server import TOKEN, Fault, Hub
-from .conftest import Client
+pytestmark = pytest.mark.slow
 
 KEY = "models/tester/eyes"
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,8 @@ from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, subject
-
-from ..conftest import picture, row
+from tests.helpers import picture, row
+from tests.helpers.encoders import plain
 
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZE = {"height": 84, "width": 84}
@@ -49,31 +47,6 @@ ENCODERS = {
     ),
     "vit": (lambda: ViTModel(ViTConfig(**SMALL, image_size=84, patch_size=14)), lambda: ViTImageProcessor(size=SIZE)),
 }
-PLAIN = """
-import sys
-sys.modules["pivot_plugin"] = None
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model, loading = AutoModelForImageTextToText.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"], loading
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-text = processor.image_token + " what is it?"
-inputs = processor(images=[Image.new("RGB", (100, 60), "red")], text=text, return_tensors="pt")
-with torch.no_grad():
-    logits = model(**inputs).logits
-assert torch.isfinite(logits).all()
-print(tuple(logits.shape), round(logits.double().abs().sum().item(), 3))
-"""
-
-
-def plain(folder: Path) -> str:
-    """What a process without this package makes of a folder."""
-    run = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(folder)], capture_output=True, text=True, cwd=folder, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout.strip()
 
 
 def moved(tiny: Any) -> Any:
@@ -94,6 +67,7 @@ def test_a_drop_in_graft_gives_the_model_the_encoder_came_from(family: str, tiny
     assert grafted.config.pivot_encoder == {"name": "encoder", "revision": None}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("kind", list(ENCODERS))
 def test_any_vision_transformer_goes_into_a_llava_through_a_new_projector(
     kind: str, llava: Any, tmp_path: Path
@@ -239,7 +213,7 @@ def test_what_a_new_projector_lacks_is_named(make: Any, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_an_mllm_that_transformers_loads(make: Any, tmp_path: Path) -> None:
-    from ..cli.test_cli import pivot as command
+    from tests.helpers.processes import pivot as command
 
     model, processor = make("llava")
     model.save_pretrained(tmp_path / "model")

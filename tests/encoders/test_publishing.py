@@ -3,15 +3,19 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from .. import hub_server
-from ..hub_server import READ_ONLY, TOKEN, Fault, Hub
-from .conftest import Client
+from pivot_plugin import encoders
+from pivot_plugin.encoders import PublishOptions
+from tests.helpers import hub_server
+from tests.helpers.hub_client import Client
+from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
+
+pytestmark = pytest.mark.slow
 
 KEY = "models/tester/eyes"
 AT_ONCE = {"Retry-After": "0"}
@@ -293,5 +297,11 @@ def test_published_encoders_are_listed_by_tag(hub: Hub, client: Any, saved: Path
     assert found[0]["family"] == "llava"
     assert list(found[0]["scores"].values()) == [0.75]
     assert client("answer = [one.repo_id for one in pivot.list_encoders('nobody')]")["answer"] == []
-    hub.faults.append(Fault("list", "status", 500, times=9))
+    hub.faults.append(Fault("list", "status", 500, AT_ONCE, times=20))
     assert client("pivot.list_encoders()")["error"] == "PublishError"
+
+
+def test_the_options_to_hand_on_are_those_of_publish() -> None:
+    options = get_type_hints(PublishOptions)
+    keywords = get_type_hints(encoders.publish)
+    assert options == {name: keywords[name] for name in keywords.keys() - {"folder", "repo_id", "return"}}

@@ -3,8 +3,6 @@
 import copy
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,10 @@ from pivot_plugin.encoders.card import licence_of
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.models.find import find_adapter
+from tests.helpers import picture, row
+from tests.helpers.processes import python
 
-from ..conftest import picture, row
+pytestmark = pytest.mark.training
 
 PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(12)]
 PEFT_ALONE = """
@@ -66,8 +66,7 @@ def test_the_lora_loads_without_this_package(run: Any, tmp_path: Path) -> None:
     result, before = run
     before.save_pretrained(tmp_path / "base")
     folder = result.save(tmp_path / "lora", "lora")
-    command = [sys.executable, "-c", PEFT_ALONE, str(tmp_path / "base"), str(folder), str(tmp_path / "merged.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(PEFT_ALONE, tmp_path / "base", folder, tmp_path / "merged.pt", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     trained = result.encoder.state_dict()
     for name, tensor in torch.load(tmp_path / "merged.pt").items():

@@ -1,8 +1,6 @@
 """The encoder's folder: plain transformers files, checked on loading, replaced as a whole."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.models.find import find_adapter
+from tests.helpers.processes import python
 
 WITHOUT_US = """
 import sys
@@ -57,9 +56,7 @@ def test_the_folder_loads_without_this_package(family: str, tiny: Any, tmp_path:
         newest = version.parse(transformers.__version__) >= version.parse("5.23")
         assert family in (("qwen2_vl",) if newest else ("qwen2_vl", "qwen2_5_vl"))
         pytest.skip("transformers has no AutoModel for this tower; load_encoder finds its class by name")
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, str(folder)], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    run = python(WITHOUT_US, folder, folder=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

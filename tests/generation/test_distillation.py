@@ -9,8 +9,7 @@ from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.generation.distillation import CORRUPTIONS, INSTRUCTION, agrees, model_judge
 from pivot_plugin.preferences import self_distill
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 FORMED = "<think>There are 3 cats.</think><answer>3</answer>"
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import DataError, SettingsError, TrainingError
 from pivot_plugin.preferences import PairDataset, rank
-
-from ..conftest import picture
+from tests.helpers import picture
 
 
 def question(completions: list[str] | None, answer: str | None = "3", **beside: Any) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from pivot_plugin.errors import DataError, SettingsError, TrainingError
 from pivot_plugin.generation import engines
 from pivot_plugin.generation.sampling import _seed
 from pivot_plugin.preferences import load_questions, rank, sample
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 QUESTIONS = [
     {"images": [picture(60, 60, 1)], "question": "what is it?", "answer": "x"},

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from pivot_plugin import hooks
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import ModelError, PluginError
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.training.pair_trainer import PivotTrainer
+from tests.helpers import processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,10 +32,8 @@ def distribution(folder: Path, name: str, entries: dict[str, str], **modules: st
 
 
 def python(code: str, *folders: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, folders), str(ROOT)]), **variables}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=False
-    )
+    path = os.pathsep.join([*map(str, folders), str(ROOT)])
+    return processes.python(textwrap.dedent(code), folder=folders[0], PYTHONPATH=path, **variables)
 
 
 LIST = """
@@ -139,15 +138,37 @@ def test_a_notified_plugin_that_raises_does_not_lose_the_run(
     assert "cannot send mail" in caplog.text
 
 
-def test_a_plugin_layout_is_used(llava: Any, fast: Any, register: Any) -> None:
+def test_a_plugin_layout_says_what_is_trained_on(
+    llava: Any, fast: Any, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def layout(columns: list[str]) -> Any:
         if "ask" in columns:
             return lambda row: {"prompt": row["ask"], "chosen": row["good"], "rejected": row["bad"]}
         return None
 
     register("layout", pivot_preference_layout=layout)
-    pairs = [{"ask": "say hello", "good": "hello", "bad": "bye"}] * 4
+    # prompts of different first letters, so that none is cut in two by what its tree shares
+    questions = {"a greeting?": "hello", "by day?": "good day", "casual?": "how are you"}
+    pairs = [{"ask": question, "good": answer, "bad": "bye"} for question, answer in questions.items()]
+    prompts, chosen, rejected = [], set(), set()
+    original = PivotTrainer.compute_loss
+
+    def watched(self: Any, model: Any, inputs: Any, *more: Any, **options: Any) -> Any:
+        decode = llava[1].tokenizer.decode
+        prompts.append(decode(inputs["forest"].forest.tokens.flatten()))
+        completions = [
+            decode(ids[mask.bool()], skip_special_tokens=True).strip()
+            for ids, mask in zip(inputs["input_ids"], inputs["completion_mask"], strict=True)
+        ]
+        chosen.update(completions[: len(completions) // 2])
+        rejected.update(completions[len(completions) // 2 :])
+        return original(self, model, inputs, *more, **options)
+
+    monkeypatch.setattr(PivotTrainer, "compute_loss", watched)
     pivot.optimize(llava[0], pairs, processor=llava[1], eval_fraction=0, **fast)
+    assert (chosen, rejected) == (set(questions.values()), {"bye"})
+    assert len(prompts) == 4
+    assert all(question in prompt for prompt in prompts for question in questions)
 
 
 def test_collected_answers_come_in_order_of_registration(register: Any) -> None:

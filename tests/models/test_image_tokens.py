@@ -8,8 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 TWO_SETS = [[picture(60, 60, 1)], [picture(120, 50, 2), picture(40, 80, 3)]]
 
@@ -75,9 +74,19 @@ def test_expanded_prompts_are_what_the_processor_makes(tiny: Tiny) -> None:
     image_tokens = ImageTokens(processor)
     text = f"first {processor.image_token} then {processor.image_token}?"
     expected = processor(images=[TWO_SETS[1]], text=[text], add_special_tokens=False)["input_ids"][0]
-    _, expansions = image_tokens.process_images([TWO_SETS[1]])
-    assert image_tokens.expand({}, image_tokens.tokens(text), expansions[0]) == list(expected)
-    assert sum(image_tokens.counts(expansions[0])) == list(expected).count(image_tokens.image_token_id)
+    images = image_tokens.process_images([TWO_SETS[1]])
+    expansions = images.expansions_of(0)
+    assert expansions is not None
+    assert image_tokens.expand({}, image_tokens.tokens(text), expansions) == list(expected)
+    assert [part.count(image_tokens.image_token_id) for part in expansions] == images.counts[0]
+    assert sum(images.counts[0]) == list(expected).count(image_tokens.image_token_id)
+    row = {"images": TWO_SETS[1], "id": "row"}
+    assert not image_tokens.whole_prompts
+    assert not image_tokens.rewrites(row, text)
+    whole = ImageTokens(processor, whole_prompts=True)
+    processed = whole.process_images([TWO_SETS[1]], [text])
+    assert whole.prompt(row, text, processed.expansions_of(0)) == list(expected)
+    assert [sum(counts) for counts in processed.counts] == [sum(counts) for counts in images.counts]
 
 
 def test_a_row_with_more_images_than_markers_is_named(llava: Tiny) -> None:
@@ -88,5 +97,5 @@ def test_a_row_with_more_images_than_markers_is_named(llava: Tiny) -> None:
 
 def test_a_processor_of_another_model_is_refused(llava: Tiny) -> None:
     other = ImageTokens(llava[1]).image_token_id + 1
-    with pytest.raises(ModelError, match=f"does not expand its image token '<image>' into token {other},"):
+    with pytest.raises(ModelError, match=f"makes no token {other}, the model's image token, of"):
         ImageTokens(llava[1], other).process_images([TWO_SETS[0]])

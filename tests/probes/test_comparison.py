@@ -13,10 +13,10 @@ from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import ModelError, SettingsError
 from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.probes import ProbeResult, Probing, Score, features, subject
+from pivot_plugin.probes import ProbeResult, ProbeTask, Score, features, subject
 from pivot_plugin.probes.comparison import Comparison
 from pivot_plugin.probes.scores import score_of
-from tests.conftest import picture, row
+from tests.helpers import picture, row
 
 
 def spread(who: Any, images: Any, scale: float = 1.0) -> dict[str, float]:
@@ -74,7 +74,7 @@ def test_models_runs_and_encoders_are_compared(llava: Any, fast: Any, tmp_path: 
     images = [picture(60, 60, n) for n in range(6)]
     comparison = pivot.compare(
         {"base": base, "run": fast["output_dir"], "result": result},
-        {"spread": Probing(spread, images), "twice": Probing(spread, images, {"scale": 2.0})},
+        {"spread": ProbeTask(spread, images), "twice": ProbeTask(spread, images, {"scale": 2.0})},
         output=tmp_path / "comparison.json",
     )
     scores = {name: results["spread"].main.value for name, results in comparison.results.items()}
@@ -92,7 +92,7 @@ def test_an_encoder_is_grafted_for_probes_that_need_an_mllm(make: Any, tmp_path:
             parameter.add_(0.05 * torch.randn_like(parameter))
     folder = save_encoder(find_adapter(other), processor, tmp_path / "encoder", {})
     rows = [{"image": picture(60, 60, n), "question": "what?", "answer": "x"} for n in range(3)]
-    probing = {"vqa": Probing("vqa", rows, {"max_new_tokens": 4})}
+    probing = {"vqa": ProbeTask("vqa", rows, {"max_new_tokens": 4})}
     with pytest.raises(ModelError, match=r"Probe 'vqa' needs an MLLM.*encoder"):
         pivot.compare([folder], probing)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -128,20 +128,20 @@ def test_a_comparison_that_fails_halfway_keeps_what_it_found(llava: Any, tmp_pat
     images = [picture(60, 60, 1)] * 2
     with pytest.raises(RuntimeError, match="out of luck"):
         pivot.compare(
-            {"it": subject(*llava)}, {"spread": Probing(spread, images), "bad": fails}, output=tmp_path / "kept.json"
+            {"it": subject(*llava)}, {"spread": ProbeTask(spread, images), "bad": fails}, output=tmp_path / "kept.json"
         )
     assert "spread" in json.loads((tmp_path / "kept.json").read_text())["compared"]["it"]
 
 
 def test_nothing_to_compare_is_named(llava: Any) -> None:
     with pytest.raises(SettingsError, match="There is nothing to compare"):
-        pivot.compare([], {"spread": Probing(spread)})
+        pivot.compare([], {"spread": ProbeTask(spread)})
     with pytest.raises(SettingsError, match="No probe is given"):
         pivot.compare([subject(*llava)], {})
     with pytest.raises(SettingsError, match="'model' stands alone"):
-        pivot.compare("model", {"spread": Probing(spread)})
+        pivot.compare("model", {"spread": ProbeTask(spread)})
     with pytest.raises(SettingsError, match="Two are called 'LlavaForConditionalGeneration'"):
-        pivot.compare([llava[0], llava[0]], {"spread": Probing(spread)})
+        pivot.compare([llava[0], llava[0]], {"spread": ProbeTask(spread)})
     with pytest.raises(ModelError, match="holds no encoder"):
-        pivot.compare({"x": 42}, {"spread": Probing(spread)})
+        pivot.compare({"x": 42}, {"spread": ProbeTask(spread)})
     assert Comparison().contrasts() == []

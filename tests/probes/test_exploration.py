@@ -13,8 +13,7 @@ from pivot_plugin.errors import SettingsError
 from pivot_plugin.generation.engines import Sampling, TransformersEngine
 from pivot_plugin.preferences import load_questions
 from pivot_plugin.probes import candidate_set_sizes, pass_at_k, rollout_branching_factor
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

@@ -31,7 +31,7 @@ from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, subject
 from pivot_plugin.probes.extraction import CHUNK
-from tests.conftest import picture
+from tests.helpers import picture
 
 SIZES = ((60, 60), (120, 50), (48, 100), (64, 64), (90, 70))
 IMAGES = [picture(width, height, seed) for seed, (width, height) in enumerate(SIZES)]

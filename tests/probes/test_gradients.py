@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load
 from pivot_plugin.probes import pointing_game, saliency, subject
-from pivot_plugin.probes.gradients import _map, concentration, energy_inside, pair_loss, points_inside
+from pivot_plugin.probes.gradients import LOSSES, _map, pair_loss
+from pivot_plugin.probes.pointing import concentration, energy_inside, points_inside
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forward import answering
-from tests.conftest import picture, row
+from tests.helpers import picture, row
 
 PAIRS = [
     row("what is it?", "a red cat", "a red dog!", picture(120, 90, 1)),
@@ -39,7 +41,8 @@ def test_a_map_is_the_gradient_by_finite_differences(family: str, tiny: Any, at:
     batch = _first_pair(model, processor)
     who, reference = subject(model, processor), (-3.0, -5.0)
     with answering(model, adapter):
-        maps = {loss: _map(who, batch, loss, reference, 0.1, at) for loss in ("sft", "dpo")}  # type: ignore[arg-type]
+        loss_of = {loss: partial(pair_loss, loss=loss, reference=reference, beta=0.1) for loss in LOSSES}
+        maps = {loss: _map(who, batch, loss_of[loss], at) for loss in LOSSES}
     place = (maps["sft"].shape[0] - 1, 0)
     step, totals = 5e-3, {"sft": 0.0, "dpo": 0.0}
     for channel in range(_width(adapter, batch, at)):

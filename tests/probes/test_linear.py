@@ -13,8 +13,8 @@ from pivot_plugin.encoders import save_encoder
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import features, labelled_images, linear_probe, prototype_probe, subject
-from pivot_plugin.probes.data import PRESETS, Preset, per_class, stratified
 from pivot_plugin.probes.linear import normalised, prototypes, top_k
+from pivot_plugin.probes.splits import PRESETS, Preset, per_class, stratified
 
 
 def test_the_score_is_scikit_learn_s_own(llava: Any, labelled: Any) -> None:
@@ -64,6 +64,27 @@ def test_the_regularisation_that_is_best_on_the_validation_split_is_taken(llava:
     assert found.settings["C"] == 100
     assert found.settings["validation_top1"] == {"1e-06": 0.8, "100.0": 1.0}
     assert found.main.value == 1
+
+
+def test_the_choice_is_that_of_a_search_by_hand_and_of_equals_the_strongest(llava: Any, labelled: Any) -> None:
+    who, values = subject(*llava), [10.0, 1e-3, 0.316, 1.0, 100.0]
+    found = linear_probe(who, labelled(15, shuffled=True), regularisation=values, seed=3, cache=False)
+    fitting, scoring = labelled_images(labelled(15, shuffled=True), seed=3)
+    vectors, others = (
+        normalised(features(who, p.images, pool="mean", cache=False).pooled()) for p in (fitting, scoring)
+    )
+    held = stratified(fitting.labels, 0.2, 3, fitting.names, "images")
+    by_hand = {
+        value: LogisticRegression(C=value, max_iter=1000)
+        .fit(vectors[~held], fitting.labels[~held])
+        .score(vectors[held], fitting.labels[held])
+        for value in values
+    }
+    assert found.settings["validation_top1"] == {str(value): round(by_hand[value], 6) for value in sorted(values)}
+    best = min(value for value in values if by_hand[value] == max(by_hand.values()))
+    assert found.settings["C"] == best
+    model = LogisticRegression(C=best, max_iter=1000).fit(vectors, fitting.labels)
+    assert found.main.value == pytest.approx(model.score(others, scoring.labels))
 
 
 def test_an_untouched_encoder_scores_the_same_after_a_round_trip(
@@ -123,7 +144,7 @@ def test_the_imagenet_preset_on_a_stand_in_of_the_same_features(
         {"train": labelled(60).cast(feature), "validation": labelled(4, seed=500).cast(feature)}
     )
     asked = []
-    monkeypatch.setattr("pivot_plugin.probes.data.datasets.load_dataset", lambda name: asked.append(name) or stand_in)
+    monkeypatch.setattr("pivot_plugin.probes.splits.datasets.load_dataset", lambda name: asked.append(name) or stand_in)
     found = linear_probe(subject(*llava), "imagenet-1k", regularisation=[100.0], cache=False)
     assert asked == ["ILSVRC/imagenet-1k"]
     assert found.settings["fitted_on"] == 150

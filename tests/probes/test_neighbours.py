@@ -12,7 +12,7 @@ from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.probes import Captioned, alignment, mutual_knn, subject
 from pivot_plugin.probes.neighbours import clamped
 from pivot_plugin.testing.families import byte_tokenizer
-from tests.conftest import picture
+from tests.helpers import picture
 
 
 def brute_force(first: np.ndarray, second: np.ndarray, k: int) -> list[float]:

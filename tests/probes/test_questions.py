@@ -9,7 +9,7 @@ from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import subject, vqa
 from pivot_plugin.quickstart import world
-from tests.conftest import picture
+from tests.helpers import picture
 
 
 def test_the_world_s_questions_are_scored_as_one_by_one() -> None:

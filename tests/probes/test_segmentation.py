@@ -11,8 +11,8 @@ from PIL import Image
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.probes import Masked, masked_images, patch_labels, segmentation_probe, subject
 from pivot_plugin.probes.extraction import centre_square
-from pivot_plugin.probes.segmentation import _counts
-from tests.conftest import picture
+from pivot_plugin.probes.segmentation import _counts, _Patches
+from tests.helpers import picture
 
 
 def test_patches_are_labelled_by_what_they_show() -> None:
@@ -86,7 +86,10 @@ def test_counts_give_recall_and_intersection_over_union_by_hand() -> None:
         def patches(self, image: int) -> torch.Tensor:
             return torch.zeros(4, 1)
 
-    counts = _counts(Known(), One(), [goal], [torch.ones(4, dtype=torch.bool)], "majority")  # type: ignore[arg-type]
+    # two pixels of every patch show a class
+    patches = _Patches(One(), [(np.array([0, 1]), np.array([[2, 0], [2, 0], [0, 2], [0, 2]]))])  # type: ignore[arg-type]
+    assert [values.tolist() for values in patches.goals(3, "majority")] == [goal.tolist()]
+    counts = _counts(Known(), patches, [goal], "majority")
     assert counts["recall"].tolist() == [[[2, 2], [0, 2], [0, 0]]]
     # class 2 is in no mask: it counts against nothing
     assert counts["miou"].tolist() == [[[2, 3], [0, 2], [0, 0]]]
@@ -106,7 +109,7 @@ def test_the_ade20k_preset_on_a_stand_in_of_the_same_features(
 ) -> None:
     stand_in = datasets.DatasetDict({"train": masked(8), "validation": masked(4, seed=90)})
     asked = []
-    monkeypatch.setattr("pivot_plugin.probes.data.datasets.load_dataset", lambda name: asked.append(name) or stand_in)
+    monkeypatch.setattr("pivot_plugin.probes.splits.datasets.load_dataset", lambda name: asked.append(name) or stand_in)
     found = segmentation_probe(subject(*llava), "ade20k", epochs=1, seeds=1, cache=False)
     assert asked == ["zhoubolei/scene_parse_150"]
     assert found.settings["classes"] == 151

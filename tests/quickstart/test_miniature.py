@@ -1,5 +1,6 @@
 """The miniature's parts: drawn by a seed, in words its language model has, right where they should be right."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ def test_scenes_in_fog_are_larger_and_fewer_and_leave_the_others_as_they_were() 
     assert np.asarray(scenes.render_many(1, 0)[0].image).sum() == 685_558
 
 
+@pytest.mark.training
 def test_parts_are_trained_a_little_and_fit_together(tmp_path: Any) -> None:
     state = torch.get_rng_state()
     encoder, images = miniature.encoder(1, steps=2)
@@ -90,11 +92,14 @@ def test_parts_are_trained_a_little_and_fit_together(tmp_path: Any) -> None:
 
 def test_every_source_of_the_ready_recipe_is_made() -> None:
     recipe = load_recipe("embedded")
-    moved = recipe.transplant or {}
-    sections = [recipe.align, recipe.instruct, recipe.optimize, moved["align"], moved["instruct"]]
-    for section in [*sections, *recipe.evaluate.values(), recipe.optimize["select"]]:
-        few = {name: min(value, 2) for name, value in section["data"].items() if name in ("count", "train", "test")}
-        assert len(made({**section["data"], **few})) == 2
+    moved = recipe.transplant
+    assert moved is not None
+    select = recipe.optimize.select
+    sections = [recipe.align, recipe.instruct, recipe.optimize, moved.align, moved.instruct]
+    wanted = [one.data for one in (*sections, *recipe.evaluate.values(), select)]
+    for data in wanted:
+        few = {name: min(value, 2) for name, value in data.options.items() if name in ("count", "train", "test")}
+        assert len(made(replace(data, options=data.options | few))) == 2
     # what is reported is no scene that was trained on or chosen by
-    seeds = [section["data"]["seed"] for section in (*sections, *recipe.evaluate.values(), recipe.optimize["select"])]
+    seeds = [data.options["seed"] for data in wanted]
     assert len(set(seeds)) == len(seeds)

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import pivot_plugin as pivot
-from pivot_plugin.probes import probe_patches
-from pivot_plugin.probes.patches import mean_iou
 from pivot_plugin.quickstart import demo, scenes, world
 
 
@@ -50,16 +48,6 @@ def test_answers_are_right_and_wrong_ones_are_wrong() -> None:
                 present = any((item.colour, item.shape) == (colour, shape) for item in scene.objects)
                 assert question.answer == ("yes" if present else "no")
     assert seen == set(scenes.QUESTION_KINDS)
-
-
-def test_patch_labels_cover_the_boxes() -> None:
-    for scene in scenes.render_many(20, seed=5):
-        labels = scene.patch_labels()
-        assert set(np.unique(labels)) == {0} | {1 + scenes.SHAPES.index(item.shape) for item in scene.objects}
-        for item in scene.objects:
-            left, top, right, bottom = item.box
-            row, column = (top + bottom) // 2 // scenes.PATCH_SIZE, (left + right) // 2 // scenes.PATCH_SIZE
-            assert labels[row, column] == 1 + scenes.SHAPES.index(item.shape)
 
 
 def test_a_wrong_caption_differs_in_one_word() -> None:
@@ -122,24 +110,6 @@ def test_located_pairs_are_about_what_their_masks_show() -> None:
     for row, mask in zip(rows, masks, strict=True):
         assert 0.02 < mask.mean() < 0.3
         assert row["chosen"] != row["rejected"]
-
-
-def test_a_separable_set_is_told_apart_and_a_random_one_is_not() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, (40, 16))
-    directions = np.eye(3)[labels] * 4
-    features = np.concatenate([directions, rng.normal(size=(40, 16, 5))], axis=-1)
-    found = probe_patches(features[:20], labels[:20], features[20:], labels[20:])
-    assert found.accuracy == found.mean_iou == 1.0
-    noise = rng.normal(size=(40, 16, 8))
-    chance = probe_patches(noise[:20], labels[:20], noise[20:], labels[20:])
-    assert 0.2 < chance.accuracy < 0.47
-    assert chance.interval[0] <= chance.mean_iou <= chance.interval[1]
-
-
-def test_mean_iou_of_a_known_case() -> None:
-    # class 0: 1 of 2, class 1: 2 of 3
-    assert mean_iou(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1])) == pytest.approx((1 / 2 + 2 / 3) / 2)
 
 
 def test_building_a_model_leaves_the_random_state_alone() -> None:

@@ -10,8 +10,8 @@ import torch
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.recipes.arms import ArmRun, ArmsComparison
-
-from ..conftest import Tiny, picture, row
+from pivot_plugin.training.pair_trainer import PivotTrainer
+from tests.helpers import Tiny, picture, row
 
 
 def pairs(count: int = 24) -> list[dict[str, Any]]:
@@ -59,8 +59,6 @@ def test_arms_and_seeds_are_run_on_the_same_pairs_and_kept(llava: Tiny, short: d
 def test_the_same_pairs_come_in_the_same_order_in_every_arm(
     llava: Tiny, short: dict[str, Any], monkeypatch: Any
 ) -> None:
-    from pivot_plugin.training.pair_trainer import PivotTrainer
-
     seen: list[list[str]] = []
     compute_loss = PivotTrainer.compute_loss
 
@@ -76,31 +74,72 @@ def test_the_same_pairs_come_in_the_same_order_in_every_arm(
     assert runs[3] == runs[4] == runs[5] != runs[0]
 
 
-def test_finished_runs_are_not_run_again_and_an_interrupted_one_goes_on(
+def test_an_interrupted_run_goes_on_from_its_checkpoint_and_finished_ones_are_not_run_again(
     llava: Tiny, short: dict[str, Any], monkeypatch: Any
 ) -> None:
-    import pivot_plugin.recipes.arms as arms
+    steps: list[tuple[str, int]] = []
+    cut: list[tuple[str, int]] = []
+    training_step = PivotTrainer.training_step
 
-    started = []
-    optimize = arms.optimize
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        started.append((kwargs["objective"], kwargs["resume"]))
-        if len(started) == 2:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        step = (Path(self.args.output_dir).parent.name, self.state.global_step)
+        if step in cut:
+            cut.remove(step)
             raise KeyboardInterrupt
-        return optimize(*args, **kwargs)
+        steps.append(step)
+        return training_step(self, *args, **kwargs)
 
-    monkeypatch.setattr(arms, "optimize", counted)
+    monkeypatch.setattr(PivotTrainer, "training_step", counted)
+    settings = short | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+    model, processor = llava
+    # without interruption
+    straight = settings | {"output_dir": short["output_dir"].with_name("straight")}
+    expected = pivot.compare_arms(model, pairs(), ("dpo",), 1, processor=processor, **straight)
+    steps.clear()
+    cut.append(("dpo", 3))
     with pytest.raises(KeyboardInterrupt):
-        pivot.compare_arms(llava[0], pairs(), ("sft", "dpo"), 1, processor=llava[1], **short)
-    comparison = pivot.compare_arms(llava[0], pairs(), ("sft", "dpo"), 1, processor=llava[1], **short)
-    assert started == [("sft", False), ("dpo", False), ("dpo", False)]
+        pivot.compare_arms(model, pairs(), ("sft", "dpo"), 1, processor=processor, **settings)
+    assert steps == [("sft", 0), ("sft", 1), ("sft", 2), ("sft", 3), ("dpo", 0), ("dpo", 1), ("dpo", 2)]
+    steps.clear()
+    comparison = pivot.compare_arms(model, pairs(), ("sft", "dpo"), 1, processor=processor, **settings)
+    assert steps == [("dpo", 2), ("dpo", 3)]
     assert [run.arm for run in comparison.runs] == ["base", "sft", "dpo"]
-    again = pivot.compare_arms(llava[0], pairs(), ("sft", "dpo"), 1, processor=llava[1], **short)
-    assert len(started) == 3
-    assert again == comparison
-    with pytest.raises(SettingsError, match="had max_steps=2, now it is 3"):
-        pivot.compare_arms(llava[0], pairs(), ("sft",), 1, processor=llava[1], **short | {"max_steps": 3})
+    assert comparison.runs[-1].scores == pytest.approx(expected.runs[-1].scores, abs=1e-5)
+    steps.clear()
+    assert pivot.compare_arms(model, pairs(), ("sft", "dpo"), 1, processor=processor, **settings) == comparison
+    assert not steps
+
+
+def size(model: Any, processor: Any) -> dict[str, float]:
+    return {"size": sum(p.numel() for p in model.parameters())}
+
+
+OTHER: list[tuple[dict[str, Any], str]] = [
+    ({"max_steps": 3}, "had max_steps=2, now it is 3"),
+    ({"learning_rates": {"sft": 1e-3}}, "had learning_rate=0.005, now it is 0.001"),
+    ({"prefs": pairs(25)}, "had pairs="),
+    ({"eval_fraction": 0}, "had pairs="),
+    ({"eval_prefs": pairs(25)[24:], "eval_fraction": 0}, "had pairs="),
+    ({"measure": size}, "had measure=None, now it is 'size'"),
+]
+
+
+def test_a_folder_with_runs_of_other_settings_pairs_or_measures_is_refused(llava: Tiny, short: dict[str, Any]) -> None:
+    given = {"prefs": pairs(), "arms": ("sft",), "seeds": 1, "processor": llava[1], **short}
+    pivot.compare_arms(llava[0], **given)
+    for other, said in OTHER:
+        with pytest.raises(SettingsError) as error:
+            pivot.compare_arms(llava[0], **given | other)
+        assert said in str(error.value)
+        assert "seed-0" in str(error.value)
+
+
+def test_a_run_that_no_comparison_began_is_not_taken_for_one(llava: Tiny, short: dict[str, Any]) -> None:
+    folder = short["output_dir"] / "sft" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"finished": True, "settings": {}, "metrics": {}}))
+    with pytest.raises(SettingsError, match="holds a run that is no stage of this recipe"):
+        pivot.compare_arms(llava[0], pairs(), ("sft",), 1, processor=llava[1], **short)
 
 
 def test_the_table_has_means_and_spreads() -> None:

@@ -1,6 +1,5 @@
 """SPECS: stages in order, each from the right start, resumed and skipped, and what trains said."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ from pivot_plugin import recipes
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.preferences import load
+from pivot_plugin.training.pair_trainer import PivotTrainer
+from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer
+from tests.helpers import Tiny, picture
 
-from ..conftest import Tiny, picture
+pytestmark = pytest.mark.training
 
 FORMED = "<think>I count 3.</think><answer>3</answer>"
 
@@ -103,25 +105,63 @@ def test_pairs_are_ordinary_pairs_that_say_how_they_came_about(llava: Tiny, opti
 def test_a_killed_recipe_goes_on_and_finished_stages_are_not_run_again(
     llava: Tiny, options: dict[str, Any], monkeypatch: Any
 ) -> None:
-    module = importlib.import_module("pivot_plugin.recipes.cold_start")
-    started = []
-    optimize = module.optimize
+    steps: list[tuple[str, int]] = []
+    cut = [("3-cold-start", 1)]
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        started.append(Path(kwargs["output_dir"]).name)
-        if len(started) == 2:
-            raise KeyboardInterrupt
-        return optimize(*args, **kwargs)
+    def counted(trainer: Any) -> Any:
+        training_step = trainer.training_step
 
-    monkeypatch.setattr(module, "optimize", counted)
+        def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+            step = (Path(self.args.output_dir).name, self.state.global_step)
+            if step in cut:
+                cut.remove(step)
+                raise KeyboardInterrupt
+            if step not in steps:
+                steps.append(step)
+            return training_step(self, *args, **kwargs)
+
+        return count
+
+    for trainer in (PivotTrainer, PivotGRPOTrainer):
+        monkeypatch.setattr(trainer, "training_step", counted(trainer))
+    chosen = options | {"save_strategy": "steps", "save_steps": 1}
     with pytest.raises(KeyboardInterrupt):
-        recipes.specs(llava[0], questions(), processor=llava[1], **options)
-    result = recipes.specs(llava[0], questions(), processor=llava[1], **options)
-    assert started == ["1-zero", "3-cold-start", "3-cold-start", "4-final"]
-    assert [stage.seconds > 0 for stage in result.stages] == [False, True, True, True]
-    again = recipes.specs(llava[0], questions(), processor=llava[1], **options)
-    assert len(started) == 4
+        recipes.specs(llava[0], questions(), processor=llava[1], **chosen)
+    assert steps == [("1-zero", 0), ("1-zero", 1), ("3-cold-start", 0)]
+    steps.clear()
+    result = recipes.specs(llava[0], questions(), processor=llava[1], **chosen)
+    assert steps == [("3-cold-start", 1), ("4-final", 0), ("4-final", 1)]
+    assert [stage.ran for stage in result.stages] == [False, False, True, True]
+    assert all(stage.seconds > 0 for stage in result.stages)
+    steps.clear()
+    again = recipes.specs(llava[0], questions(), processor=llava[1], **chosen)
+    assert not steps
     assert all(torch.equal(v, again.model.state_dict()[n]) for n, v in result.model.state_dict().items())
+    assert [(s.name, s.trains, s.metrics) for s in again.stages] == [
+        (s.name, s.trains, s.metrics) for s in result.stages
+    ]
+
+
+def test_finished_stages_with_other_settings_questions_or_starts_are_refused(
+    llava: Tiny, options: dict[str, Any]
+) -> None:
+    recipes.specs(llava[0], questions(), processor=llava[1], skip=("cold-start", "final"), **options)
+    per_stage = options["stages"]
+    other: list[tuple[dict[str, Any], str, str]] = [
+        ({"max_steps": 3}, "1-zero", "had max_steps=2, now it is 3"),
+        ({"lora": 8}, "1-zero", "had lora=4, now it is 8"),
+        ({"train": {"zero": "all"}}, "1-zero", "had train='language_model', now it is 'all'"),
+        ({"rewards": "accuracy"}, "1-zero", "had rewards='by_length', now it is 'accuracy'"),
+        ({"questions": questions(5)}, "1-zero", "had rows="),
+        # the pairs follow from their own settings, and from what made the model that answered
+        ({"stages": {**per_stage, "pairs": {"engine": engine, "n": 2}}}, "2-pairs", "had n=3, now it is 2"),
+        ({"skip": ("zero", "cold-start", "final")}, "2-pairs", "had start."),
+    ]
+    for given, folder, said in other:
+        chosen = {"questions": questions(), "skip": ("cold-start", "final"), **options, **given}
+        with pytest.raises(SettingsError) as error:
+            recipes.specs(llava[0], processor=llava[1], **chosen)
+        assert folder in str(error.value) and said in str(error.value)
 
 
 def test_parts_can_be_chosen_per_stage(llava: Tiny, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import yaml
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.recipes import load_recipe, plan_recipe, ready_recipe
 from pivot_plugin.recipes.file import READY
+from pivot_plugin.recipes.sections import Arm, Tuning
 
 TEXT = """\
 encoder: some/encoder
@@ -43,9 +44,9 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_a_file_says_what_python_would(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, TEXT))
-    assert recipe.align == {"data": "captions.json", "learning_rate": 1e-3}
-    assert recipe.instruct["learning_rates"] == {"encoder": 2e-6}
-    assert recipe.optimize["arms"] == {"sft": {}, "dpo": {"learning_rate": 1e-6}}
+    assert recipe.align == Tuning(data="captions.json", settings={"learning_rate": 1e-3})
+    assert recipe.instruct.settings["learning_rates"] == {"encoder": 2e-6}
+    assert recipe.optimize.arms == {"sft": Arm(), "dpo": Arm(learning_rate=1e-6)}
     assert (recipe.seeds, recipe.seeds_from, recipe.transplant) == ([0], "assemble", None)
 
 
@@ -59,6 +60,23 @@ WRONG = [
     ("    sft: {}", "    stf: {}", 14, "optimize.arms.stf"),
     ("instruct:", "align:", 6, "align stands there again, after line 3"),
     ("  learning_rate: 1e-3", "  learning_rate: {a: 1}", 5, "align.learning_rate is a mapping"),
+    ("  learning_rate: 1e-3", "  learning_rate: [1e-3]", 5, "align.learning_rate is [0.001]. Give a number."),
+    ("  learning_rate: 1e-3", "  learning_rate: fast", 5, "align.learning_rate is 'fast'. Give a number."),
+    ("  learning_rate: 1e-3", "  batch: true", 5, "align.batch is True. Give a whole number or null."),
+    ("  learning_rate: 1e-3", "  gradient_checkpointing: 1", 5, "align.gradient_checkpointing is 1. Give true or"),
+    ("rows: 640", "rows: many", 7, "instruct.data.rows is 'many'"),
+    ("path: talk.json, ", "", 7, "instruct.data has neither path nor source"),
+    ("    encoder: 2e-6", "    encoder: slow", 8, "instruct.learning_rates is a mapping"),
+    ("  data: pairs", "  data: 7", 11, "optimize.data is 7. Give a path, a Hub id"),
+    ("  data: pairs", "  data: {path: a, image_folder: b}", 11, "optimize.data has an image_folder"),
+    ("  max_steps: 10", "  on_bad_row: drop", 12, "optimize.on_bad_row is 'drop'. Give one of 'raise', 'skip'"),
+    ("  max_steps: 10", "  eval_fraction: 2", 12, "optimize.eval_fraction is 2"),
+    ("    sft: {}", "    sft: 3", 14, "optimize.arms.sft is 3. Give a mapping"),
+    ("    probe: linear", "    probe: [linear]", 19, "evaluate.scores.probe is ['linear']"),
+    ("    data: imagenet-1k", "    data: {path: a, split: b}", 20, "evaluate.scores.data has more than a path"),
+    ("    options: {projected: true}", "    options: [1]", 21, "evaluate.scores.options is [1]. Give a mapping"),
+    ("encoder: some/encoder", "encoder: 3", 1, "encoder is 3. Give its folder, Hub id"),
+    ("encoder: some/encoder", "encoder: {name: a}", 1, "encoder names no source"),
     ("language_model: some/model\n", "", None, "lacks language_model"),
     ("  data: pairs\n", "", 10, "optimize has no data"),
     ("optimize:", "optimize: [", None, "is not YAML"),
@@ -78,6 +96,13 @@ def test_a_setting_with_a_value_that_cannot_be_is_refused_by_the_plan(tmp_path: 
     path = written(tmp_path, TEXT.replace("learning_rates:\n    encoder: 2e-6", "learning_rates:\n    tower: 2e-6"))
     with pytest.raises(SettingsError, match=r"learning_rates names \['tower'\]"):
         plan_recipe(load_recipe(path))
+
+
+def test_sections_left_empty_and_merged_keys_are_read_as_yaml_means_them(tmp_path: Path) -> None:
+    text = TEXT.replace("    sft: {}", "    sft:").replace("  learning_rate: 1e-3", "  <<: {batch: 4}")
+    recipe = load_recipe(written(tmp_path, text + "assemble:\n"))
+    assert recipe.optimize.arms["sft"] == Arm()
+    assert recipe.align == Tuning(data="captions.json", batch=4)
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- b\n", "just words"])
@@ -110,13 +135,15 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     # the paper's "about 234" are 60,000 / 256; every epoch ends with a short batch
     assert plan["optimize dpo"].steps == plan["optimize sft"].steps == 237
     assert plan["transplant instruct"].steps == 2879
-    rates: dict[str, Any] = {name: arm["learning_rate"] for name, arm in recipe.optimize["arms"].items()}
+    rates: dict[str, Any] = {name: arm.learning_rate for name, arm in recipe.optimize.arms.items()}
     assert rates == {"sft": 5e-6, "dpo": 1e-6}
-    assert recipe.align["learning_rate"] == recipe.transplant["align"]["learning_rate"] == 1e-3  # type: ignore[index]
-    assert recipe.instruct["learning_rate"] == recipe.transplant["instruct"]["learning_rate"] == 1e-5  # type: ignore[index]
-    assert recipe.instruct["learning_rates"] == {"encoder": 2e-6}
-    assert (recipe.optimize["beta"], recipe.optimize["lora"], recipe.optimize["train"]) == (0.1, None, "all")
-    assert recipe.transplant["projectors"] == ["1+1"]  # type: ignore[index]
+    moved = recipe.transplant
+    assert moved is not None
+    assert recipe.align.settings["learning_rate"] == moved.align.settings["learning_rate"] == 1e-3
+    assert recipe.instruct.settings["learning_rate"] == moved.instruct.settings["learning_rate"] == 1e-5
+    assert recipe.instruct.settings["learning_rates"] == {"encoder": 2e-6}
+    assert (recipe.optimize.settings["beta"], recipe.optimize.lora, recipe.optimize.train) == (0.1, None, "all")
+    assert moved.projectors == ("1+1",)
 
 
 def test_every_value_of_the_papers_recipe_names_its_place() -> None:

@@ -16,7 +16,9 @@ from pivot_plugin.errors import SettingsError
 from pivot_plugin.report import write_report
 from pivot_plugin.report.pictures import overlay
 from pivot_plugin.testing import build
-from tests.conftest import picture, row
+from tests.helpers import picture, row
+
+pytestmark = pytest.mark.training
 
 PAIRS = [row(f"{n}?", f"yes {n}", "<script>alert(1)</script>", picture(60, 90, n)) for n in range(14)]
 SETTINGS = {

@@ -13,9 +13,10 @@ import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training.instruct_trainer import InstructTrainer
+from tests.helpers import Tiny, picture
+from tests.helpers.recipes import QUICK, captions, conversations
 
-from ..conftest import Tiny, picture
-from ..recipes.conftest import QUICK, captions, conversations
+pytestmark = pytest.mark.training
 
 FAST = {name: value for name, value in QUICK.items() if name != "batch"} | {"gradient_accumulation_steps": 1}
 Make = Callable[[str], Tiny]

@@ -10,9 +10,9 @@ import torch
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.probes import Probing, features, saliency, subject
-from pivot_plugin.probes.kept import kept
-from tests.conftest import picture, row
+from pivot_plugin.probes import ProbeTask, features, saliency, subject
+from pivot_plugin.probes.storage import saved_results
+from tests.helpers import picture, row
 
 PAIRS = [row(f"{n}?", f"yes {n}", f"no! {n}", picture(60, 60, n)) for n in range(16)]
 IMAGES = [picture(60, 60, n) for n in range(4)]
@@ -34,7 +34,7 @@ def test_probes_run_before_at_the_asked_steps_and_after(llava: Any, fast: Any) -
         llava[0],
         PAIRS[4:],
         processor=llava[1],
-        probes={"spread": Probing(spread, IMAGES)},
+        probes={"spread": ProbeTask(spread, IMAGES)},
         probe_steps=[2, 3],
         **options,
     )
@@ -52,7 +52,7 @@ def test_looking_does_not_change_training(make: Any, fast: Any, tmp_path: Path) 
     trained = []
     for name, options in (
         ("blind", {"saliency": 0}),
-        ("seeing", {"saliency": 4, "probes": {"spread": Probing(spread, IMAGES)}, "probe_steps": [1, 2]}),
+        ("seeing", {"saliency": 4, "probes": {"spread": ProbeTask(spread, IMAGES)}, "probe_steps": [1, 2]}),
     ):
         model, processor = make("qwen2_5_vl")
         settings = fast | {"output_dir": tmp_path / name, "eval_prefs": PAIRS[:4], **options}
@@ -65,7 +65,7 @@ def test_maps_of_held_out_pairs_are_kept_before_and_after(tiny: Any, fast: Any) 
     model, processor = tiny
     untouched = saliency(subject(model, processor), PAIRS[:3])
     result = pivot.optimize(model, PAIRS[4:], processor=processor, eval_prefs=PAIRS[:3], **fast)
-    found = kept(result.output_dir)["saliency"]
+    found = saved_results(result.output_dir)["saliency"]
     assert list(found) == [0, 4]
     for one, other in zip(found[0].artefacts, untouched.artefacts, strict=True):
         assert (one.question, one.chosen, one.rejected) == (other.question, other.chosen, other.rejected)
@@ -105,7 +105,7 @@ def test_a_probe_that_fails_later_does_not_lose_the_run(
 def test_a_probe_that_cannot_work_stops_before_training_and_leaves_the_model(llava: Any, fast: Any) -> None:
     before = weights(llava[0])
     for probe, error, message in (
-        (Probing("vqa", [{"image": IMAGES[0], "question": "what?"}]), DataError, "has no 'answer'"),
+        (ProbeTask("vqa", [{"image": IMAGES[0], "question": "what?"}]), DataError, "has no 'answer'"),
         (lambda who: 1 / 0, SettingsError, "Probe 'p' failed before training: ZeroDivisionError"),
     ):
         with pytest.raises(error, match=message):
@@ -124,7 +124,7 @@ def test_a_probe_that_cannot_work_stops_before_training_and_leaves_the_model(lla
 
 
 def test_a_resumed_run_keeps_what_was_measured_before(llava: Any, fast: Any) -> None:
-    settings = {**fast, "save_strategy": "steps", "save_steps": 2, "probes": {"spread": Probing(spread, IMAGES)}}
+    settings = {**fast, "save_strategy": "steps", "save_steps": 2, "probes": {"spread": ProbeTask(spread, IMAGES)}}
 
     class Stop(Exception):
         pass
@@ -163,7 +163,8 @@ def test_what_a_run_computes_is_counted(make: Any, fast: Any) -> None:
     tower = model.get_encoder(modality="image")
     tokens = 1 + (tower.config.image_size // tower.config.patch_size) ** 2
     assert result.cost.tower_tokens % tokens == 0
-    # every image once for the reference, four a step, and the first pair's twice plain and once in a tree to check
-    assert result.cost.tower_tokens // tokens == 16 + 2 * 4 + 3
+    # every image once for the reference, four a step; and to check the forest, of two pairs both answers through the
+    # model's own head and TRL's, and both pairs in trees
+    assert result.cost.tower_tokens // tokens == 16 + 2 * 4 + (2 * 2 * 2 + 2)
     size = sum(p.numel() for p in tower.parameters() if p.ndim > 1)
     assert result.cost.flops > 2 * size * result.cost.tower_tokens

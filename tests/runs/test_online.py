@@ -8,8 +8,8 @@ import torch
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, SettingsError, TrainingError
-
-from ..conftest import Tiny, picture
+from pivot_plugin.testing import FAMILIES
+from tests.helpers import Tiny, picture
 
 
 def questions(count: int = 8) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def online(fast: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+@pytest.mark.parametrize(("family", "objective"), [*((family, "grpo") for family in FAMILIES), ("llava", "rloo")])
 def test_only_the_tower_changes_and_the_encoder_is_saved(objective: str, tiny: Tiny, online: dict[str, Any]) -> None:
     model, processor = tiny
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingError
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.testing import FAMILIES
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.snapshot import is_checkpointing
-
-from ..conftest import Tiny, picture, row
+from tests.helpers import Tiny, picture, row
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -104,8 +104,12 @@ def test_metrics_compare_the_same_held_out_pairs_before_and_after(
         assert again.metrics["before"] == pytest.approx(result.metrics[expected], rel=1e-4)
 
 
-@pytest.mark.parametrize("lora", [4, None], ids=["lora", "weights"])
-@pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])
+# the encoder alone, by LoRA and in every family: test_loss_falls_and_only_the_tower_changes
+@pytest.mark.parametrize(
+    ("family", "train", "lora"),
+    [(family, train, 4) for family in FAMILIES for train in ("encoder+projector", "language_model", "all")]
+    + [("llava", train, None) for train in ("encoder", "encoder+projector", "language_model", "all")],
+)
 def test_only_what_should_train_changes(
     tiny: Any, rows: list[dict[str, Any]], fast: dict[str, Any], train: Any, lora: int | None
 ) -> None:
@@ -135,7 +139,7 @@ def test_a_lora_config_with_targets_of_the_user_s_own_is_accounted_for(
     assert (result.weight_change["model.vision_tower.encoder.layers.1"] > 1e-4) == isinstance(targets, list)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("family", "checkpointing"), [*((family, True) for family in FAMILIES), ("llava", False)])
 def test_checkpointing_and_bfloat16_train_the_tower(
     tiny: Any, rows: list[dict[str, Any]], fast: dict[str, Any], checkpointing: bool
 ) -> None:
@@ -385,8 +389,9 @@ def test_an_image_given_as_a_path_is_opened(llava: Any, fast: dict[str, Any], tm
     result = pivot.optimize(llava[0], pairs, processor=llava[1], eval_fraction=0, **fast | {"max_steps": 1})
     config = result.adapter.tower.config
     tokens = 1 + (config.image_size // config.patch_size) ** 2
-    # for the reference and for the step once each, and to check the forest twice plain and once in a tree
-    assert result.cost.tower_tokens == (1 + 1 + 3) * tokens
+    # for the reference and for the step once each; and to check the forest, both answers of a pair through the model's
+    # own head and TRL's, and once in a tree
+    assert result.cost.tower_tokens == (1 + 1 + 2 * 2 + 1) * tokens
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])

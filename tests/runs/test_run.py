@@ -13,9 +13,8 @@ from pivot_plugin.files import read_record
 from pivot_plugin.runs.run import Run, RunOptions, begin
 from pivot_plugin.runs.settings import configuration
 from pivot_plugin.training import plan as plan_module
-
-from ..conftest import Tiny, picture, row
-from ..recipes.conftest import QUICK, conversations
+from tests.helpers import Tiny, picture, row
+from tests.helpers.recipes import QUICK, conversations
 
 VERBS = ("optimize", "instruct", "align")
 

@@ -14,6 +14,8 @@ from pivot_plugin.testing import FAMILIES as BUILT_IN
 from pivot_plugin.testing import zoo
 from pivot_plugin.testing.zoo_traits import prompt_inputs, traits
 
+pytestmark = pytest.mark.slow
+
 LARGEST = 2_000_000
 
 

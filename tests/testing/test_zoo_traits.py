@@ -10,6 +10,8 @@ from pivot_plugin.testing import build as build_built_in
 from pivot_plugin.testing import zoo
 from pivot_plugin.testing.zoo_traits import Traits, prompt_inputs, traits
 
+pytestmark = pytest.mark.slow
+
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (84, 120, 3), dtype=np.uint8))
 
 

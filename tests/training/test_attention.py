@@ -157,7 +157,7 @@ def test_what_layers_are_given_is_recorded_in_every_form_of_mask(family: str, at
             Gemma3TextConfig(**SMALL, sliding_window=3, layer_types=LAYERS, attn_implementation=attention)
         )
     ids = torch.arange(1, 8)[None]
-    with torch.no_grad(), recorded(model) as inputs:
+    with torch.no_grad(), recorded(model, 7) as inputs:
         model(ids)
     assert inputs.embeddings is not None
     assert inputs.embeddings.shape == (1, 7, 16)

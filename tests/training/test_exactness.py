@@ -13,38 +13,15 @@ from trl.trainer.utils import add_fused_lm_head
 
 from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.preferences import PairDataset
+from pivot_plugin.testing import FAMILIES
 from pivot_plugin.training import forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.plan import plan
-
-
-def normal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    pairs = PairDataset(rows)
-    return [pairs[index] for index in range(len(pairs))]
+from tests.helpers.training import normal, settings
 
 
 def plain(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: copy.deepcopy(pair[name]) for name in ("images", "prompt", "chosen", "rejected")} for pair in pairs]
-
-
-def settings(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "max_length": None,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 4,
-        **more,
-    }
 
 
 def trl_trainer(tiny: Any, rows: list[dict[str, Any]], folder: Path, **more: Any) -> DPOTrainer:
@@ -150,7 +127,9 @@ def test_loss_and_gradients_equal_trl(tiny: Any, rows: list[dict[str, Any]], tre
     assert compared == 2 * len(targets)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.training
+# without checkpointing loss and gradients of a step are compared for every family above
+@pytest.mark.parametrize(("family", "checkpointing"), [*((family, True) for family in FAMILIES), ("llava", False)])
 def test_five_steps_give_the_loss_curve_of_trl(
     tiny: Any, rows: list[dict[str, Any]], checkpointing: bool, tmp_path: Path
 ) -> None:
@@ -207,6 +186,7 @@ def test_every_loss_type_of_trl_keeps_its_value(
     }
 
 
+@pytest.mark.training
 def test_accumulating_eight_pairs_equals_one_batch_of_eight(
     make: Any, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

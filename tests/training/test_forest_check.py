@@ -12,8 +12,7 @@ from pivot_plugin.data.pairs import PairDataset, load
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training.forest_check import read_rows, varied_rows
-
-from ..conftest import picture, row
+from tests.helpers import picture, row
 
 PRECISIONS = (torch.float32, torch.bfloat16)
 ROWS = [

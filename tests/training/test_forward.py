@@ -15,8 +15,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training import forest_check, forward
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import attention_mask, block_mask, build_forest
-
-from .test_exactness import normal, settings
+from tests.helpers.training import normal, settings
 
 
 def test_families_take_trees(tiny: Any) -> None:
@@ -40,6 +39,7 @@ def test_attention_that_cannot_follow_a_tree_is_recognised(make: Any, change: di
     assert reason in (forward.reading_of(model).no_trees or "")
 
 
+@pytest.mark.training
 def test_such_a_model_trains_one_sequence_a_row_with_the_same_losses(
     make: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,8 +15,7 @@ from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_conversations
 from pivot_plugin.training.conversation_batch import IGNORED, ConversationCollator
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

@@ -18,9 +18,8 @@ from pivot_plugin.training.instruct_trainer import InstructTrainer
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import plan
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer
-
-from ..conftest import Tiny, picture
-from .test_exactness import settings
+from tests.helpers import Tiny, picture
+from tests.helpers.training import settings
 
 QUESTIONS = [{"images": [picture(60, 60, 1)], "question": "what is it?", "answer": "x"}] * 2
 
@@ -96,8 +95,9 @@ def test_the_check_of_the_forest_leaves_every_module_in_its_mode(
         adapter.positions = lambda tokens, images: None  # type: ignore[method-assign]
     else:
         pull_the_plug(model)
-    with pytest.raises(ModelError if cause == "the forest differs" else PlugPulledError):
+    with pytest.raises(ModelError) as refusal:
         trainer_of((model, processor), rows, tmp_path, adapter=adapter, lora=None)
+    assert isinstance(refusal.value.__cause__, PlugPulledError) == (cause == "the forward pass raises")
     assert modes(model) == before
 
 
@@ -116,6 +116,7 @@ def test_generation_leaves_every_module_in_its_mode(plug: bool, llava: Tiny) -> 
     assert modes(model) == before
 
 
+@pytest.mark.training
 def test_before_training_the_policy_is_the_reference_and_afterwards_it_is_not(
     llava: Tiny, rows: Any, tmp_path: Path
 ) -> None:

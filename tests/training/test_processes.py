@@ -1,22 +1,23 @@
 """Two processes on the CPU (gloo) against one with the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import launched
+
+pytestmark = pytest.mark.training
+
 SCRIPT = textwrap.dedent("""
     import sys
     sys.path.insert(0, sys.argv[3])
     import pivot_plugin as pivot
     from pivot_plugin.testing import build
-    from tests.conftest import picture, row
+    from tests.helpers import picture
+    from tests.helpers import row
 
     model, processor = build("llava")
     pairs = [row(f"number {n}?", f"it is {n % 10}", "no no no", picture(40, 50, n // 2)) for n in range(16)]
@@ -33,7 +34,7 @@ ONLINE = textwrap.dedent("""
     sys.path.insert(0, sys.argv[3])
     import pivot_plugin as pivot
     from pivot_plugin.testing import build
-    from tests.conftest import picture
+    from tests.helpers import picture
 
     def by_length(prompts, completions, **columns):
         return [float(len(completion[0]["content"])) for completion in completions]
@@ -47,26 +48,6 @@ ONLINE = textwrap.dedent("""
         gradient_checkpointing=False, warmup_steps=0,
     )
 """)
-
-
-def launched(code: str, processes: int, size: int, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """A script in some processes, each with its batch size, its run in `run` below the folder."""
-    folder.mkdir()
-    (folder / "script.py").write_text(code)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [sys.executable, *launch, str(folder / "script.py"), str(folder / "run"), str(size), str(ROOT)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PIVOT_CACHE": str(folder / "cache"),
-            "PYTHONPATH": str(ROOT),
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        },
-        check=False,
-    )
 
 
 @pytest.mark.timeout(300)

@@ -12,8 +12,7 @@ from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 from pivot_plugin.training import pair_trainer as trainer_module
 from pivot_plugin.training.reference import ReferenceCache
-
-from .test_exactness import settings
+from tests.helpers.training import settings
 
 
 class Counting:
@@ -157,6 +156,7 @@ def test_fingerprints_are_stable_and_see_every_change(make: Any) -> None:
     assert processor_fingerprint(processor) != before
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("lora", [4, None])
 @pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])
 def test_the_reference_does_not_move_during_training(
@@ -190,6 +190,7 @@ def test_a_reference_model_that_is_given_is_the_reference(make: Any, rows: Any, 
     assert given.train_dataset["ref_chosen_logps"][:] == alone.train_dataset["ref_chosen_logps"][:]
 
 
+@pytest.mark.training
 def test_held_out_pairs_are_evaluated_during_training(llava: Any, rows: Any, tmp_path: Path) -> None:
     trainer = PivotTrainer(
         llava[0],

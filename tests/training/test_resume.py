@@ -1,11 +1,7 @@
 """Killed and started again: the same weights as an undisturbed run. Real processes, SIGKILL at random moments."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -14,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pivot_plugin.training.checkpoints import last_checkpoint
+from tests.helpers.processes import ROOT, Program
 
 RUN = textwrap.dedent("""
     import sys
@@ -22,7 +19,7 @@ RUN = textwrap.dedent("""
     from pivot_plugin.testing import build
     from pivot_plugin.training import pair_trainer as trainer
     sys.path.insert(0, sys.argv[2])
-    from tests.conftest import picture, row
+    from tests.helpers import picture, row
 
     trainer.SECONDS_BETWEEN_PARTS = 0
     folder = Path(sys.argv[1])
@@ -37,26 +34,21 @@ RUN = textwrap.dedent("""
 """)
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path) -> Program:
     """Start a run and wait until it begins its work."""
-    environment = {**os.environ, "PIVOT_CACHE": str(folder.with_name(f"{folder.name}-cache")), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", RUN, str(folder), str(Path(__file__).parents[2])],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    variables = {"PIVOT_CACHE": str(folder.with_name(f"{folder.name}-cache"))}
+    process = Program(RUN, [str(folder), str(ROOT)], folder.parent, variables, listened=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == b"begun\n", process.communicate()[1].decode()[-2000:]
+    assert process.stdout.readline() == "begun\n", process.wait().stderr[-2000:]
     return process
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()[-2000:]
+def finish(process: Program) -> None:
+    run = process.wait()
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.training
 def test_a_run_killed_at_a_dozen_moments_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
     finish(start(tmp_path / "straight"))
 
@@ -74,8 +66,8 @@ def test_a_run_killed_at_a_dozen_moments_ends_with_the_weights_of_an_undisturbed
         else:
             # while it is set up and in the reference pass
             time.sleep(rng.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
         reached.add(last_checkpoint(folder))
     assert len(reached) > 2, f"the kills fell on {reached} only"
     finish(start(folder))

@@ -15,8 +15,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_questions
 from pivot_plugin.training.plan import plan
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer
-
-from ..conftest import Tiny, picture
+from tests.helpers import Tiny, picture
 
 SHARED = picture(60, 60, 1)
 QUESTIONS = [
@@ -173,6 +172,7 @@ def test_log_probabilities_losses_and_gradients_are_trl_s(objective: str, tiny: 
         assert (found[2][name] - gradient).abs().max() <= 1e-4 * largest, name
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("objective", TRAINERS)
 def test_a_whole_run_is_trl_s(objective: str, make: Any, tmp_path: Path) -> None:
     """Sampling included: the same seeds draw the same roll-outs, and the logs agree to the last step."""
@@ -210,6 +210,7 @@ def trainer_of(tiny: Tiny, folder: Path, rewards: Any = by_length, questions: An
     return PivotGRPOTrainer(tiny[0], rewards, config, questions, processing_class=tiny[1], lora=lora)
 
 
+@pytest.mark.training
 def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -> None:
     """In generation, for old and reference log-probabilities, and in the loss: four images, whatever G is."""
     model, _ = tiny
@@ -230,6 +231,7 @@ def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -
     assert set(sizes) == {once}
 
 
+@pytest.mark.training
 def test_rollouts_of_a_question_come_in_one_batch(make: Any, tmp_path: Path) -> None:
     for grouped in (True, False):
         llava = make("llava")
@@ -262,6 +264,7 @@ def test_rollouts_of_a_question_come_in_one_batch(make: Any, tmp_path: Path) -> 
         assert len(seen) == 4
 
 
+@pytest.mark.training
 def test_text_only_questions_may_stand_between_others(tiny: Tiny, tmp_path: Path) -> None:
     questions = [QUESTIONS[0], {"question": "hello", "answer": "z"}, {"question": "bye", "answer": "z"}, QUESTIONS[1]]
     trainer = trainer_of(tiny, tmp_path, questions=questions, max_steps=3)
@@ -269,6 +272,7 @@ def test_text_only_questions_may_stand_between_others(tiny: Tiny, tmp_path: Path
     assert trainer.state.global_step == 3
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])
 @pytest.mark.parametrize("lora", [4, None])
 def test_the_reference_does_not_move(train: Any, lora: Any, llava: Tiny, tmp_path: Path) -> None:
@@ -302,6 +306,7 @@ def test_a_question_without_answer_is_named_before_anything_is_sampled(llava: Ti
     trainer_of(llava, tmp_path, ["format"], questions)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -319,6 +324,7 @@ def test_a_reward_that_misbehaves_is_named(value: Any, said: str, llava: Tiny, t
         trainer_of(llava, tmp_path, mine).train()
 
 
+@pytest.mark.training
 def test_a_slow_reward_is_stopped(llava: Tiny, tmp_path: Path) -> None:
     import time
 
@@ -330,6 +336,7 @@ def test_a_slow_reward_is_stopped(llava: Tiny, tmp_path: Path) -> None:
         trainer_of(llava, tmp_path, slow, reward_time_limit=0.2).train()
 
 
+@pytest.mark.training
 def test_rewards_without_signal_are_said_once(llava: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of(llava, tmp_path, "format", max_steps=8)
     with caplog.at_level(logging.WARNING):
@@ -337,6 +344,7 @@ def test_rewards_without_signal_are_said_once(llava: Tiny, tmp_path: Path, caplo
     assert caplog.text.count("all roll-outs of each question scored alike") == 1
 
 
+@pytest.mark.training
 def test_rewards_that_do_not_judge_a_row_are_left_out(llava: Tiny, tmp_path: Path) -> None:
     def some(prompts: Any, completions: Any, **columns: Any) -> Any:
         return [None if number % 2 else 1.0 for number in range(len(completions))]
@@ -346,6 +354,7 @@ def test_rewards_that_do_not_judge_a_row_are_left_out(llava: Tiny, tmp_path: Pat
     assert any("rewards/some/mean" in log for log in trainer.state.log_history)
 
 
+@pytest.mark.training
 def test_a_reward_model_is_taken_as_trl_takes_it(llava: Tiny, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -378,6 +387,7 @@ def test_a_batch_that_groups_do_not_fill_is_refused_by_name(tmp_path: Path) -> N
         PivotGRPOConfig(**settings(tmp_path, per_device_train_batch_size=3))
 
 
+@pytest.mark.training
 def test_prompts_reach_rewards_as_messages(llava: Tiny, tmp_path: Path) -> None:
     seen: list[Any] = []
 

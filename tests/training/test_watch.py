@@ -10,9 +10,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 import pivot_plugin as pivot
 from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.training.watch import Watch
-
-from ..conftest import Tiny, picture, row
-from .test_exactness import settings
+from tests.helpers import Tiny, picture, row
+from tests.helpers.training import settings
 
 
 def pairs(count: int = 40) -> list[dict[str, Any]]:
@@ -113,6 +112,7 @@ def test_a_set_too_small_to_hold_out_is_not_watched(llava: Tiny, fast: Any) -> N
     assert result.metrics == {}
 
 
+@pytest.mark.training
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(llava: Tiny, tmp_path: Path) -> None:
     model, processor = llava
     rows = [one | {"id": f"pair-{number}"} for number, one in enumerate(pairs(4))]

@@ -6,11 +6,8 @@ Everything is in memory. Faults are rules that a test adds: what kind of request
 import base64
 import hashlib
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,21 +97,6 @@ class Hub:
 
     def count(self, kind: str) -> int:
         return sum(asked == kind for asked, _ in self.asked)
-
-    def run(self, code: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-        """Run Python in a process that knows this Hub; the address is read when huggingface_hub is imported."""
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": self.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            **variables,
-        }
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-        )
 
 
 @contextmanager

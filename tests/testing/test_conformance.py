@@ -1,0 +1,120 @@
+"""The conformance kit: the built-in families keep every promise, and an adapter that lies is found at it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.base import ImageFeatures
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.testing.conformance import Check, conformance
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_built_in_family_keeps_every_promise(tiny: Any) -> None:
+    model, processor = tiny
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    checks = conformance(model, processor)
+    assert len(checks) == 10
+    for check in checks:
+        check.raise_on_failure()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+
+
+def lies(adapter: VisionAdapter, **methods: Any) -> VisionAdapter:
+    """The adapter with other methods."""
+    kind = type("Lying", (type(adapter),), methods)
+    return kind(adapter.model)
+
+
+def failed(model: Any, processor: Any, adapter: VisionAdapter) -> dict[str, str]:
+    checks = conformance(model, processor, adapter)
+    return {check.name: check.reason for check in checks if check.result == "failed"}
+
+
+def transposed(self: Any, *arguments: Any) -> list[ImageFeatures]:
+    found = super(type(self), self).on_grid(*arguments)
+    swapped = [one.values.reshape(*one.grid, -1).transpose(0, 1).flatten(0, 1) for one in found]
+    return [ImageFeatures(values, one.grid) for values, one in zip(swapped, found, strict=True)]
+
+
+def shifted(self: Any, *arguments: Any) -> list[ImageFeatures]:
+    found = super(type(self), self).on_grid(*arguments)
+    return [ImageFeatures(one.values.roll(1, dims=0), one.grid) for one in found]
+
+
+@pytest.mark.parametrize("grid", [transposed, shifted])
+def test_a_wrong_grid_is_found_by_the_lit_patch(llava: Any, grid: Any) -> None:
+    model, processor = llava
+    found = failed(model, processor, lies(find_adapter(model), on_grid=grid))
+    assert "shows most in patch" in found["a lit patch shows in its own cell"]
+
+
+def test_a_wrong_tile_is_found(make: Any) -> None:
+    model, processor = make("llava_next")
+    adapter = lies(find_adapter(model), whole_views=lambda self, inputs, counts: [1] * len(counts))
+    found = failed(model, processor, adapter)
+    assert set(found) == {"saliency looks at the view of the whole"}
+    assert "of the view that saliency looks at" in found["saliency looks at the view of the whole"]
+
+
+def test_lora_on_too_many_and_on_too_few_layers_is_found(llava: Any) -> None:
+    model, processor = llava
+    right = find_adapter(model).lora_targets()
+    unread = f"{find_adapter(model).unread_paths()[0]}.mlp.fc1"
+    promise = "LoRA goes on the tower's linear layers that have a gradient"
+    more = failed(model, processor, lies(find_adapter(model), lora_targets=lambda self: [*right, unread]))
+    assert more == {promise: f"1 layers get LoRA and have no gradient, such as {unread}"}
+    fewer = failed(model, processor, lies(find_adapter(model), lora_targets=lambda self: right[1:]))
+    assert fewer == {promise: f"1 linear layers of the tower have a gradient and get no LoRA, such as {right[0]}"}
+
+
+def test_layers_that_are_read_and_called_unread_are_found(llava: Any) -> None:
+    model, processor = llava
+    first = find_adapter(model).blocks()[0]
+    found = failed(model, processor, lies(find_adapter(model), unread_paths=lambda self: (first,)))
+    assert "called unread and have a gradient" in str(found) or "get no gradient" in str(found)
+    assert "what has no gradient is what the adapter calls unread" in found
+
+
+def test_wrong_positions_are_found(make: Any) -> None:
+    model, processor = make("qwen2_5_vl")
+    found = failed(model, processor, lies(find_adapter(model), positions=lambda self, tokens, images: None))
+    assert list(found) == ["forest equals plain passes"]
+    assert "the positions differ from token" in found["forest equals plain passes"]
+
+
+def test_an_image_processor_that_crops_without_a_word_is_found(llava: Any) -> None:
+    model, processor = llava
+
+    def crops(self: Any, of: Any) -> Any:
+        image_processor = super(type(self), self).image_processor(of)
+        image_processor.do_center_crop = True
+        image_processor.size = {"shortest_edge": 2 * image_processor.crop_size["height"]}
+        return image_processor
+
+    found = failed(model, processor, lies(find_adapter(model), image_processor=crops))
+    assert "a lit patch shows in its own cell" in found
+
+
+def test_an_adapter_that_raises_is_a_finding(llava: Any) -> None:
+    model, processor = llava
+
+    def broken(self: Any, *_: Any) -> Any:
+        raise ZeroDivisionError("no luck")
+
+    found = failed(model, processor, lies(find_adapter(model), patch_features=broken))
+    assert "ZeroDivisionError: no luck (test_conformance.py:" in found["a lit patch shows in its own cell"]
+
+
+def test_a_model_that_nobody_knows_is_a_finding_too(llava: Any) -> None:
+    model, processor = llava
+    (check,) = conformance(model.get_encoder(modality="image"), processor)
+    assert (check.name, check.result) == ("an adapter knows the model", "failed")
+    with pytest.raises(AssertionError, match="is an encoder by itself"):
+        check.raise_on_failure()
+    assert str(Check("name", "passed", "reason")) == "name"
