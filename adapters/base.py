@@ -434,7 +434,7 @@ class VisionAdapter:
         # a projector that wants more than features, or another shape of them
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise ModelError(
-                f"The projector of {type(self.model).__name__} cannot be run by itself: {type(error).__name__}: {error}.",
+                f"The projector of {type(self.model).__name__} cannot be run alone: {type(error).__name__}: {error}.",
                 "Measure the encoder alone, or use an adapter that overrides project.",
             ) from error
         if len(projected) != len(features.values):
@@ -533,7 +533,17 @@ class VisionAdapter:
         Returns:
             shares below 0 and above 1 where a border is put around the image, so that the grid covers more than it.
         """
-        whole = one_view_processor(getattr(processor, "image_processor", processor), clip=True)
+        processor = getattr(processor, "image_processor", processor)
+        shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
+        whole = one_view_processor(processor, clip=True)
+        if getattr(whole, "do_center_crop", False) and shortest:
+            # what is measured is right to the pixel, and this is exact
+            crop, edge = whole.crop_size, min(size)
+            shares = (
+                crop[name] / shortest * edge / count for name, count in zip(("width", "height"), size, strict=True)
+            )
+            across, down = (min(1.0, share) for share in shares)
+            return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
         return shown_box(whole, size, patch_size(self.tower.config), self.tower.config)
 
     # To publish

@@ -1,4 +1,4 @@
-"""Granite 4 Vision: a LLaVA-NeXT whose language model is given several layers of the tower, each at a layer of its own."""
+"""Granite 4 Vision: a LLaVA-NeXT whose language model is given several layers of the tower at layers of its own."""
 
 from transformers import Granite4VisionForConditionalGeneration, PreTrainedModel
 

@@ -50,7 +50,7 @@ def _without_a_part(model: PreTrainedModel) -> str | None:
         return "has no vision tower: patches of pixels go into the language model as they are"
     names = ("image_token_id", "image_token_index")
     if not any(isinstance(getattr(model.config, name, None), int) for name in names):
-        return f"has no image token: what {towers[0]} makes of an image stands before the text, where no token stands for it"
+        return f"has no image token: what {towers[0]} makes of an image is put before the text, without one"
     if model.base_model is model:
         return "has no base model below its head (base_model is the model itself), which training asks hidden states"
     return None
@@ -64,7 +64,7 @@ def _reads_pictures(module: nn.Module) -> bool:
 
 def _is_quantiser(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
-    return isinstance(module, PreTrainedModel) and ("vqvae" in kind or "vqmodel" in kind or "vectorquantizer" in kind)
+    return any(name in kind for name in ("vqvae", "vqmodel", "vectorquantizer"))
 
 
 def _cross_attention(model: PreTrainedModel) -> Iterator[str]:

@@ -4,8 +4,8 @@ Processors resize, crop, pad, and cut into tiles, each family in its own way and
 comes out tells all of it: a picture that grows brighter from left to right says where each column came from, and one
 with another colour in each quarter says which tile shows the whole.
 
-Notation for shapes: V views (tiles, or the one picture), R rows and C columns of a lattice: pixels, or patches where the
-processor gives those.
+Notation for shapes: V views (tiles, or the one picture), R rows and C columns of a lattice: pixels, or patches where
+the processor gives those.
 """
 
 import copy

@@ -290,7 +290,7 @@ def has_auto_class(encoder: PreTrainedModel) -> bool:
 
 def _auto_classes(config: PreTrainedConfig) -> tuple[type[Any], ...]:
     mapping = AutoModel._model_mapping  # type: ignore[attr-defined]
-    classes = mapping[type(config)] if type(config) in mapping else ()
+    classes = mapping.get(type(config), ())
     return tuple(classes) if isinstance(classes, list | tuple) else (classes,)
 
 

@@ -208,7 +208,7 @@ def _finish(
 
 
 def _note_views(adapter: VisionAdapter, encoder: PreTrainedModel, image_processor: object) -> None:
-    """Have an encoder's configuration say which view shows the whole, if what is published with it still gives several."""
+    """Have an encoder's configuration say which view shows the whole, where its image processor gives several."""
     alone = copy.copy(adapter)
     try:
         alone.read_processor(image_processor)

@@ -230,8 +230,7 @@ class _Kit:
 
     # What probes read
 
-    def _features(self, picture: Image.Image) -> tuple[ImageFeatures, dict[str, Any]]:
-        outputs = self.image_tokens.processed([[picture]], [self.image_tokens.image_prompt(1)])
+    def _features(self, picture: Image.Image) -> ImageFeatures:
         whole = self.adapter.image_processor(self.processor)
         inputs = _on(dict(whole(images=[picture], return_tensors="pt")), self.model)
         with torch.no_grad():
@@ -240,26 +239,19 @@ class _Kit:
         assert features[0].grid[0] * features[0].grid[1] == len(features[0].values), (
             f"{len(features[0].values)} patch features lie on a grid of {features[0].grid}"
         )
-        return features[0], about_images(outputs, self.processor)
+        return features[0]
 
     def lit_patch(self) -> str:
         grids = []
         for size in SIZES:
-            picture = _picture(*size)
-            dark = self._features(picture)[0]
-            # patches of a pixel or two cannot be changed one by one
-            picture = _picture(*(edge * max(1, -(-FINE * max(dark.grid) // min(size))) for edge in size))
-            dark = self._features(picture)[0]
+            picture, dark = _resolved(size, self._features)
             grids.append(f"{dark.grid[0]}x{dark.grid[1]}")
-            if min(dark.grid) < COARSE:
-                raise Skipped(f"a grid of {dark.grid} is too coarse to tell: every patch sees much of the picture")
             places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, dark.grid)
             for row, column in places.told_apart():
-                lit = self._features(places.lit(picture, row, column))[0]
-                brightest = _brightest(dark, lit)
+                brightest = _brightest(dark, self._features(places.lit(picture, row, column)))
                 assert _apart(brightest, (row, column)) <= self._blur, (
-                    f"in a picture of {size[0]}x{size[1]} px a change of patch {(row, column)} of {dark.grid} shows "
-                    f"most in patch {brightest}"
+                    f"in a picture of {picture.width}x{picture.height} px a change of patch {(row, column)} of "
+                    f"{dark.grid} shows most in patch {brightest}"
                 )
         near = ", or beside it, because its convolutions overlap" if self._blur else ""
         return f"grids {', '.join(grids)} for {_listed(SIZES)} px; each in its own cell{near}"
@@ -272,12 +264,7 @@ class _Kit:
 
     def whole_view(self) -> str:
         """The view that saliency looks at moves with every corner of the picture, and its own corner moves most."""
-        picture = _picture(*SIZES[0])
-        before = self._seen_view(picture)
-        picture = _picture(*(edge * max(1, -(-FINE * max(before.grid) // edge)) for edge in picture.size))
-        before = self._seen_view(picture)
-        if min(before.grid) < COARSE:
-            raise Skipped(f"a grid of {before.grid} is too coarse to tell: every patch sees much of the picture")
+        picture, before = _resolved(SIZES[0], self._seen_view)
         places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, before.grid)
         for row, column in places.corners():
             after = self._seen_view(places.lit(picture, row, column))
@@ -304,7 +291,7 @@ class _Kit:
 
     def round_trip(self) -> str:
         picture = _picture(*SIZES[1])
-        expected = self._features(picture)[0].values
+        expected = self._features(picture).values
         with tempfile.TemporaryDirectory() as folder:
             path = save_encoder(self.adapter, self.processor, Path(folder) / "encoder", {"license": "other"})
             encoder = load_encoder(path)
@@ -381,6 +368,26 @@ def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]}],
         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "a red dog!"}]}],
     }
+
+
+def _resolved(
+    size: tuple[int, int], features: Callable[[Image.Image], ImageFeatures]
+) -> tuple[Image.Image, ImageFeatures]:
+    """A picture of some shape, so large that its patches can be changed one by one, and its features.
+
+    Raises:
+        Skipped: if the patch grid stays too coarse to tell one patch from another.
+    """
+    for scale in (1, 2, 4):
+        picture = _picture(size[0] * scale, size[1] * scale)
+        found = features(picture)
+        if min(found.grid) >= COARSE and FINE * max(found.grid) <= min(picture.size):
+            return picture, found
+    if min(found.grid) >= COARSE:
+        return picture, found
+    raise Skipped(
+        f"a grid of {found.grid[0]}x{found.grid[1]} is too coarse to tell: every patch sees much of a picture"
+    )
 
 
 def _brightest(before: ImageFeatures, after: ImageFeatures) -> tuple[int, int]:
