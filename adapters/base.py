@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from pivot_plugin.errors import EncoderError, ModelError
 
 from .grids import on_grids, patch_size
-from .unserved import REMEDY, why_unserved
+from .unserved import REMEDY, is_quantiser, why_unserved
 from .views import (
     End,
     has_tile_axis,
@@ -131,6 +131,9 @@ class VisionAdapter:
         "vision_projection",
         "vision_adapter",
         "embed_vision",
+        "resampler_model",
+        "visual_embeddings_table",
+        "patch_merger",
     )
     """Names of the modules between tower and language model, wherever they stand."""
     unread_names: ClassVar[tuple[str, ...]] = ("head", "pooler")
@@ -171,7 +174,10 @@ class VisionAdapter:
 
     @cached_property
     def other_tower_paths(self) -> tuple[str, ...]:
-        """Paths of further towers that images go through, outermost only; they are no part of what trains."""
+        """Paths of further towers that images go through, outermost only; they are no part of what trains.
+
+        Towers for videos, and quantisers that draw, are none.
+        """
         paths: list[str] = []
         tower = set(self.tower.modules())
         inside = set(self.model.get_decoder().modules())
@@ -179,6 +185,7 @@ class VisionAdapter:
             if not path or module in tower or module in inside or any(_inside(path, outer) for outer in paths):
                 continue
             takes_images = "pixel_values" in inspect.signature(module.forward).parameters
+            takes_images = takes_images and "video" not in path.rpartition(".")[2] and not is_quantiser(module)
             if isinstance(module, PreTrainedModel) and takes_images and tower.isdisjoint(module.modules()):
                 paths.append(path)
         return tuple(paths)

@@ -11,6 +11,7 @@ class Granite4VisionAdapter(VisionAdapter):
     """Granite 4 Vision; its patch features are those of the deepest layer that is read."""
 
     family = "granite4-vision"
+    projector_names = ("layerwise_projectors", "spatial_projectors")
 
     @property
     def feature_layer(self) -> int | None:

@@ -31,7 +31,7 @@ def why_unserved(model: PreTrainedModel) -> str | None:
         return "is an encoder-decoder model, whose prompts and answers stand in two sequences"
     if hasattr(config, "num_query_tokens"):
         return "passes its images through a query transformer, whose answers stand before the text"
-    quantiser = next((path for path, module in model.named_modules() if _is_quantiser(module)), None)
+    quantiser = next((path for path, module in model.named_modules() if is_quantiser(module)), None)
     if quantiser is not None and model.get_encoder(modality="image") in (model, model.get_submodule(quantiser)):
         return f"turns its images into discrete tokens ({quantiser}), which no gradient passes"
     across = next((name for name in ACROSS if name in accepted), None) or next(_cross_attention(model), None)
@@ -62,7 +62,12 @@ def _reads_pictures(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and takes_pixels and "input_ids" not in accepted
 
 
-def _is_quantiser(module: nn.Module) -> bool:
+def is_quantiser(module: nn.Module) -> bool:
+    """Whether a module turns pictures into discrete tokens.
+
+    Args:
+        module: of a model.
+    """
     kind = type(module).__name__.lower()
     return any(name in kind for name in ("vqvae", "vqmodel", "vectorquantizer"))
 

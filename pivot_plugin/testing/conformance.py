@@ -248,13 +248,24 @@ class _Kit:
             grids.append(f"{dark.grid[0]}x{dark.grid[1]}")
             places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, dark.grid)
             for row, column in places.told_apart():
-                brightest = _brightest(dark, self._features(places.lit(picture, row, column)))
-                assert _apart(brightest, (row, column)) <= self._blur, (
-                    f"in a picture of {picture.width}x{picture.height} px a change of patch {(row, column)} of "
-                    f"{dark.grid} shows most in patch {brightest}"
-                )
+                lit = self._features(places.lit(picture, row, column))
+                self._check_place(dark, lit, (row, column), f"a picture of {picture.width}x{picture.height} px")
         near = ", or beside it, because its convolutions overlap" if self._blur else ""
         return f"grids {', '.join(grids)} for {_listed(SIZES)} px; each in its own cell{near}"
+
+    def _check_place(self, before: ImageFeatures, after: ImageFeatures, place: tuple[int, int], where: str) -> None:
+        """A change of one patch of a picture shows most in that patch.
+
+        Raises:
+            AssertionError: if it does not.
+            Skipped: if it does not, and the grid is too coarse to tell.
+        """
+        brightest, grid = _brightest(before, after), before.grid
+        if _apart(brightest, place) <= self._blur:
+            return
+        if min(grid) < COARSE:
+            raise Skipped(f"a grid of {grid[0]}x{grid[1]} is too coarse to tell: every patch sees much of the picture")
+        raise AssertionError(f"in {where} a change of patch {place} of {grid} shows most in patch {brightest}")
 
     @property
     def _blur(self) -> int:
@@ -268,11 +279,7 @@ class _Kit:
         places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, before.grid)
         for row, column in places.corners():
             after = self._seen_view(places.lit(picture, row, column))
-            brightest = _brightest(before, after)
-            assert _apart(brightest, (row, column)) <= self._blur, (
-                f"a change of patch {(row, column)} of {before.grid} shows most in patch {brightest} of the view that "
-                "saliency looks at"
-            )
+            self._check_place(before, after, (row, column), "the view that saliency looks at")
         return f"a grid of {before.grid[0]}x{before.grid[1]}"
 
     def _seen_view(self, picture: Image.Image) -> ImageFeatures:
@@ -373,21 +380,13 @@ def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
 def _resolved(
     size: tuple[int, int], features: Callable[[Image.Image], ImageFeatures]
 ) -> tuple[Image.Image, ImageFeatures]:
-    """A picture of some shape, so large that its patches can be changed one by one, and its features.
-
-    Raises:
-        Skipped: if the patch grid stays too coarse to tell one patch from another.
-    """
+    """A picture of some shape, as large as its patches need to be changed one by one, and its features."""
     for scale in (1, 2, 4):
         picture = _picture(size[0] * scale, size[1] * scale)
-        found = features(picture)
-        if min(found.grid) >= COARSE and FINE * max(found.grid) <= min(picture.size):
-            return picture, found
-    if min(found.grid) >= COARSE:
-        return picture, found
-    raise Skipped(
-        f"a grid of {found.grid[0]}x{found.grid[1]} is too coarse to tell: every patch sees much of a picture"
-    )
+        seen = features(picture)
+        if min(seen.grid) >= COARSE and FINE * max(seen.grid) <= min(picture.size):
+            break
+    return picture, seen
 
 
 def _brightest(before: ImageFeatures, after: ImageFeatures) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def test_a_wrong_tile_is_found(make: Any) -> None:
     adapter = lies(find_adapter(model), whole_views=lambda self, inputs, counts: [1] * len(counts))
     found = failed(model, processor, adapter)
     assert set(found) == {"saliency looks at the view of the whole"}
-    assert "of the view that saliency looks at" in found["saliency looks at the view of the whole"]
+    assert "in the view that saliency looks at" in found["saliency looks at the view of the whole"]
 
 
 def test_lora_on_too_many_and_on_too_few_layers_is_found(llava: Any) -> None:
