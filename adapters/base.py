@@ -152,13 +152,14 @@ class VisionAdapter:
     # Where things are
 
     def _find_tower(self) -> str:
+        if is_encoder(self.model):
+            # whatever it has inside
+            return ""
         encoder = self.model.get_encoder(modality="image")
         # get_encoder answers with the model itself where it finds no encoder
         for path, module in self.model.named_modules():
             if path and module is encoder and isinstance(module, PreTrainedModel):
                 return path
-        if is_encoder(self.model):
-            return ""
         if (reason := why_unserved(self.model)) is not None:
             raise ModelError(f"{type(self.model).__name__} {reason}.", REMEDY)
         raise ModelError(

@@ -290,7 +290,8 @@ class _Kit:
         count = int((inputs["input_ids"] == self.adapter.image_token_id).sum())
         with self.adapter.watched_tower() as passes, torch.no_grad():
             self.model(**inputs, use_cache=False)
-        hidden = self.adapter.hidden_state(passes[-1].output)
+        # what is cut out of the picture may follow in a pass of its own
+        hidden = self.adapter.hidden_state(passes[0].output)
         self.adapter.read_processor(self.processor)
         return self.adapter.on_whole_views(hidden, images, [count])[0]
 
