@@ -7,7 +7,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from .views import (
     End,
     has_tile_axis,
     one_view_processor,
+    patches_in_blocks,
     pixels_of,
     real_tiles,
     shown_box,
@@ -38,6 +39,7 @@ from .views import (
 
 FEATURE_LAYER = "vision_feature_layer"
 WHOLE_VIEW = "vision_whole_view"
+IN_BLOCKS = "vision_patches_in_blocks"
 MISMATCHES_SHOWN = 12
 
 Part = Literal["encoder", "projector", "language_model"]
@@ -148,6 +150,7 @@ class VisionAdapter:
         self.tower_path = self._find_tower()
         # of an encoder by itself, what it was saved with
         self.whole_view: End | None = getattr(self.tower.config, WHOLE_VIEW, None)
+        self.in_blocks: bool | None = getattr(self.tower.config, IN_BLOCKS, None)
 
     # Where things are
 
@@ -414,7 +417,7 @@ class VisionAdapter:
         Raises:
             ModelError: if the features do not form a grid.
         """
-        found = on_grids(hidden, inputs, tower.config)
+        found = on_grids(hidden, inputs, tower.config, self.in_blocks)
         if found is None:
             raise ModelError(
                 f"{type(tower).__name__} gives features of shape {tuple(hidden.shape)}, which form no patch grid.",
@@ -454,20 +457,22 @@ class VisionAdapter:
         return ImageFeatures(projected, features.grid)
 
     def read_processor(self, processor: object) -> None:
-        """Learn from a processor which of the tiles of an image shows the whole of it, for `whole_views`.
+        """Learn from a processor what its outputs do not say: which tile shows the whole, and the order of patches.
 
         Args:
             processor: the MLLM's, or an image processor.
 
         Raises:
-            ModelError: if an image becomes several views, of which none shows the whole.
+            ModelError: if it takes no plain image, or makes several views of one, of which none shows the whole.
         """
+        image_processor = getattr(processor, "image_processor", processor)
         try:
-            self.whole_view = whole_end(getattr(processor, "image_processor", processor), self._view_edge())
+            self.in_blocks = patches_in_blocks(image_processor, self.tower.config)
+            self.whole_view = whole_end(image_processor, self._view_edge())
         except ValueError as reason:
             raise ModelError(
-                f"{type(processor).__name__} cuts images in a way that is not known: {reason}.",
-                "Switch the cutting off in the image processor, or use an adapter that overrides whole_views.",
+                f"What {type(processor).__name__} shows of an image is not known: {reason}.",
+                "Use an adapter that overrides read_processor and whole_views.",
             ) from reason
 
     def _view_edge(self) -> int:
@@ -540,6 +545,9 @@ class VisionAdapter:
 
         Returns:
             shares below 0 and above 1 where a border is put around the image, so that the grid covers more than it.
+
+        Raises:
+            ModelError: if the image processor takes no plain image.
         """
         processor = getattr(processor, "image_processor", processor)
         shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
@@ -552,7 +560,13 @@ class VisionAdapter:
             )
             across, down = (min(1.0, share) for share in shares)
             return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
-        return shown_box(whole, size, patch_size(self.tower.config), self.tower.config)
+        try:
+            return shown_box(whole, size, patch_size(self.tower.config), self.tower.config)
+        except ValueError as reason:
+            raise ModelError(
+                f"What {type(processor).__name__} shows of an image is not known: {reason}.",
+                "Use an adapter that overrides shown_box.",
+            ) from reason
 
     # To publish
 
@@ -574,8 +588,10 @@ class VisionAdapter:
             processor: the MLLM's.
         """
         own = processor.image_processor  # type: ignore[attr-defined]
-        # of what no setting and no plain processor shows in one view, `patch_features` takes the whole
-        self.read_processor(processor)
+        # of what no setting and no plain processor shows in one view, `patch_features` takes the whole; what cannot be
+        # learnt is refused where it is needed
+        with suppress(ModelError):
+            self.read_processor(processor)
         return one_view_processor(own, "clip" in str(getattr(self.tower.config, "model_type", "")))
 
     def usage(self, image_processor: object | None = None) -> str:

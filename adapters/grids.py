@@ -36,26 +36,34 @@ class OnGrid:
     grid: Grid
 
 
-def on_grids(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def on_grids(
+    hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool | None = None
+) -> list[OnGrid] | None:
     """Tokens of a tower, picture by picture, where they lie.
 
     Args:
         hidden: (I, T, D), (T, D) or maps, as the tower answered.
         inputs: processor outputs about the pictures.
         config: of the tower.
+        in_blocks: whether the processor cuts its patches block by block; by the shape of its pixels where None.
 
     Returns:
         I records, or None where nothing tells how the tokens lie.
     """
-    ways = (_by_grids, _by_shapes, _by_positions, _by_sizes, _by_mask, _by_maps, _by_patch_size, _by_square)
+    found = _by_grids(hidden, inputs, config, in_blocks)
+    if found is not None:
+        return found
+    ways = (_by_shapes, _by_positions, _by_sizes, _by_mask, _by_maps, _by_patch_size, _by_square)
     return next((found for way in ways if (found := way(hidden, inputs, config)) is not None), None)
 
 
-def _by_grids(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_grids(
+    hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool | None
+) -> list[OnGrid] | None:
     if hidden.ndim > 3 or not (grids := _said_grids(inputs)):
         return None
     rows = hidden.flatten(0, -2)
-    in_blocks = _come_in_blocks(inputs)
+    in_blocks = _come_in_blocks(inputs) if in_blocks is None else in_blocks
     # towers that merge patches by themselves answer with one token per block, in raster order
     merged = _merges_of_each(inputs, config, len(grids))
     for merges, whole_patches in (([1] * len(grids), True), (merged, False)):
@@ -110,13 +118,16 @@ def _out_of_windows(rows: torch.Tensor, inputs: Mapping[str, Any], config: Any, 
     return rows.reshape(-1, block * block, rows.shape[-1])[torch.argsort(order)].flatten(0, 1)
 
 
-def patches_on_grids(patches: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def patches_on_grids(
+    patches: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool
+) -> list[OnGrid] | None:
     """What a processor gives of each patch, where the patch lies in its picture.
 
     Args:
         patches: (T, numbers), one row per patch of all pictures.
         inputs: processor outputs about the pictures.
         config: of the tower.
+        in_blocks: whether the processor cuts them block by block.
 
     Returns:
         I records, or None where nothing tells how the patches lie.
@@ -127,7 +138,7 @@ def patches_on_grids(patches: torch.Tensor, inputs: Mapping[str, Any], config: A
     merges = _merges_of_each(inputs, config, len(grids))
     parts = patches.split([down * across for down, across in grids])
     return [
-        OnGrid(_from_blocks(part, grid, merge) if _come_in_blocks(inputs) and merge > 1 else part, grid)
+        OnGrid(_from_blocks(part, grid, merge) if in_blocks and merge > 1 else part, grid)
         for part, grid, merge in zip(parts, grids, merges, strict=True)
     ]
 

@@ -36,6 +36,8 @@ ONE_VIEW: Mapping[str, Any] = {
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 # shares of a picture's edge that rounding to whole pixels and patches may hide
 SNAP = 0.012
+# of a picture by which the order of patches is told
+ORDER = (336, 224)
 
 
 def without_tiles(image_processor: Any) -> Any:
@@ -66,8 +68,8 @@ def one_view_processor(image_processor: Any, clip: bool) -> Any:
     for size in ((64, 64), (256, 64)):
         try:
             inputs = _processed(whole, Image.new("RGB", size, (200, 100, 50)))
-        # processors are foreign code; one that takes no such picture is published as it is
-        except Exception:
+        # one that takes no such picture is published as it is
+        except ValueError:
             return whole
         pixels = pixels_of(inputs)
         if pixels is None or _is_one_row_per_patch(inputs) or not (has_tile_axis(pixels) or pixels.ndim == 4):
@@ -179,7 +181,7 @@ def whole_end(image_processor: Any, edge: int) -> End | None:
     for size in ((2 * edge, 2 * edge), (4 * edge, 2 * edge)):
         inputs = _processed(image_processor, Image.new("RGB", size, (200, 100, 50)))
         pixels = pixels_of(inputs)
-        if pixels is None or _is_one_row_per_patch(inputs):
+        if pixels is None or _is_one_row_per_patch(inputs) or (pixels.ndim > 4 and not has_tile_axis(pixels)):
             return None
         if len(stacked_views(pixels)) > 1:
             shown = _shares_of_views(image_processor, size)
@@ -187,6 +189,37 @@ def whole_end(image_processor: Any, edge: int) -> End | None:
                 raise ValueError(f"of {len(shown)} views neither the first nor the last alone shows the whole picture")
             return "first" if shown[0] > shown[-1] else "last"
     return None
+
+
+def patches_in_blocks(image_processor: Any, config: Any) -> bool | None:
+    """Whether a processor that gives one row per patch cuts them block by block, and not in raster order.
+
+    Args:
+        image_processor: of an MLLM.
+        config: of its tower.
+
+    Returns:
+        None for a processor that gives whole pictures.
+    """
+    _, _, across, down = _greys(ORDER)
+    uneven = {}
+    for in_blocks in (True, False):
+        lattices = [_patch_lattice(image_processor, values, config, in_blocks) for values in (across, down)]
+        if lattices[0] is None or lattices[1] is None:
+            return None
+        # brightness that grows to the right is the same all along a column
+        uneven[in_blocks] = float(lattices[0].std(dim=0).mean() + lattices[1].std(dim=1).mean())
+    return uneven[True] <= uneven[False]
+
+
+def _patch_lattice(image_processor: Any, values: np.ndarray, config: Any, in_blocks: bool) -> torch.Tensor | None:
+    """(R, C) brightness of a grey picture in each of its patches; None for a processor that gives whole pictures."""
+    inputs = _processed(image_processor, _grey(values))
+    pixels = pixels_of(inputs)
+    if pixels is None or not _is_one_row_per_patch(inputs):
+        return None
+    patches = patches_on_grids(pixels.flatten(1), inputs, config, in_blocks)
+    return None if patches is None else patches[0].values.float().mean(dim=1).reshape(patches[0].grid)
 
 
 def _shares_of_views(image_processor: Any, size: tuple[int, int]) -> list[float]:
@@ -247,7 +280,11 @@ def shown_box(image_processor: Any, size: tuple[int, int], patch: tuple[int, int
         left, top, right and bottom as shares of width and height. Below 0 and above 1 where a border was put around
         the picture.
     """
-    lattices = [_lattice(image_processor, values, patch, config) for values in _greys(size)]
+    in_blocks = patches_in_blocks(image_processor, config)
+    if in_blocks is None:
+        lattices = [_lattice(image_processor, values, patch) for values in _greys(size)]
+    else:
+        lattices = [_patch_lattice(image_processor, values, config, in_blocks) for values in _greys(size)]
     if any(one is None for one in lattices) or len({one.shape for one in lattices if one is not None}) != 1:
         return WHOLE
     black, white, x, y = (one for one in lattices if one is not None)
@@ -287,19 +324,14 @@ def _snapped(share: float, whole: float) -> float:
     return whole if abs(share - whole) <= SNAP else share
 
 
-def _lattice(
-    image_processor: Any, values: np.ndarray, patch: tuple[int, int] | None, config: Any
-) -> torch.Tensor | None:
+def _lattice(image_processor: Any, values: np.ndarray, patch: tuple[int, int] | None) -> torch.Tensor | None:
     """(R, C) brightness of a grey picture as the tower gets it, up to the last patch; None where it cannot be told."""
     inputs = _processed(image_processor, _grey(values))
     pixels = pixels_of(inputs)
     if pixels is None:
         return None
-    patches = patches_on_grids(pixels.flatten(1), inputs, config)
-    if patches is not None:
-        return patches[0].values.float().mean(dim=1).reshape(patches[0].grid)
     views = stacked_views(pixels)
-    if views.ndim != 4 or views.shape[1] not in (1, 3) or len(views) != 1 or "target_sizes" in inputs:
+    if views.ndim != 4 or views.shape[1] not in (1, 3) or len(views) != 1 or _is_one_row_per_patch(inputs):
         return None
     rows, columns = _kept_pixels(views.shape[-2:], inputs, patch)
     return views[0].float().mean(dim=0)[:rows, :columns]
@@ -320,4 +352,13 @@ def _kept_pixels(size: Any, inputs: Mapping[str, Any], patch: tuple[int, int] | 
 
 
 def _processed(image_processor: Any, picture: Image.Image) -> dict[str, Any]:
-    return dict(image_processor(images=[picture], return_tensors="pt"))
+    """What an image processor makes of a picture.
+
+    Raises:
+        ValueError: if it makes nothing of it.
+    """
+    try:
+        return dict(image_processor(images=[picture], return_tensors="pt"))
+    # processors are foreign code, and raise what they like
+    except Exception as error:
+        raise ValueError(f"it takes no plain picture: {type(error).__name__}: {error}") from error

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.adapters.base import WHOLE_VIEW
+from pivot_plugin.adapters.base import IN_BLOCKS, WHOLE_VIEW
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.files import whole_folder
 
@@ -208,15 +208,16 @@ def _finish(
 
 
 def _note_views(adapter: VisionAdapter, encoder: PreTrainedModel, image_processor: object) -> None:
-    """Have an encoder's configuration say which view shows the whole, where its image processor gives several."""
+    """Have an encoder's configuration say what its image processor's outputs do not: the whole view, the order."""
     alone = copy.copy(adapter)
     try:
         alone.read_processor(image_processor)
     except ModelError as error:
         # its weights are paid for
         logger.warning("Which view of an image shows the whole is not recorded. %s", error)
-    if alone.whole_view is not None:
-        setattr(encoder.config, WHOLE_VIEW, alone.whole_view)
+    for name, value in ((WHOLE_VIEW, alone.whole_view), (IN_BLOCKS, alone.in_blocks)):
+        if value is not None:
+            setattr(encoder.config, name, value)
 
 
 def _usage(adapter: VisionAdapter, image_processor: object | None) -> str:

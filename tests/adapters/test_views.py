@@ -4,7 +4,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pivot_plugin.adapters.views import one_view_processor, shown_box, stacked_views, views_of_each, whole_end
+from pivot_plugin.adapters.views import (
+    one_view_processor,
+    patches_in_blocks,
+    shown_box,
+    stacked_views,
+    views_of_each,
+    whole_end,
+)
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.image_tokens import about_images
@@ -117,3 +124,24 @@ def test_which_tile_shows_the_whole_is_not_guessed() -> None:
         adapter.whole_views(images, [count])
     adapter.read_processor(processor)
     assert adapter.whole_views(images, [count]) == [len(images["pixel_values"]) - 1]
+
+
+@pytest.mark.parametrize(
+    ("family", "in_blocks"),
+    [("glm4v", True), ("exaone4_5", True), ("kimi_k25", False), ("paddleocr_vl", False), ("hunyuan_vl", False)],
+)
+def test_the_order_of_patches_is_seen_in_a_picture_that_grows_brighter(family: str, in_blocks: bool) -> None:
+    model, processor = zoo.build(family)
+    tower = find_adapter(model).tower.config
+    assert patches_in_blocks(processor.image_processor, tower) is in_blocks
+    assert patches_in_blocks(image_processor("mistral3"), tower) is None
+
+
+def test_an_image_processor_that_takes_no_picture_is_named() -> None:
+    model, _ = zoo.build("mistral3")
+
+    def broken(images: object, return_tensors: str) -> dict[str, torch.Tensor]:
+        raise KeyError("depth")
+
+    with pytest.raises(ModelError, match="What function shows of an image is not known.*KeyError: 'depth'"):
+        find_adapter(model).read_processor(broken)
