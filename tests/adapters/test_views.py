@@ -143,5 +143,5 @@ def test_an_image_processor_that_takes_no_picture_is_named() -> None:
     def broken(images: object, return_tensors: str) -> dict[str, torch.Tensor]:
         raise KeyError("depth")
 
-    with pytest.raises(ModelError, match="What function shows of an image is not known.*KeyError: 'depth'"):
+    with pytest.raises(ModelError, match=r"What function shows of an image is not known.*KeyError: 'depth'"):
         find_adapter(model).read_processor(broken)
