@@ -39,7 +39,7 @@ def test_a_processor_that_cannot_be_loaded_without_a_package_names_it(
     llava: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = llava
-    monkeypatch.setattr(type(model), "name_or_path", "some/model")
+    monkeypatch.setattr(model, "name_or_path", "some/model")
 
     def needs(name: str) -> None:
         raise ImportError("`num2words` is required to run SmolVLM processor")
