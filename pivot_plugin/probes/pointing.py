@@ -76,7 +76,7 @@ def mask_shares(
     before = [max(0, math.ceil(-edge)) for edge in pixels[:2]]
     after = [max(0, math.ceil(edge - count)) for edge, count in zip(pixels[2:], image_size, strict=True)]
     canvas = np.pad(full.astype(np.float32), ((before[1], after[1]), (before[0], after[0])))
-    shifted = tuple(edge + before[axis % 2] for axis, edge in enumerate(pixels))
+    shifted = (pixels[0] + before[0], pixels[1] + before[1], pixels[2] + before[0], pixels[3] + before[1])
     scaled = Image.fromarray(canvas).resize(grid[::-1], Image.Resampling.BOX, box=shifted)
     return np.asarray(scaled, dtype=np.float64)
 
