@@ -5,14 +5,16 @@ Notation for shapes: I images, P patches of one image, D tower width, L tokens o
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
@@ -20,9 +22,24 @@ from transformers.utils import ModelOutput
 
 from pivot_plugin.errors import EncoderError, ModelError
 
-from .grids import on_grids
+from .grids import on_grids, patch_size
+from .unserved import REMEDY, is_quantiser, why_unserved
+from .views import (
+    End,
+    has_tile_axis,
+    one_view_processor,
+    patches_in_blocks,
+    pixels_of,
+    real_tiles,
+    shown_box,
+    stacked_views,
+    views_of_each,
+    whole_end,
+)
 
 FEATURE_LAYER = "vision_feature_layer"
+WHOLE_VIEW = "vision_whole_view"
+IN_BLOCKS = "vision_patches_in_blocks"
 MISMATCHES_SHOWN = 12
 
 Part = Literal["encoder", "projector", "language_model"]
@@ -57,6 +74,19 @@ class TowerPass:
 
 
 @dataclass(frozen=True)
+class TowerArgument:
+    """What a tower is given.
+
+    Attributes:
+        value: the tensor.
+        code: the expression that makes it of `inputs`, what an image processor gives.
+    """
+
+    value: torch.Tensor
+    code: str
+
+
+@dataclass(frozen=True)
 class Assembled:
     """An MLLM made of an encoder and a language model.
 
@@ -77,7 +107,7 @@ class VisionAdapter:
     What a family may have to say otherwise, by what needs it; most need two of these:
 
         to train     projector_names, unread_names, blocks, feature_layer, image_token_id, select_images, positions
-        to probe     run_tower, hidden_state, on_grid, project, whole_views, tokens_on_grid, shown_box
+        to probe     tower_arguments, run_tower, hidden_state, on_grid, project, whole_views, tokens_on_grid, shown_box
         to publish   image_processor, usage
         to graft     replace_tower, projector_first_layer
         to assemble  assemble, begin_projector, load
@@ -93,7 +123,20 @@ class VisionAdapter:
     """
 
     family: str = "generic"
-    projector_names: ClassVar[tuple[str, ...]] = ("multi_modal_projector", "mm_projector", "connector", "merger")
+    projector_names: ClassVar[tuple[str, ...]] = (
+        "multi_modal_projector",
+        "mm_projector",
+        "connector",
+        "merger",
+        "aligner",
+        "projector",
+        "vision_projection",
+        "vision_adapter",
+        "embed_vision",
+        "resampler_model",
+        "visual_embeddings_table",
+        "patch_merger",
+    )
     """Names of the modules between tower and language model, wherever they stand."""
     unread_names: ClassVar[tuple[str, ...]] = ("head", "pooler")
     """Names of modules directly in the tower whose outputs the projector never reads."""
@@ -105,23 +148,23 @@ class VisionAdapter:
         if family is not None:
             self.family = family
         self.tower_path = self._find_tower()
+        # of an encoder by itself, what it was saved with
+        self.whole_view: End | None = getattr(self.tower.config, WHOLE_VIEW, None)
+        self.in_blocks: bool | None = getattr(self.tower.config, IN_BLOCKS, None)
 
     # Where things are
 
     def _find_tower(self) -> str:
+        if is_encoder(self.model):
+            # whatever it has inside
+            return ""
         encoder = self.model.get_encoder(modality="image")
         # get_encoder answers with the model itself where it finds no encoder
         for path, module in self.model.named_modules():
             if path and module is encoder and isinstance(module, PreTrainedModel):
                 return path
-        if is_encoder(self.model):
-            return ""
-        kinds = {type(module).__name__.lower() for module in self.model.modules()}
-        if any("vqvae" in kind or "vectorquantizer" in kind for kind in kinds):
-            raise ModelError(
-                f"{type(self.model).__name__} turns its images into discrete tokens, which no gradient passes.",
-                "Pass a model with a vision tower, such as LlavaForConditionalGeneration.",
-            )
+        if (reason := why_unserved(self.model)) is not None:
+            raise ModelError(f"{type(self.model).__name__} {reason}.", REMEDY)
         raise ModelError(
             f"{type(self.model).__name__} has no vision tower: get_encoder(modality='image') finds none.",
             "Pass a multimodal model such as LlavaForConditionalGeneration, or install a plugin with an adapter "
@@ -135,7 +178,10 @@ class VisionAdapter:
 
     @cached_property
     def other_tower_paths(self) -> tuple[str, ...]:
-        """Paths of further towers that images go through, outermost only; they are no part of what trains."""
+        """Paths of further towers that images go through, outermost only; they are no part of what trains.
+
+        Towers for videos, and quantisers that draw, are none.
+        """
         paths: list[str] = []
         tower = set(self.tower.modules())
         inside = set(self.model.get_decoder().modules())
@@ -143,6 +189,7 @@ class VisionAdapter:
             if not path or module in tower or module in inside or any(_inside(path, outer) for outer in paths):
                 continue
             takes_images = "pixel_values" in inspect.signature(module.forward).parameters
+            takes_images = takes_images and "video" not in path.rpartition(".")[2] and not is_quantiser(module)
             if isinstance(module, PreTrainedModel) and takes_images and tower.isdisjoint(module.modules()):
                 paths.append(path)
         return tuple(paths)
@@ -242,6 +289,8 @@ class VisionAdapter:
         for name in ("image_token_id", "image_token_index"):
             if isinstance(token := getattr(self.model.config, name, None), int):
                 return token
+        if (reason := why_unserved(self.model)) is not None:
+            raise ModelError(f"{type(self.model).__name__} {reason}.", REMEDY)
         raise ModelError(
             f"{type(self.model.config).__name__} names no image token (image_token_id).",
             "Install or write a plugin whose adapter overrides image_token_id.",
@@ -304,7 +353,11 @@ class VisionAdapter:
             ModelError: if the features do not form a grid.
         """
         tower = tower or self.tower
-        return self.on_grid(self.hidden_state(self.run_tower(tower, inputs)), inputs, tower)
+        hidden = self.hidden_state(self.run_tower(tower, inputs))
+        views = views_of_each(inputs)
+        if views is not None and len(hidden) == sum(views) > len(views) and self.whole_view is not None:
+            hidden = hidden[_whole_rows(views, self.whole_view)]
+        return self.on_grid(hidden, inputs, tower)
 
     def run_tower(self, tower: PreTrainedModel, inputs: ImageInputs) -> ModelOutput:
         """What a tower answers about one view of each image, its hidden states included.
@@ -314,12 +367,24 @@ class VisionAdapter:
             inputs: processor outputs about images.
         """
         accepted = inspect.signature(tower.forward).parameters
-        arguments: dict[str, Any] = {
-            name: value for name in accepted if (value := _input_for(name, inputs)) is not None
-        }
+        arguments: dict[str, Any] = {n: one.value for n, one in self.tower_arguments(tower, inputs).items()}
         if "output_hidden_states" in accepted or any(p.kind == p.VAR_KEYWORD for p in accepted.values()):
             arguments["output_hidden_states"] = self.feature_layer is not None
         return tower(**arguments)
+
+    def tower_arguments(self, tower: PreTrainedModel, inputs: ImageInputs) -> dict[str, TowerArgument]:
+        """What a tower is given of a processor's outputs, by its own names for it.
+
+        Args:
+            tower: the model's own, or a stand-alone encoder of the same class.
+            inputs: processor outputs about images.
+        """
+        arguments = {}
+        for name in inspect.signature(tower.forward).parameters:
+            argument = _patch_mask(inputs, tower) if name == "patch_attention_mask" else _argument(name, inputs)
+            if argument is not None:
+                arguments[name] = argument
+        return arguments
 
     @contextmanager
     def watched_tower(self) -> Iterator[list[TowerPass]]:
@@ -336,7 +401,10 @@ class VisionAdapter:
     def hidden_state(self, output: ModelOutput) -> torch.Tensor:
         """The hidden state in use among a tower's answers, (images or tiles, tokens, D), class token included."""
         layer = self.feature_layer
-        return output.last_hidden_state if layer is None else output.hidden_states[layer]
+        # a model that reads the last one may not have asked for the others
+        if layer is None or (layer == -1 and output.get("hidden_states") is None):
+            return output.last_hidden_state
+        return output.hidden_states[layer]
 
     def on_grid(self, hidden: torch.Tensor, inputs: ImageInputs, tower: PreTrainedModel) -> list[ImageFeatures]:
         """Put a hidden state of the tower, or its gradient, on the patch grids of the images.
@@ -349,7 +417,7 @@ class VisionAdapter:
         Raises:
             ModelError: if the features do not form a grid.
         """
-        found = on_grids(hidden, inputs, tower.config)
+        found = on_grids(hidden, inputs, tower.config, self.in_blocks)
         if found is None:
             raise ModelError(
                 f"{type(tower).__name__} gives features of shape {tuple(hidden.shape)}, which form no patch grid.",
@@ -372,7 +440,14 @@ class VisionAdapter:
                 f"{type(self.model).__name__} has {len(self.projector_paths)} projectors; one is expected.",
                 "Measure the encoder alone, or use an adapter that overrides project.",
             )
-        projected = self.model.get_submodule(self.projector_paths[0])(features.values[None])[0]
+        try:
+            projected = self.model.get_submodule(self.projector_paths[0])(features.values[None])[0]
+        # a projector that wants more than features, or another shape of them
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ModelError(
+                f"The projector of {type(self.model).__name__} cannot be run alone: {type(error).__name__}: {error}.",
+                "Measure the encoder alone, or use an adapter that overrides project.",
+            ) from error
         if len(projected) != len(features.values):
             raise ModelError(
                 f"The projector of {type(self.model).__name__} makes {len(projected)} tokens of "
@@ -381,14 +456,67 @@ class VisionAdapter:
             )
         return ImageFeatures(projected, features.grid)
 
+    def read_processor(self, processor: object) -> None:
+        """Learn from a processor what its outputs do not say: which tile shows the whole, and the order of patches.
+
+        Args:
+            processor: the MLLM's, or an image processor.
+
+        Raises:
+            ModelError: if it takes no plain image, or makes several views of one, of which none shows the whole.
+        """
+        image_processor = getattr(processor, "image_processor", processor)
+        try:
+            self.in_blocks = patches_in_blocks(image_processor, self.tower.config)
+            self.whole_view = whole_end(image_processor, self._view_edge())
+        except ValueError as reason:
+            raise ModelError(
+                f"What {type(processor).__name__} shows of an image is not known: {reason}.",
+                "Use an adapter that overrides read_processor and whole_views.",
+            ) from reason
+
+    def _view_edge(self) -> int:
+        size = getattr(self.tower.config, "image_size", None)
+        return int(size if isinstance(size, int) else size[0] if size else 224)
+
     def whole_views(self, inputs: ImageInputs, image_tokens: Sequence[int]) -> list[int]:
         """For each image, which row of the tower's hidden states in the MLLM's own forward pass shows the whole of it.
 
         Args:
             inputs: processor outputs about I images.
             image_tokens: tokens of each of them in the language model's input.
+
+        Raises:
+            ModelError: where images are cut into tiles, and which are whose, or which shows the whole, is not known.
         """
-        return list(range(len(image_tokens)))
+        views = views_of_each(inputs, image_tokens)
+        if views is None or max(views, default=1) == 1:
+            return list(range(len(image_tokens)))
+        if self.whole_view is None:
+            raise ModelError(
+                f"{type(self.model).__name__} sees {sum(views)} views of {len(views)} image(s), and which one shows "
+                "the whole is not known.",
+                "Call adapter.read_processor(processor) first, or use an adapter that overrides whole_views.",
+            )
+        return _whole_rows(views, self.whole_view)
+
+    def on_whole_views(
+        self, hidden: torch.Tensor, inputs: ImageInputs, image_tokens: Sequence[int]
+    ) -> list[ImageFeatures]:
+        """The tower's hidden states in the MLLM's own forward pass, or their gradients: of each image the whole.
+
+        Args:
+            hidden: as `hidden_state` gives it.
+            inputs: processor outputs about I images.
+            image_tokens: tokens of each of them in the language model's input.
+
+        Raises:
+            ModelError: as `whole_views` and `on_grid`.
+        """
+        views = self.whole_views(inputs, image_tokens)
+        # towers for pictures of any size have all patches in one row
+        in_rows = hidden.ndim > 2 and len(hidden) not in (1, len(views))
+        return self.on_grid(hidden[views] if in_rows else hidden, inputs, self.tower)
 
     def tokens_on_grid(self, tokens: torch.Tensor, inputs: ImageInputs) -> ImageFeatures:
         """Put the language model's image tokens of one image (or a gradient of theirs) on their grid.
@@ -414,14 +542,31 @@ class VisionAdapter:
         Args:
             processor: the MLLM's, or an image processor.
             size: width and height of the image.
+
+        Returns:
+            shares below 0 and above 1 where a border is put around the image, so that the grid covers more than it.
+
+        Raises:
+            ModelError: if the image processor takes no plain image.
         """
         processor = getattr(processor, "image_processor", processor)
         shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
-        if not (getattr(processor, "do_center_crop", False) and shortest):
-            return 0.0, 0.0, 1.0, 1.0
-        crop, edge = processor.crop_size, min(size)  # type: ignore[attr-defined]
-        across, down = (min(1.0, crop[n] / shortest * edge / s) for n, s in zip(("width", "height"), size, strict=True))
-        return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
+        whole = one_view_processor(processor, clip=True)
+        if getattr(whole, "do_center_crop", False) and shortest:
+            # what is measured is right to the pixel, and this is exact
+            crop, edge = whole.crop_size, min(size)
+            shares = (
+                crop[name] / shortest * edge / count for name, count in zip(("width", "height"), size, strict=True)
+            )
+            across, down = (min(1.0, share) for share in shares)
+            return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
+        try:
+            return shown_box(whole, size, patch_size(self.tower.config), self.tower.config)
+        except ValueError as reason:
+            raise ModelError(
+                f"What {type(processor).__name__} shows of an image is not known: {reason}.",
+                "Use an adapter that overrides shown_box.",
+            ) from reason
 
     # To publish
 
@@ -434,22 +579,46 @@ class VisionAdapter:
         return encoder.requires_grad_(True)
 
     def image_processor(self, processor: object) -> BaseImageProcessor:
-        """The image processor to publish with the stand-alone encoder: a copy of the model's own."""
-        return copy.deepcopy(processor.image_processor)  # type: ignore[attr-defined]
+        """The image processor to publish with the stand-alone encoder: a copy of the model's own.
 
-    def usage(self) -> str:
+        One that cuts images into tiles is asked not to, by every setting that transformers has for it; where no setting
+        helps, and the views have one size, a plain one of that size takes its place.
+
+        Args:
+            processor: the MLLM's.
+        """
+        own = processor.image_processor  # type: ignore[attr-defined]
+        # of what no setting and no plain processor shows in one view, `patch_features` takes the whole; what cannot be
+        # learnt is refused where it is needed
+        with suppress(ModelError):
+            self.read_processor(processor)
+        return one_view_processor(own, "clip" in str(getattr(self.tower.config, "model_type", "")))
+
+    def usage(self, image_processor: object | None = None) -> str:
         """Two lines of Python for a model card, which read the tower by itself with nothing but transformers.
+
+        Args:
+            image_processor: that is published with it; what the tower is given is read off its outputs.
 
         Returns:
             code that makes `features` of `encoder`, the tower, and `inputs`, what its image processor gives.
         """
         layer = self.feature_layer
         keyword = "" if layer is None else ", output_hidden_states=True"
-        # a tower for images of any size takes all patches in one row, and the grids they lie on
-        by_grid = "grid_thw" in inspect.signature(self.tower.forward).parameters
-        arguments = 'inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]' if by_grid else "**inputs"
         read = "last_hidden_state" if layer is None else f"hidden_states[{layer}]"
-        return f"outputs = encoder({arguments}{keyword})\nfeatures = outputs.{read}"
+        return f"outputs = encoder({self._arguments_code(image_processor)}{keyword})\nfeatures = outputs.{read}"
+
+    def _arguments_code(self, image_processor: object | None) -> str:
+        if image_processor is None:
+            by_grid = "grid_thw" in inspect.signature(self.tower.forward).parameters
+            return 'inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]' if by_grid else "**inputs"
+        picture = Image.new("RGB", (160, 96), (200, 100, 50))
+        inputs = dict(image_processor(images=[picture], return_tensors="pt"))  # type: ignore[operator]
+        codes = {name: argument.code for name, argument in self.tower_arguments(self.tower, inputs).items()}
+        if codes == {name: f'inputs["{name}"]' for name in inputs}:
+            return "**inputs"
+        first, *others = codes
+        return ", ".join([codes[first], *(f"{name}={codes[name]}" for name in others)])
 
     # To graft
 
@@ -590,13 +759,36 @@ def _inside(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
 
 
-def _input_for(parameter: str, inputs: ImageInputs) -> torch.Tensor | None:
+def _whole_rows(views: Sequence[int], end: End) -> list[int]:
+    """Of each image's views, one image after the other, the row of its first or last."""
+    ends = list(itertools.accumulate(views))
+    return [stop - (1 if end == "last" else count) for stop, count in zip(ends, views, strict=True)]
+
+
+def _argument(parameter: str, inputs: ImageInputs) -> TowerArgument | None:
     """The processor's output that a parameter of a tower means: of its name, or else of the same two last words."""
     if parameter in ("hidden_states", "pixel_values"):
-        pixels = next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
-        # tiles of several images come with an axis of their own
-        return pixels.flatten(0, 1) if pixels is not None and pixels.ndim == 5 else pixels
-    if parameter in inputs:
-        return inputs[parameter]
+        name = next((name for name in inputs if name.startswith("pixel_values")), None)
+        if name is None:
+            return None
+        tiles = ".flatten(0, 1)" if has_tile_axis(inputs[name]) else ""
+        return TowerArgument(stacked_views(inputs[name]), f'inputs["{name}"]{tiles}')
     ending = parameter.split("_")[-2:]
-    return next((value for name, value in inputs.items() if name.split("_")[-2:] == ending), None)
+    alike = (name for name in inputs if name.split("_")[-2:] == ending)
+    name = parameter if parameter in inputs else next(alike, None)
+    return None if name is None else TowerArgument(inputs[name], f'inputs["{name}"]')
+
+
+def _patch_mask(inputs: ImageInputs, tower: PreTrainedModel) -> TowerArgument | None:
+    """(V, rows, columns) which patches show anything of their picture, of a mask that says so of pixels."""
+    name = next((name for name in ("pixel_attention_mask", "pixel_mask") if name in inputs), None)
+    patch, pixels = patch_size(tower.config), pixels_of(inputs)
+    if name is None or patch is None or pixels is None or inputs[name].shape[-2:] != pixels.shape[-2:]:
+        return None
+    has_tiles = has_tile_axis(pixels)
+    mask = inputs[name][real_tiles(pixels)] if has_tiles else inputs[name]
+    down, across = patch
+    shown = mask.unfold(1, down, down).unfold(2, across, across).sum((-1, -2)) > 0
+    tiles = ".flatten(0, 1)" if has_tiles else ""
+    code = f'inputs["{name}"]{tiles}.unfold(1, {down}, {down}).unfold(2, {across}, {across}).sum((-1, -2)) > 0'
+    return TowerArgument(shown, code)

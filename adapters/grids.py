@@ -36,49 +36,111 @@ class OnGrid:
     grid: Grid
 
 
-def on_grids(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def on_grids(
+    hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool | None = None
+) -> list[OnGrid] | None:
     """Tokens of a tower, picture by picture, where they lie.
 
     Args:
         hidden: (I, T, D), (T, D) or maps, as the tower answered.
         inputs: processor outputs about the pictures.
         config: of the tower.
+        in_blocks: whether the processor cuts its patches block by block; by the shape of its pixels where None.
 
     Returns:
         I records, or None where nothing tells how the tokens lie.
     """
-    ways = (_by_grids, _by_shapes, _by_positions, _by_sizes, _by_mask, _by_maps, _by_patch_size, _by_square)
+    found = _by_grids(hidden, inputs, config, in_blocks)
+    if found is not None:
+        return found
+    ways = (_by_shapes, _by_positions, _by_sizes, _by_mask, _by_maps, _by_patch_size, _by_square)
     return next((found for way in ways if (found := way(hidden, inputs, config)) is not None), None)
 
 
-def _by_grids(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
-    grids = next((value for name, value in inputs.items() if name.endswith("grid_thw")), None)
-    if grids is None or hidden.ndim > 3:
+def _by_grids(
+    hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool | None
+) -> list[OnGrid] | None:
+    if hidden.ndim > 3 or not (grids := _said_grids(inputs)):
         return None
     rows = hidden.flatten(0, -2)
-    merge = _merge(inputs, config)
-    # processors that lay a patch's pixels out in one row go block by block, those that keep its shape row by row
-    pixels = next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
-    in_blocks = isinstance(pixels, torch.Tensor) and pixels.ndim == 2
-    if in_blocks and getattr(config, "window_size", None) and hasattr(config, "fullatt_block_indexes"):
-        rows = _out_of_windows(rows, grids, config, merge)
-    grids = [(int(down), int(across)) for _, down, across in grids.tolist()]
-    for size, blocks in ((1, in_blocks), (merge, False)):
-        sizes = [down // size * (across // size) for down, across in grids]
-        if sum(sizes) == len(rows):
-            parts = rows.split(sizes)
-            return [
-                OnGrid(_from_blocks(part, grid, merge) if blocks and merge > 1 else part, _divided(grid, size))
-                for part, grid in zip(parts, grids, strict=True)
-            ]
+    in_blocks = _come_in_blocks(inputs) if in_blocks is None else in_blocks
+    # towers that merge patches by themselves answer with one token per block, in raster order
+    merged = _merges_of_each(inputs, config, len(grids))
+    for merges, whole_patches in (([1] * len(grids), True), (merged, False)):
+        sizes = [down // merge * (across // merge) for (down, across), merge in zip(grids, merges, strict=True)]
+        if sum(sizes) != len(rows):
+            continue
+        if _in_windows(config):
+            rows = _out_of_windows(rows, inputs, config, 1 if whole_patches else merged[0])
+        found = []
+        for part, grid, merge, block in zip(rows.split(sizes), grids, merges, merged, strict=True):
+            as_blocks = whole_patches and in_blocks and block > 1
+            found.append(OnGrid(_from_blocks(part, grid, block) if as_blocks else part, _divided(grid, merge)))
+        return found
     return None
 
 
-def _out_of_windows(rows: torch.Tensor, grids: torch.Tensor, config: Any, merge: int) -> torch.Tensor:
-    """From the order of a tower's attention windows, in which it works and leaves its last hidden state."""
-    order, _ = get_vision_window_index(grids, merge, config.window_size, _patch(config)[0])  # type: ignore[index]
-    blocks = rows.reshape(len(order), -1, rows.shape[-1])
-    return blocks[torch.argsort(order)].flatten(0, 1)
+def _said_grids(inputs: Mapping[str, Any]) -> list[Grid]:
+    """Rows and columns of patches of each picture, where the processor says them as they lie in its rows."""
+    for name, value in inputs.items():
+        if name.endswith("grid_thw"):
+            return [(int(down), int(across)) for _, down, across in value.tolist()]
+        if name.endswith("grid_hw"):
+            return [(int(down), int(across)) for down, across in value.tolist()]
+    return []
+
+
+def _come_in_blocks(inputs: Mapping[str, Any]) -> bool:
+    """Whether a processor cuts its patches block by block: those that flatten them do, others keep raster order."""
+    pixels = next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
+    return isinstance(pixels, torch.Tensor) and pixels.ndim == 2 and not any(n.endswith("grid_hw") for n in inputs)
+
+
+def _merges_of_each(inputs: Mapping[str, Any], config: Any, images: int) -> list[int]:
+    """Patches along the edge of a block, for each picture."""
+    said = next((value for name, value in inputs.items() if name.endswith("merge_sizes")), None)
+    return [int(size) for size in said.tolist()] if said is not None else [_merge(config)] * images
+
+
+def _in_windows(config: Any) -> bool:
+    """Whether a tower works, and leaves its last hidden state, in the order of its attention windows."""
+    return bool(getattr(config, "window_size", None)) and getattr(config, "fullatt_block_indexes", None) is not None
+
+
+def _out_of_windows(rows: torch.Tensor, inputs: Mapping[str, Any], config: Any, merge: int) -> torch.Tensor:
+    """Patches of towers with attention windows in the order in which the processor gave them."""
+    if merge > 1:
+        # what is merged already was put back on the way
+        return rows
+    grids = next(value for name, value in inputs.items() if name.endswith("grid_thw"))
+    block = _merge(config)
+    order, _ = get_vision_window_index(grids, block, config.window_size, patch_size(config)[0])  # type: ignore[index]
+    return rows.reshape(-1, block * block, rows.shape[-1])[torch.argsort(order)].flatten(0, 1)
+
+
+def patches_on_grids(
+    patches: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool
+) -> list[OnGrid] | None:
+    """What a processor gives of each patch, where the patch lies in its picture.
+
+    Args:
+        patches: (T, numbers), one row per patch of all pictures.
+        inputs: processor outputs about the pictures.
+        config: of the tower.
+        in_blocks: whether the processor cuts them block by block.
+
+    Returns:
+        I records, or None where nothing tells how the patches lie.
+    """
+    grids = _said_grids(inputs)
+    if sum(down * across for down, across in grids) != len(patches):
+        return None
+    merges = _merges_of_each(inputs, config, len(grids))
+    parts = patches.split([down * across for down, across in grids])
+    return [
+        OnGrid(_from_blocks(part, grid, merge) if in_blocks and merge > 1 else part, grid)
+        for part, grid, merge in zip(parts, grids, merges, strict=True)
+    ]
 
 
 def _from_blocks(values: torch.Tensor, grid: Grid, merge: int) -> torch.Tensor:
@@ -116,7 +178,7 @@ def _by_positions(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) 
 
 
 def _by_sizes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
-    sizes, patch = inputs.get("image_sizes"), _patch(config)
+    sizes, patch = inputs.get("image_sizes"), patch_size(config)
     if sizes is None or not patch or hidden.ndim > 3:
         return None
     grids = [(int(height) // patch[0], int(width) // patch[1]) for height, width in _listed(sizes)]
@@ -128,8 +190,8 @@ def _by_sizes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> l
 
 
 def _by_mask(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
-    mask, patch = inputs.get("pixel_attention_mask", inputs.get("pixel_mask")), _patch(config)
-    if mask is None or not patch or hidden.ndim != 3:
+    mask, patch = inputs.get("pixel_attention_mask", inputs.get("pixel_mask")), patch_size(config)
+    if mask is None or not patch or hidden.ndim != 3 or mask.ndim < 3 or mask.shape[-1] < patch[1]:
         return None
     mask = mask.flatten(0, -3).bool()
     down, across = mask.shape[-2] // patch[0], mask.shape[-1] // patch[1]
@@ -147,12 +209,9 @@ def _by_mask(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> li
 def _by_maps(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
     if hidden.ndim != 4:
         return None
-    expected = _expected(inputs, config)
-    # (I, D, R, C) as most convolutional nets, or (I, R, C, D)
-    if expected is not None and tuple(hidden.shape[1:3]) == expected != tuple(hidden.shape[2:]):
-        return [OnGrid(values.flatten(0, 1), expected) for values in hidden]
-    if expected is not None and tuple(hidden.shape[1:3]) == expected and hidden.shape[3] == _width(config):
-        return [OnGrid(values.flatten(0, 1), expected) for values in hidden]
+    # (I, R, C, D) of transformers that keep their maps, which have a patch size, or (I, D, R, C) of convolutional nets
+    if _expected(inputs, config) == tuple(hidden.shape[1:3]):
+        return [OnGrid(values.flatten(0, 1), (int(values.shape[0]), int(values.shape[1]))) for values in hidden]
     return [OnGrid(values.flatten(1).T, (int(values.shape[1]), int(values.shape[2]))) for values in hidden]
 
 
@@ -180,34 +239,31 @@ def _by_square(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> 
 
 def _expected(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     """Rows and columns of patches in pictures that all have one size."""
-    patch = _patch(config)
+    patch = patch_size(config)
     pixels = next((value for name, value in inputs.items() if name.startswith("pixel_values")), None)
     if not patch or not isinstance(pixels, torch.Tensor) or pixels.ndim < 4:
         return None
     return int(pixels.shape[-2]) // patch[0], int(pixels.shape[-1]) // patch[1]
 
 
-def _patch(config: Any) -> tuple[int, int] | None:
+def patch_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of a tower's patches in pixels, None for one without.
+
+    Args:
+        config: of the tower.
+    """
     size = getattr(config, "patch_size", None)
     if size is None:
         return None
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _merge(inputs: Mapping[str, Any], config: Any) -> int:
-    """Patches along one side of a block that becomes one token."""
-    sizes = next((value for name, value in inputs.items() if name.endswith("merge_sizes")), None)
-    if sizes is not None and len(sizes) and bool((sizes == sizes[0]).all()):
-        return int(sizes[0])
+def _merge(config: Any) -> int:
     for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
         size = getattr(config, name, None)
         if size:
             return int(size if isinstance(size, int) else size[0])
     return 1
-
-
-def _width(config: Any) -> int | None:
-    return getattr(config, "hidden_size", None) or getattr(config, "output_channels", None)
 
 
 def _divided(grid: Grid, by: int) -> Grid:

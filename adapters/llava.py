@@ -18,7 +18,6 @@ from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
@@ -29,7 +28,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    SiglipImageProcessor,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -39,6 +37,7 @@ from pivot_plugin.errors import EncoderError
 from pivot_plugin.hooks import hookimpl
 
 from .base import Assembled, ImageFeatures, ImageInputs, VisionAdapter, is_encoder
+from .views import plain_processor
 
 IMAGE_TOKEN = "<image>"
 # where transformers' own projector has linear_1 and linear_2, one with more layers is a row of them: 0, 2, 4, ...
@@ -170,12 +169,8 @@ class TiledLlavaAdapter(LlavaAdapter):
     def image_processor(self, processor: object) -> BaseImageProcessor:
         # the tiling processor gives 5-D pixels, which the stand-alone tower refuses
         tiling = processor.image_processor  # type: ignore[attr-defined]
-        height = width = int(self.tower.config.image_size)
-        size = {"height": height, "width": width}
-        settings = {"image_mean": tiling.image_mean, "image_std": tiling.image_std, "resample": tiling.resample}
-        if "clip" in self.tower.config.model_type:
-            return CLIPImageProcessor(size=size, do_center_crop=False, **settings)
-        return SiglipImageProcessor(size=size, **settings)
+        side = int(self.tower.config.image_size)
+        return plain_processor(tiling, side, side, "clip" in self.tower.config.model_type)
 
 
 class LlavaOnevisionAdapter(TiledLlavaAdapter):

@@ -48,6 +48,8 @@ BUILT_IN = {
     "llava": BuiltIn("pivot_adapter", "pivot_plugin.adapters.llava"),
     "qwen-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.qwen_vl"),
     "internvl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.internvl"),
+    "granite-vision": BuiltIn("pivot_adapter", "pivot_plugin.adapters.granite_vision"),
+    "paddleocr-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.paddleocr_vl"),
 }
 DISABLE_VARIABLE = "PIVOT_DISABLE_PLUGINS"
 

@@ -296,13 +296,19 @@ def _auto_map(file: Path) -> list[str]:
     return [str(classes)] if classes else []
 
 
-def has_auto_class(config: PreTrainedConfig) -> bool:
-    """Whether AutoModel knows the class of an encoder; that of Qwen2-VL's tower it does not.
+def has_auto_class(encoder: PreTrainedModel) -> bool:
+    """Whether AutoModel makes an encoder of its class out of its configuration; of Qwen2-VL's tower it does not.
 
     Args:
-        config: the encoder's.
+        encoder: stand-alone.
     """
-    return type(config) in AutoModel._model_mapping  # type: ignore[attr-defined]
+    return type(encoder) in _auto_classes(encoder.config)
+
+
+def _auto_classes(config: PreTrainedConfig) -> tuple[type[Any], ...]:
+    mapping = AutoModel._model_mapping  # type: ignore[attr-defined]
+    classes = mapping.get(type(config), ())
+    return tuple(classes) if isinstance(classes, list | tuple) else (classes,)
 
 
 def _encoder_class(folder: Path, recorded: object, package: object, trust_remote_code: bool) -> type[Any]:
@@ -321,7 +327,7 @@ def _encoder_class(folder: Path, recorded: object, package: object, trust_remote
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if has_auto_class(config):
+        if _auto_classes(config):
             return AutoModel
     except ValueError:
         pass

@@ -10,11 +10,13 @@ With weights="lora" the folder is one of PEFT: adapter_config.json, adapter_mode
 """
 
 import copy
+import inspect
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.errors import EncoderError
+from pivot_plugin.adapters.base import IN_BLOCKS, WHOLE_VIEW
+from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.files import whole_folder
 
 from .card import CARD, PICTURE, card
@@ -38,6 +41,21 @@ from .signature import signature
 logger = logging.getLogger(__name__)
 
 SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """What the card has beside the provenance.
+
+    Attributes:
+        sections: markdown.
+        picture: of saliency maps.
+        usage: lines of Python that read the encoder.
+    """
+
+    sections: Sequence[str]
+    picture: Image.Image | None
+    usage: str = ""
 
 
 def save_encoder(
@@ -68,8 +86,9 @@ def save_encoder(
     Raises:
         EncoderError: if the folder holds something else, or cannot be written.
     """
-    encoder = encoder or adapter.extract()
     image_processor = adapter.image_processor(processor)
+    encoder = encoder or adapter.extract()
+    _note_views(adapter, encoder, image_processor)
     with _encoder_folder(Path(folder)) as aside:
         save_model(encoder, aside, max_shard_size=max_shard_size)
         image_processor.save_pretrained(aside)
@@ -81,7 +100,7 @@ def save_encoder(
         save_file(projector, aside / PROJECTOR_FILE)
         facts = {"signature": _signature(encoder, image_processor), "contract": contract(encoder, image_processor)}
         added = {**facts, **provenance}
-        _finish(aside, adapter, encoder, added, sections, picture)
+        _finish(aside, adapter, encoder, added, OnCard(sections, picture, _usage(adapter, image_processor)))
     return Path(folder)
 
 
@@ -130,7 +149,7 @@ def save_lora(
     with _encoder_folder(Path(folder)) as aside:
         own_config.save_pretrained(aside)
         save_file(own, aside / "adapter_model.safetensors", {"format": "pt"})
-        _finish(aside, adapter, adapter.tower, {"weights": "lora", **provenance}, sections, picture)
+        _finish(aside, adapter, adapter.tower, {"weights": "lora", **provenance}, OnCard(sections, picture))
     return Path(folder)
 
 
@@ -178,23 +197,42 @@ def _finish(
     adapter: VisionAdapter,
     encoder: PreTrainedModel,
     provenance: Mapping[str, Any],
-    sections: Sequence[str],
-    picture: Image.Image | None,
+    on_card: OnCard,
 ) -> None:
     """Write what stands beside the weights."""
     record = without_paths(_described(adapter, encoder) | dict(provenance))
     record["sha256"] = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
-    if picture is not None:
-        picture.save(aside / PICTURE)
+    if on_card.picture is not None:
+        on_card.picture.save(aside / PICTURE)
     (aside / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     written = card(
         record,
-        adapter.usage(),
-        None if has_auto_class(encoder.config) else type(encoder).__module__,
-        sections=sections,
-        picture=picture is not None,
+        on_card.usage,
+        None if has_auto_class(encoder) else type(encoder).__module__,
+        sections=on_card.sections,
+        picture=on_card.picture is not None,
     )
     (aside / CARD).write_text(str(written), encoding="utf-8")
+
+
+def _note_views(adapter: VisionAdapter, encoder: PreTrainedModel, image_processor: object) -> None:
+    """Have an encoder's configuration say what its image processor's outputs do not: the whole view, the order."""
+    alone = copy.copy(adapter)
+    try:
+        alone.read_processor(image_processor)
+    except ModelError as error:
+        # its weights are paid for
+        logger.warning("Which view of an image shows the whole is not recorded. %s", error)
+    for name, value in ((WHOLE_VIEW, alone.whole_view), (IN_BLOCKS, alone.in_blocks)):
+        if value is not None:
+            setattr(encoder.config, name, value)
+
+
+def _usage(adapter: VisionAdapter, image_processor: object | None) -> str:
+    """The adapter's lines for the card; those of older adapters know nothing of the image processor."""
+    if image_processor is not None and inspect.signature(adapter.usage).parameters:
+        return adapter.usage(image_processor)
+    return adapter.usage()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.unserved import REMEDY, why_unserved
 from pivot_plugin.errors import ModelError
 from pivot_plugin.hooks import ask, collect
 
@@ -33,26 +34,14 @@ def find_adapter(model: PreTrainedModel, encoder: bool = False) -> VisionAdapter
             f"A plugin answered pivot_adapter with a {type(adapter).__name__}.",
             "It should return a VisionAdapter or None.",
         )
-    if not encoder and (reason := _cannot_be_served(model)):
-        raise ModelError(f"{type(model).__name__} {reason}.", "Pass an MLLM that reads its images as tokens of a text.")
+    if not encoder and (reason := why_unserved(model)) is not None:
+        raise ModelError(f"{type(model).__name__} {reason}.", REMEDY)
     if not adapter.tower_path and not encoder:
         raise ModelError(
             f"{type(model).__name__} is an encoder by itself and has no language model.",
             "Pass a multimodal model such as LlavaForConditionalGeneration.",
         )
     return adapter
-
-
-def _cannot_be_served(model: PreTrainedModel) -> str | None:
-    """Why a model's images cannot be told from its text as this package needs it, as a clause; None where they can."""
-    if model.config.is_encoder_decoder or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
-        return "is an encoder-decoder model, whose prompts and answers stand in two sequences"
-    if hasattr(model.config, "num_query_tokens"):
-        return "passes its images through a query transformer, whose answers stand before the text"
-    kinds = {type(module).__name__.lower() for module in model.modules()}
-    if any("crossattention" in kind and "text" in kind for kind in kinds):
-        return "reads its images by cross-attention, not as tokens of the text"
-    return None
 
 
 def find_adapters(model: PreTrainedModel) -> list[VisionAdapter]:

@@ -70,6 +70,11 @@ def load_model(
         )
     try:
         return model, AutoProcessor.from_pretrained(name)
+    except ImportError as error:
+        raise ModelError(
+            f"The processor of {str(name)!r} needs a package that is not installed: {error}",
+            f"Run: pip install {error.name}." if error.name else "Install it, or pass processor= explicitly.",
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelError(
             f"No processor could be loaded from {str(name)!r}: {error}", "Pass processor= explicitly."

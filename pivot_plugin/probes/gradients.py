@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from pivot_plugin.adapters import ImageFeatures, VisionAdapter
+from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import load_pairs
 from pivot_plugin.errors import DataError, ModelError, SettingsError
@@ -253,15 +253,9 @@ def _map(subject: Subject, batch: ForestBatch, loss_of: LossOf, at: Place) -> np
         parts = torch.cat([part.flatten(0, -2) for part in _tensors(by_output)]).split(batch.image_tokens)
         first = adapter.tokens_on_grid(parts[0], adapter.select_images(inputs, 0, 1))
     else:
-        first = _whole_view(adapter, adapter.hidden_state(by_output), inputs, batch.image_tokens)
+        adapter.read_processor(subject.processor)
+        first = adapter.on_whole_views(adapter.hidden_state(by_output), inputs, batch.image_tokens)[0]
     return first.values.abs().sum(dim=1).reshape(first.grid).float().cpu().numpy()
-
-
-def _whole_view(
-    adapter: VisionAdapter, hidden: torch.Tensor, inputs: dict[str, torch.Tensor], image_tokens: list[int]
-) -> ImageFeatures:
-    views = adapter.whole_views(inputs, image_tokens)
-    return adapter.on_grid(hidden if len(views) == len(hidden) else hidden[views], inputs, adapter.tower)[0]
 
 
 @contextmanager

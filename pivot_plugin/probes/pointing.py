@@ -1,5 +1,6 @@
 """Maps over patches, held against masks over pixels: how much of a map lies on the object, and where it points."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ def points_inside(
     across = left + (right - left) * (column + 0.5) / values.shape[1]
     down = top + (bottom - top) * (row + 0.5) / values.shape[0]
     height, width = full.shape
+    if not (0 <= across <= 1 and 0 <= down <= 1):
+        # on the border that the image processor put around the image
+        return 0.0
     return float(full[min(int(down * height), height - 1), min(int(across * width), width - 1)])
 
 
@@ -52,7 +56,7 @@ def mask_shares(
     Args:
         mask: (height, width), not zero inside.
         grid: rows and columns of patches.
-        box: the part of the image that they cover, as shares of width and height.
+        box: the part of the image that they cover, as shares of width and height; it may reach beyond the image.
         image_size: (width, height) of the image.
         where: names the pair in errors.
 
@@ -68,7 +72,12 @@ def mask_shares(
         )
     left, top, right, bottom = box
     pixels = (left * width, top * height, right * width, bottom * height)
-    scaled = Image.fromarray(full.astype(np.float32)).resize(grid[::-1], Image.Resampling.BOX, box=pixels)
+    # nothing of a mask lies on the border that an image processor may put around the image
+    before = [max(0, math.ceil(-edge)) for edge in pixels[:2]]
+    after = [max(0, math.ceil(edge - count)) for edge, count in zip(pixels[2:], image_size, strict=True)]
+    canvas = np.pad(full.astype(np.float32), ((before[1], after[1]), (before[0], after[0])))
+    shifted = (pixels[0] + before[0], pixels[1] + before[1], pixels[2] + before[0], pixels[3] + before[1])
+    scaled = Image.fromarray(canvas).resize(grid[::-1], Image.Resampling.BOX, box=shifted)
     return np.asarray(scaled, dtype=np.float64)
 
 

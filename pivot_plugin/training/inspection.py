@@ -36,6 +36,7 @@ def inspect_model(name: str) -> dict[str, Any]:
         "family": adapter.family,
         "vision tower": f"{type(adapter.tower).__name__} at {adapter.tower_path}",
         "tower parameters": f"{sum(p.numel() for p in adapter.tower.parameters()):,}",
+        "other towers": list(adapter.other_tower_paths) or "none",
         "features in use": "the tower's output" if layer is None else f"hidden state {layer} of {len(blocks)} blocks",
         "never reached": list(adapter.unread_paths()) or "nothing",
         "LoRA": _by_kind(targets, blocks),

@@ -120,6 +120,11 @@ class TowerTraining(Trainer):
             logger.warning(
                 "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, reading.no_trees
             )
+        if others := self.adapter.other_tower_paths:
+            logger.warning(
+                "Images of %s also go through %s, which stays as it is: what trains is %s.",
+                *(type(base).__name__, ", ".join(others), self.adapter.tower_path),
+            )
         if reading.own_head:
             logger.info("%s scores tokens by its own head; TRL's computes something else.", type(base).__name__)
         return reading

@@ -16,7 +16,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load
 from pivot_plugin.probes import pointing_game, saliency, subject
 from pivot_plugin.probes.gradients import LOSSES, _map, pair_loss
-from pivot_plugin.probes.pointing import concentration, energy_inside, points_inside
+from pivot_plugin.probes.pointing import concentration, energy_inside, mask_shares, points_inside
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forward import answering
 from tests.helpers import picture, row
@@ -204,6 +204,21 @@ def test_shares_inside_a_mask_by_hand() -> None:
     assert points_inside(values, mask, (0.25, 0.0, 0.75, 1.0)) == 0
     assert concentration(np.ones((4, 4))) == pytest.approx(0)
     assert concentration(np.zeros((4, 4))) == 0
+
+
+def test_no_mask_lies_on_the_border_around_an_image() -> None:
+    """A picture of 40 x 20 pixels in the middle of a square, on 4 x 4 patches of 10 pixels each."""
+    box = (0.0, -0.5, 1.0, 1.5)
+    whole = np.ones((20, 40))
+    shares = mask_shares(whole, (4, 4), box, (40, 20), "pair 1")
+    np.testing.assert_allclose(shares, [[0] * 4, [1] * 4, [1] * 4, [0] * 4])
+    left = whole.copy()
+    left[:, 15:] = 0
+    np.testing.assert_allclose(mask_shares(left, (4, 4), box, (40, 20), "pair 1")[1], [1, 0.5, 0, 0])
+    at_border, in_picture = np.zeros((4, 4)), np.zeros((4, 4))
+    at_border[0, 1], in_picture[1, 1] = 1, 1
+    assert points_inside(at_border, whole, box) == 0
+    assert points_inside(in_picture, whole, box) == 1
 
 
 def test_masks_are_cut_to_what_the_encoder_sees(make: Any) -> None:

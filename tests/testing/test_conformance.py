@@ -8,6 +8,7 @@ import torch
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import ImageFeatures
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.testing import zoo
 from pivot_plugin.testing.conformance import Check, conformance
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,34 @@ def test_a_wrong_tile_is_found(make: Any) -> None:
     adapter = lies(find_adapter(model), whole_views=lambda self, inputs, counts: [1] * len(counts))
     found = failed(model, processor, adapter)
     assert set(found) == {"saliency looks at the view of the whole"}
-    assert "of the view that saliency looks at" in found["saliency looks at the view of the whole"]
+    assert "in the view that saliency looks at" in found["saliency looks at the view of the whole"]
+
+
+def test_an_end_of_the_tiles_that_shows_a_crop_is_found() -> None:
+    model, processor = zoo.build("cohere2_vision")
+    lying = lies(find_adapter(model), read_processor=lambda self, of: setattr(self, "whole_view", "first"))
+    found = failed(model, processor, lying)
+    assert set(found) == {"saliency looks at the view of the whole"}
+
+
+def test_a_projector_inside_the_tower_that_is_counted_as_tower_is_found(make: Any) -> None:
+    model, processor = make("qwen2_vl")
+    found = failed(model, processor, lies(find_adapter(model), projector_names=()))
+    assert found["parts are found and disjoint"] == "no parameter belongs to the projector"
+
+
+def test_a_picture_that_is_said_to_lie_elsewhere_on_the_grid_is_found() -> None:
+    model, processor = zoo.build("janus")
+    # it is put in the middle of a square, and not over all of it
+    found = failed(model, processor, lies(find_adapter(model), shown_box=lambda self, of, size: (0.0, 0.0, 1.0, 1.0)))
+    assert set(found) == {"a lit patch shows in its own cell"}
+    assert "shows most in patch" in found["a lit patch shows in its own cell"]
+
+
+def test_a_family_that_cannot_be_served_is_one_finding_with_its_reason() -> None:
+    (check,) = conformance(*zoo.build("mllama"))
+    assert (check.name, check.result) == ("an adapter knows the model", "failed")
+    assert "reads its images by cross-attention (cross_attention_mask)" in check.reason
 
 
 def test_lora_on_too_many_and_on_too_few_layers_is_found(llava: Any) -> None:
