@@ -47,6 +47,8 @@ BUILT_IN = {
     "llava": BuiltIn("pivot_adapter", "pivot_plugin.adapters.llava"),
     "qwen-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.qwen_vl"),
     "internvl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.internvl"),
+    "foreign-checkpoints": BuiltIn("pivot_model", "pivot_plugin.adapters.foreign.reading"),
+    "foreign-objects": BuiltIn("pivot_run_finished", "pivot_plugin.adapters.foreign.sharing"),
 }
 DISABLE_VARIABLE = "PIVOT_DISABLE_PLUGINS"
 

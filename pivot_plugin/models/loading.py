@@ -3,9 +3,17 @@
 from pathlib import Path
 
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from pivot_plugin.errors import ModelError
+from pivot_plugin.hooks import ask
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -17,6 +25,9 @@ def empty_model(name: str) -> PreTrainedModel:
     Raises:
         ModelError: if there is none.
     """
+    foreign = _from_plugins(name, None, weights=False)
+    if foreign is not None:
+        return foreign[0]
     try:
         config = AutoConfig.from_pretrained(name)
         with init_empty_weights():
@@ -27,18 +38,40 @@ def empty_model(name: str) -> PreTrainedModel:
         ) from error
 
 
+def _from_plugins(
+    source: object, processor: object, weights: bool = True
+) -> tuple[PreTrainedModel, ProcessorMixin] | None:
+    """What plugins make of a folder, a Hub id or an object that is not of transformers' classes."""
+    if type(source).__module__.partition(".")[0] == "transformers":
+        return None
+    answer = ask("pivot_model", source=source, processor=processor, weights=weights)
+    if answer is None:
+        return None
+    match answer:
+        case (PreTrainedModel() as model, ProcessorMixin() as made):
+            return model, made
+    raise ModelError(
+        f"A plugin answered pivot_model with a {type(answer).__name__}.",
+        "It should return a transformers model and its processor, or None.",
+    )
+
+
 def load_model(
-    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None
+    model: PreTrainedModel | str | Path, processor: ProcessorMixin | PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """An MLLM and its processor, loaded where they are not.
 
     Args:
-        model: loaded, or a folder or Hub id.
-        processor: found by the model's name where None.
+        model: loaded, or a folder or Hub id; of transformers or of a repository that a plugin knows.
+        processor: found by the model's name where None; the tokenizer of a repository's object will do.
 
     Raises:
         ModelError: if either cannot be loaded.
+        PluginError: if a plugin raises.
     """
+    foreign = _from_plugins(model, processor)
+    if foreign is not None:
+        return foreign[0], processor if isinstance(processor, ProcessorMixin) else foreign[1]
     name = model
     if isinstance(model, str | Path):
         try:

@@ -1,0 +1,116 @@
+"""The way back: a model in transformers' form, written as a folder of the repository's form."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import PreTrainedModel
+
+from pivot_plugin.errors import ModelError
+from pivot_plugin.files import whole_folder
+
+from .names import NameTable
+from .weights import CONFIG, some
+
+# the checkpoint's own beside its weights and configuration
+KEPT_FILES = (
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "pre*.json",
+    "generation_config.json",
+)
+
+
+def their_tensors(
+    model: PreTrainedModel, table: NameTable, like: Sequence[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's tensors under a repository's names, fused where it fuses them. None is left out but tied ones.
+
+    Args:
+        model: in transformers' form.
+        table: of the repository's names.
+        like: names to prefer where the table has several for one tensor: those of the checkpoint it was read from.
+
+    Raises:
+        ModelError: naming tensors that the repository has no place for, or places that nothing fills.
+    """
+    state = model.state_dict()
+    preferred = [table.by_theirs(name) for name in like if not table.is_computed(name)]
+    bindings = {binding.theirs: binding for binding in preferred if binding is not None}
+    written = {name for binding in bindings.values() for name in binding.ours}
+    others = {name: table.by_ours(name) for name in state if name not in written | model.all_tied_weights_keys.keys()}
+    if homeless := [name for name, binding in others.items() if binding is None]:
+        raise ModelError(
+            f"{len(homeless)} tensors of {type(model).__name__} have no place in the repository's form: "
+            f"{some(homeless)}.",
+            "Export to another form.",
+        )
+    bindings |= {binding.theirs: binding for binding in others.values() if binding is not None}
+    for theirs, binding in bindings.items():
+        if absent := [name for name in binding.ours if name not in state]:
+            raise ModelError(
+                f"{type(model).__name__} lacks {some(absent)}, which {theirs} of the repository's form holds.",
+                "Write back a model of the kind that was read from this checkpoint.",
+            )
+        yield theirs, binding.cut.whole([state[name] for name in binding.ours])
+
+
+def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path) -> Path:
+    """Write a model into a folder of the form of the checkpoint it was read from.
+
+    Configuration, tokenizer, code and names are the checkpoint's; the numbers are the model's, in its precision.
+
+    Args:
+        model: in transformers' form, read from a checkpoint of this form (trained since, or with another encoder in it).
+        template: folder of that checkpoint, whose configuration and tensor names are kept.
+        folder: to be written, as a whole or not at all.
+
+    Raises:
+        ModelError: if the template is of no known layout, or the model does not fit it.
+    """
+    from .reading import plan_for
+
+    source, target = Path(template), Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{str(target)!r} exists and is no empty folder.", "Choose another folder, or empty it.")
+    weights, plan = plan_for(source)
+    tensors = dict(their_tensors(model, plan.table, weights.names))
+    with weights.reading() as get:
+        held = set(weights.names)
+        wrong = [
+            f"{name} has shape {tuple(tensor.shape)} instead of {tuple(get(name).shape)}"
+            for name, tensor in tensors.items()
+            if name in held and tensor.shape != get(name).shape
+        ]
+        if wrong:
+            raise ModelError(
+                f"The model does not fit the form of {str(source)!r}: {len(wrong)} tensors differ: {some(wrong)}.",
+                "Write back a model of the same sizes.",
+            )
+        tensors |= {name: get(name) for name in weights.names if plan.table.is_computed(name)}
+    with whole_folder(target) as place:
+        for pattern in KEPT_FILES:
+            for file in source.glob(pattern):
+                if not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, place / file.name)
+        # split and indexed as transformers does; tensors that share memory are written each for itself
+        alone = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+        save_torch_state_dict(alone, place, metadata={"format": "pt"})
+        _write_configuration(place / CONFIG, weights.config, {**plan.back, "dtype": model.dtype})
+    return target
+
+
+def _write_configuration(path: Path, config: Mapping[str, Any], changed: dict[str, Any]) -> None:
+    """The checkpoint's configuration, with what the weights beside it need; the precision under the name it uses."""
+    precision = str(changed.pop("dtype")).removeprefix("torch.")
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    written = {**config, **changed, name: precision}
+    path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
