@@ -41,8 +41,8 @@ def pivot_model(source: object, processor: object, weights: bool) -> "tuple[PreT
 
     Called once for everything that is loaded: with a folder path or a Hub id, and with a loaded object whose class is
     not one of transformers' own. `processor` is what the user gave, a tokenizer or a processor, or None; where
-    `weights` is False only the structure is wanted, and the model may stay on the meta device. The model should be made
-    around the same parameters, so that a loaded object is trained in place. The first answer that is not None wins; what
+    `weights` is False only the structure is wanted, and the model may stay on the meta device. Make the model around
+    the same parameters, so that a loaded object is trained in place. The first answer that is not None wins; what
     nobody answers for is loaded by transformers' auto classes. Raise a ModelError for a checkpoint that is yours and
     cannot be read.
 

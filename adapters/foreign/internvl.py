@@ -68,8 +68,8 @@ _DECODER = (
 )
 _SIDES = {"InternVisionModel", "InternVisionPatchModel"}
 # what InternVL says of itself where nobody else does, by the name of its prompt form
-_EARLY = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-_LATER = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+_EARLY = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
+_LATER = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
 PROMPT_FORMS: dict[str, PromptForm] = {
     "internlm2-chat": chatml(_EARLY, after=""),
     "Hermes-2": chatml(_EARLY, after=""),
@@ -225,18 +225,20 @@ def processor(weights: Weights, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
     most = int(settings.get("max_dynamic_patch", 6)) if tiled else 1
     if most > 1 and not settings.get("use_thumbnail", False):
         raise ModelError(
-            f"{weights.label!r} cuts tiles and adds no thumbnail (use_thumbnail is false); transformers' InternVL always "
-            "adds one.",
+            f"{weights.label!r} cuts tiles and adds no thumbnail (use_thumbnail is false); transformers' InternVL "
+            "always adds one.",
             REMEDY,
         )
-    # there is no token for videos, and none may be added; the image's is looked for first
+    # the processor wants a token for videos, none is ever passed, and none may be added to a full vocabulary: one that
+    # no prompt contains stands in
+    video = next((token for token in ("<video>", "<|video_pad|>") if token in vocabulary), END)
     name_tokens(
         tokenizer,
         {
             "start_image_token": START,
             "end_image_token": END,
             "context_image_token": CONTEXT,
-            "video_token": CONTEXT,
+            "video_token": video,
         },
     )
     height, width = config.vision_config.image_size

@@ -1,8 +1,8 @@
 """LLaVA, LLaVA-NeXT and the checkpoints of PIVOT's authors: `model.vision_tower`, `model.mm_projector`, `-200`.
 
-Their classes expand an image inside the forward pass. transformers' classes give the same numbers from the same tensors:
-LLaVA where an image is one square; LLaVA-NeXT where it is tiled ("anyres"); LLaVA-OneVision where the tiles' features
-are shrunk to a limit ("anyres_max_9").
+Their classes expand an image inside the forward pass. transformers' classes give the same numbers from the same
+tensors: LLaVA where an image is one square; LLaVA-NeXT where it is tiled ("anyres"); LLaVA-OneVision where the tiles'
+features are shrunk to a limit ("anyres_max_9").
 
 Source:
     haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT, arXiv 2510.16333.
@@ -289,8 +289,8 @@ def _tower_settings(weights: Weights, named: str, inside: list[str]) -> tuple[Ma
             return settings, kind
     known = ", ".join([*CLIP_TOWERS, "siglip-so400m-patch14-384"])
     raise ModelError(
-        f"The vision tower of {weights.label!r}, mm_vision_tower={named!r}, is not known and no {kind} configuration can "
-        f"be read there; known without looking are {known}.",
+        f"The vision tower of {weights.label!r}, mm_vision_tower={named!r}, is not known and no {kind} configuration "
+        f"can be read there; known without looking are {known}.",
         "Put its folder there, or set mm_vision_tower in config.json to where it is.",
     )
 

@@ -75,7 +75,7 @@ def read(
         if weights:
             held.check_whole()
     plan = layout.plan(held)
-    made = layout.processor(held, plan, tokenizer_of(held, processor))
+    made = layout.processor(held, plan, tokenizer_of(held, processor, plan.config.get_text_config()))
     model, bindings = build(plan, held, weights)
     if isinstance(source, nn.Module):
         link(model, source, bindings)

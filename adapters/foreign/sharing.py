@@ -1,8 +1,9 @@
 """An object of another repository, trained through transformers' class around its parameters.
 
-Most parameters are the object's own, and views of its fused ones lie in its memory: training changes the object. Three
-things part them: a copy where no view can be (InternLM2's wqkv), a module that peft replaces by the copy it trained, and
-a move to another device. `settle` brings what was trained back into the object, and lets both share memory again.
+Most parameters are the object's own, and views of its fused ones lie in its memory: training changes the object.
+Three things part them: a copy where no view can be (InternLM2's wqkv), a module that peft replaces by the copy it
+trained, and a move to another device. `settle` brings what was trained back into the object, and lets both share memory
+again.
 """
 
 from dataclasses import dataclass, field

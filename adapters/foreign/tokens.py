@@ -6,7 +6,13 @@ import re
 from dataclasses import dataclass
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from pivot_plugin.errors import ModelError
 
@@ -16,12 +22,13 @@ IMAGE = "<image>"
 VIDEO = "<video>"
 
 
-def tokenizer_of(weights: Weights, given: object | None) -> PreTrainedTokenizerBase:
+def tokenizer_of(weights: Weights, given: object | None, decoder: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """A model's tokenizer, a copy where it was given.
 
     Args:
         weights: of the model.
         given: a tokenizer or a processor with one; None to read it from the model's folder.
+        decoder: configuration of its language model, which tells the tokenizer's class where the folder does not.
 
     Raises:
         ModelError: if there is none that can be read without running a repository's code.
@@ -40,7 +47,7 @@ def tokenizer_of(weights: Weights, given: object | None) -> PreTrainedTokenizerB
             "Pass processor=, its tokenizer (AutoTokenizer.from_pretrained(...)).",
         )
     try:
-        return AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(weights.folder, config=decoder, trust_remote_code=False)
     # a tokenizer that needs code, files or packages that are not there: every library involved has its own error
     except Exception as error:
         if (weights.folder / "tokenizer.json").is_file():

@@ -69,7 +69,7 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
     Configuration, tokenizer, code and names are the checkpoint's; the numbers are the model's, in its precision.
 
     Args:
-        model: in transformers' form, read from a checkpoint of this form (trained since, or with another encoder in it).
+        model: in transformers' form, read from a checkpoint of this form, and trained since.
         template: folder of that checkpoint, whose configuration and tensor names are kept.
         folder: to be written, as a whole or not at all.
 

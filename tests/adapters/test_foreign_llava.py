@@ -1,0 +1,230 @@
+"""LLaVA and LLaVA-NeXT checkpoints read without their code: the same logits, and the same files on the way back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    SiglipVisionModel,
+)
+
+from pivot_plugin.adapters.foreign import read, write_back
+from pivot_plugin.adapters.foreign.llava import pinpoints
+from pivot_plugin.errors import ModelError
+from pivot_plugin.models.find import check_processor, find_adapter
+from pivot_plugin.models.loading import empty_model, load_model
+
+from ..conftest import picture
+from . import repositories as repo
+
+TILED = {"mm_patch_merge_type": "spatial_unpad"}
+CASES = {
+    "llama, CLIP": ("llava_llama", "clip", {}, LlavaForConditionalGeneration),
+    "mistral, CLIP, last layer, square": (
+        *("llava_mistral", "clip"),
+        {"mm_vision_select_layer": -1, "image_aspect_ratio": None},
+        LlavaForConditionalGeneration,
+    ),
+    "qwen, own SigLIP": ("llava_qwen", "siglip", {}, LlavaForConditionalGeneration),
+    "llama, tiles": (
+        *("llava_llama", "clip"),
+        {**TILED, "image_aspect_ratio": "anyres"},
+        LlavaNextForConditionalGeneration,
+    ),
+    "qwen, tiles with a limit": (
+        *("llava_qwen", "siglip"),
+        {**TILED, "image_aspect_ratio": "anyres_max_4"},
+        LlavaOnevisionForConditionalGeneration,
+    ),
+    "qwen, CLIP tiles with a limit": (
+        *("llava_qwen", "clip"),
+        {**TILED, "image_aspect_ratio": "anyres_max_9"},
+        LlavaOnevisionForConditionalGeneration,
+    ),
+    "qwen, tied": ("llava_qwen", "siglip", {"tie_word_embeddings": True}, LlavaForConditionalGeneration),
+}
+SIZES = [(56, 56), (120, 50), (48, 100), (170, 160)]
+
+
+def made(tmp_path: Path, case: str, **changed: Any) -> tuple[Any, Path]:
+    """The repository's model of a case, and its checkpoint folder."""
+    kind, tower, settings, _ = CASES[case]
+    place = repo.write_tower(tmp_path / f"{tower}-tower", tower)
+    config = repo.llava_settings(kind, str(place), **{**settings, **changed})
+    model = repo.llava(config)
+    tokens = repo.tokenizer("<|im_start|>") if kind == "llava_qwen" else repo.tokenizer("</s>", "<s>")
+    return model, repo.write(tmp_path / "checkpoint", config, repo.stored(model), tokens)
+
+
+def apart(theirs: Any, model: Any, processor: Any, size: tuple[int, int]) -> float:
+    """Largest difference of the logits about one picture, on the same pixels."""
+    image = picture(*size, seed=3)
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": "a red cat"},
+    ]
+    text = processor.apply_chat_template(conversation, tokenize=False)
+    inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        ours = model(**inputs).logits[0]
+        ids = repo.with_marks(inputs["input_ids"][0], model.config.image_token_id)
+        reference = theirs.answer(ids, [inputs["pixel_values"][0]], [size])
+    assert ours.shape == reference.shape
+    assert reference.std() > 0.1
+    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_gives_the_logits_of_the_repositorys_own_forward(case: str, tmp_path: Path) -> None:
+    theirs, folder = made(tmp_path, case)
+    model, processor = load_model(folder, None)
+    assert type(model) is CASES[case][3]
+    adapter = find_adapter(model)
+    check_processor(model, processor, adapter)
+    assert adapter.lora_targets()
+    for size in SIZES:
+        assert apart(theirs, model, processor, size) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path: Path) -> None:
+    _, folder = made(tmp_path, case)
+    model, _ = load_model(str(folder), None)
+    target = write_back(model, folder, tmp_path / "back")
+    before, after = (tensors(place) for place in (folder, target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    was, now = (json.loads((place / "config.json").read_text()) for place in (folder, target))
+    assert now == {**was, "unfreeze_mm_vision_tower": True}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_deleted_block_is_accounted_for_and_the_encoder_loads_alone(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "qwen, own SigLIP")
+    model, processor = load_model(folder, None)
+    encoder = find_adapter(model).extract()
+    assert type(encoder) is SiglipVisionModel
+    assert encoder.config.num_hidden_layers == len(encoder.encoder.layers) == 2
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = SiglipVisionModel.from_pretrained(tmp_path / "encoder")
+    pixels = processor.image_processor(images=[picture(56, 56, 1)], return_tensors="pt")["pixel_values"]
+    one, other = (m(pixels, output_hidden_states=True).hidden_states[-1] for m in (encoder, again))
+    assert torch.equal(one, other)
+
+
+def test_a_tower_that_lies_elsewhere_is_loaded_from_there(tmp_path: Path) -> None:
+    theirs, folder = made(tmp_path, "llama, CLIP")
+    place = Path(json.loads((folder / "config.json").read_text())["mm_vision_tower"])
+    theirs.model.vision_tower.vision_tower.save_pretrained(place)
+    held = {name: tensor for name, tensor in repo.stored(theirs).items() if "vision_tower" not in name}
+    settings = json.loads((folder / "config.json").read_text())
+    lean = repo.write(tmp_path / "lean", settings, held, repo.tokenizer("</s>", "<s>"))
+    model, processor = load_model(lean, None)
+    assert apart(theirs, model, processor, (56, 56)) < 1e-6
+    # and what is written back keeps it, and says that it does
+    back = write_back(model, lean, tmp_path / "back")
+    assert tensors(back).keys() == tensors(folder).keys()
+    (place / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"keeps no vision tower, and none could be loaded from mm_vision_tower="):
+        load_model(lean, None)
+
+
+def test_only_the_structure_is_read_where_no_weights_are_wanted(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "qwen, tiles with a limit")
+    model = empty_model(str(folder))
+    assert type(model) is LlavaOnevisionForConditionalGeneration
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_pytorch_files_are_read_without_code(tmp_path: Path) -> None:
+    theirs, folder = made(tmp_path, "llama, CLIP")
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink()
+    torch.save(repo.stored(theirs), folder / "pytorch_model.bin")
+    model, processor = load_model(folder, None)
+    assert apart(theirs, model, processor, (56, 56)) < 1e-6
+
+
+class TestImageToken:
+    """-200 becomes a token that no text contains; no embedding is added for it."""
+
+    def test_it_is_added_where_there_is_a_row_for_it(self, tmp_path: Path) -> None:
+        _, folder = made(tmp_path, "llama, CLIP")
+        model, processor = load_model(folder, None)
+        assert processor.image_token == "<image>"
+        assert model.config.image_token_id == len(repo.tokenizer("</s>", "<s>"))
+
+    def test_a_full_vocabulary_gives_up_its_unknown_token(self, tmp_path: Path) -> None:
+        rows = len(repo.tokenizer("</s>", "<s>"))
+        theirs, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        tokens = repo.tokenizer("</s>", "<s>")
+        tokens.pad_token = "<unk>"
+        tokens.save_pretrained(folder)
+        model, processor = load_model(folder, None)
+        assert processor.image_token == "<unk>"
+        assert model.get_input_embeddings().num_embeddings == rows
+        assert processor.tokenizer.pad_token_id not in (None, model.config.image_token_id)
+        check_processor(model, processor, find_adapter(model))
+        assert apart(theirs, model, processor, (90, 56)) < 1e-6
+
+    def test_a_reserved_token_comes_before_the_unknown_one(self, tmp_path: Path) -> None:
+        special = ("</s>", "<s>", "<|reserved_special_token_0|>")
+        rows = len(repo.tokenizer(*special))
+        _, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        repo.tokenizer(*special).save_pretrained(folder)
+        _, processor = load_model(folder, None)
+        assert processor.image_token == "<|reserved_special_token_0|>"
+
+    def test_none_left_is_refused(self, tmp_path: Path) -> None:
+        rows = len(repo.tokenizer("</s>", "<s>"))
+        _, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        tokens = repo.tokenizer("</s>", "<s>")
+        tokens.unk_token = None
+        tokens.save_pretrained(folder)
+        with pytest.raises(ModelError, match="no token left to stand for an image"):
+            load_model(folder, None)
+
+
+def test_pixels_are_padded_with_the_mean_as_the_repository_does(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "llama, CLIP")
+    _, processor = load_model(folder, None)
+    image = picture(100, 50, 3)
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    assert pixels.shape == (3, 56, 56)
+    # bars above and below are the mean colour, zero once it is taken off
+    assert pixels[:, :12].abs().max() < 0.02 and pixels[:, -12:].abs().max() < 0.02
+    assert pixels[:, 20:36].std() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([(336, 672), (672, 336)], [[672, 336], [336, 672]]),
+        ("[(336, 672), [672, 336]]", [[672, 336], [336, 672]]),
+        ("(1x1),...,(2x3)", [[h * 336, w * 336] for w in (1, 2) for h in (1, 2, 3)]),
+    ],
+)
+def test_pinpoints_are_read_in_every_form(written: object, expected: list[list[int]]) -> None:
+    assert pinpoints(written, 336, "x") == expected
+
+
+@pytest.mark.parametrize("written", [None, "none", [336], [(300, 672)]])
+def test_pinpoints_that_make_no_sense_are_refused(written: object) -> None:
+    with pytest.raises(ModelError, match="image_grid_pinpoints"):
+        pinpoints(written, 336, "x")
+
+
+def test_transformers_own_folders_and_objects_are_left_to_transformers(llava: Any, tmp_path: Path) -> None:
+    llava[0].save_pretrained(tmp_path)
+    llava[1].save_pretrained(tmp_path)
+    assert read(tmp_path) is None
+    assert load_model(*llava) == llava
