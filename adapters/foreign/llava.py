@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -40,6 +40,7 @@ from transformers import (
     Qwen2Config,
     SiglipImageProcessor,
     SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
@@ -321,8 +322,8 @@ def _tensors_elsewhere(named: str, config: PreTrainedConfig, label: str) -> dict
     """
     remedy = "Put the tower there, or set mm_vision_tower in config.json to its folder or Hub id."
     try:
-        tower, loading = AutoModel.from_config(config), {}
-        tower, loading = type(tower).from_pretrained(named, config=config, output_loading_info=True)
+        kind = CLIPVisionModel if isinstance(config, CLIPVisionConfig) else SiglipVisionModel
+        tower, loading = kind.from_pretrained(named, config=config, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{label!r} keeps no vision tower, and none could be loaded from mm_vision_tower={named!r}: "
@@ -406,10 +407,11 @@ def _prompt_form(text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def _colours(weights: Weights, is_clip: bool) -> dict[str, Any]:
     """Mean and deviation of the pixels: those of the checkpoint or its tower, else of the tower's kind."""
     named = str(weights.config.get("mm_vision_tower") or "")
-    places = [weights.folder, weights.folder / named if weights.folder is not None and named else None, Path(named)]
+    folder = weights.folder
+    places = [place for place in (folder, folder and named and folder / named, named and Path(named)) if place]
     for place in places:
-        file = None if place is None else place / "preprocessor_config.json"
-        if file is None or not file.is_file():
+        file = place / "preprocessor_config.json"
+        if not file.is_file():
             continue
         try:
             written = json.loads(file.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ class Cut:
 
 
 UNCUT = Cut(lambda tensor: (tensor,), lambda pieces: pieces[0])
-THIRDS = Cut(lambda tensor: tensor.chunk(3), torch.cat)
+THIRDS = Cut(lambda tensor: tensor.chunk(3), lambda pieces: torch.cat(list(pieces)))
 """A fused projection whose rows are all queries, then all keys, then all values."""
 
 

@@ -109,7 +109,7 @@ def _layout(config: Mapping[str, Any]) -> Layout | None:
 
 def _of_object(source: nn.Module) -> ObjectWeights | None:
     config = getattr(source, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else config
+    settings: Any = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
     if not isinstance(settings, Mapping):
         return None
     name = getattr(config, "_name_or_path", None)

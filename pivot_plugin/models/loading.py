@@ -90,8 +90,26 @@ def load_model(
             f"No processor was given, and this {type(model).__name__} has no name_or_path to find one by.",
             "Pass processor=AutoProcessor.from_pretrained(...).",
         )
+    return model, _own_processor(name)
+
+
+def load_processor(name: str | Path) -> ProcessorMixin:
+    """The processor of an MLLM by the MLLM's name; none of its weights are read.
+
+    Args:
+        name: folder or Hub id of the MLLM; of transformers or of a repository that a plugin knows.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    foreign = _from_plugins(name, None, weights=False)
+    return foreign[1] if foreign is not None else _own_processor(name)
+
+
+def _own_processor(name: str | Path) -> ProcessorMixin:
+    """The processor that lies with a model of transformers."""
     try:
-        return model, AutoProcessor.from_pretrained(name)
+        return AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"No processor could be loaded from {str(name)!r}: {error}", "Pass processor= explicitly."
