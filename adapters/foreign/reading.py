@@ -58,6 +58,8 @@ def read(
         ModelError: for a layout that neither knows, or a checkpoint that is not whole or has what transformers has no
             equal of.
     """
+    if not isinstance(source, str | Path | nn.Module):
+        return None
     if isinstance(source, nn.Module):
         held: Weights | None = _of_object(source)
         layout = None if held is None else _layout(held.config)

@@ -25,7 +25,7 @@ def empty_model(name: str) -> PreTrainedModel:
     Raises:
         ModelError: if there is none.
     """
-    foreign = _from_plugins(name, None, weights=False)
+    foreign = from_plugins(name, None, weights=False)
     if foreign is not None:
         return foreign[0]
     try:
@@ -38,10 +38,23 @@ def empty_model(name: str) -> PreTrainedModel:
         ) from error
 
 
-def _from_plugins(
+def from_plugins(
     source: object, processor: object, weights: bool = True
 ) -> tuple[PreTrainedModel, ProcessorMixin] | None:
-    """What plugins make of a folder, a Hub id or an object that is not of transformers' classes."""
+    """What plugins make of a folder, a Hub id or an object that is not of transformers' classes.
+
+    Args:
+        source: to be read.
+        processor: what the user gave with it: a tokenizer, a processor, or None.
+        weights: whether a checkpoint's weights are wanted, or its structure alone.
+
+    Returns:
+        a transformers model and its processor, or None if no plugin answers.
+
+    Raises:
+        ModelError: for a checkpoint that a plugin knows and cannot read, or an answer of another kind.
+        PluginError: if a plugin raises.
+    """
     if type(source).__module__.partition(".")[0] == "transformers":
         return None
     answer = ask("pivot_model", source=source, processor=processor, weights=weights)
@@ -69,7 +82,7 @@ def load_model(
         ModelError: if either cannot be loaded.
         PluginError: if a plugin raises.
     """
-    foreign = _from_plugins(model, processor)
+    foreign = from_plugins(model, processor)
     if foreign is not None:
         return foreign[0], processor if isinstance(processor, ProcessorMixin) else foreign[1]
     name = model
@@ -102,7 +115,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     Raises:
         ModelError: if there is none.
     """
-    foreign = _from_plugins(name, None, weights=False)
+    foreign = from_plugins(name, None, weights=False)
     return foreign[1] if foreign is not None else _own_processor(name)
 
 

@@ -227,10 +227,13 @@ class TestWritingBack:
 
     def test_a_model_of_another_kind_or_size_is_refused(self, make: Any, tmp_path: Path) -> None:
         _, folder = internvl(tmp_path, "Qwen2")
-        for name, message in (
-            ("llava", "have no place in the repository's form"),
-            ("internvl", "does not fit the form"),
+        _, other = internvl(tmp_path / "wider", "Qwen2", vision={"intermediate_size": 44})
+        wider, _ = load_model(other, None)
+        for model, message in (
+            (make("llava")[0], "have no place in the repository's form"),
+            (make("internvl")[0], r"lacks .*q_proj.bias, .* which .*attn.qkv.bias .* holds"),
+            (wider, r"does not fit the form of .*: 9 tensors differ"),
         ):
             with pytest.raises(ModelError, match=message):
-                write_back(make(name)[0], folder, tmp_path / "back")
+                write_back(model, folder, tmp_path / "back")
         assert not (tmp_path / "back").exists()

@@ -31,7 +31,7 @@ SIZES = [(56, 56), (120, 50), (48, 100), (170, 160)]
 
 def made(tmp_path: Path, case: str, **changed: Any) -> tuple[Any, Path]:
     """The repository's model of a case, and its checkpoint folder."""
-    settings = repo.internvl_settings(**CASES[case], **changed)
+    settings = repo.internvl_settings(**{**CASES[case], **changed})
     model = repo.internvl(settings)
     return model, repo.write(tmp_path / "checkpoint", settings, repo.stored(model), repo.tokenizer(*TOKENS))
 

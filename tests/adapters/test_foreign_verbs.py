@@ -10,8 +10,6 @@ import pivot_plugin as pivot
 from pivot_plugin import hooks
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.loading import empty_model, load_model
-from pivot_plugin.probes.subjects import subject
-from pivot_plugin.training.inspection import inspect_model
 
 from . import repositories as repo
 from .test_foreign_internvl import made as internvl
@@ -37,8 +35,8 @@ def test_optimize_and_the_encoder_it_leaves(folder: Path, rows: Any, fast: Any, 
     assert all(map(torch.equal, theirs.values(), ours.values()))
 
 
-def test_instruct_writes_a_model_that_loads_alone(folder: Path, tmp_path: Path, rows: Any) -> None:
-    data = [
+def conversations(rows: Any) -> list[dict[str, Any]]:
+    return [
         {
             "images": row["images"],
             "messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}],
@@ -46,22 +44,15 @@ def test_instruct_writes_a_model_that_loads_alone(folder: Path, tmp_path: Path, 
         for row in rows
         if len(row["images"]) == 1
     ]
+
+
+def test_instruct_writes_a_model_that_loads_alone(folder: Path, tmp_path: Path, rows: Any) -> None:
+    data = conversations(rows)
     result = pivot.instruct(
         str(folder), data, output_dir=tmp_path / "run", eval_fraction=0, max_steps=2, use_cpu=True, disable_tqdm=True
     )
     again, _ = load_model(tmp_path / "run" / "model", None)
     assert type(again) is type(result.model)
-
-
-def test_a_subject_is_made_of_it(folder: Path) -> None:
-    made = subject(folder)
-    assert made.adapter.family in ("internvl", "llava-onevision")
-
-
-def test_inspect_sees_its_structure_without_weights(folder: Path) -> None:
-    facts = inspect_model(str(folder))
-    assert facts["model"] in ("InternVLForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
-    assert facts["prefix forest"] == "yes"
 
 
 class Plugin:
