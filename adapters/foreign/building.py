@@ -14,6 +14,8 @@ from pivot_plugin.errors import ModelError
 from .names import Binding, NameTable
 from .weights import FolderWeights, ObjectWeights, Weights, some
 
+_OF_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,6 +66,9 @@ def build(plan: Plan, weights: Weights, filled: bool = True) -> tuple[PreTrained
             )
     place = weights.label if isinstance(weights, FolderWeights) else weights.config.get("_name_or_path")
     model.config._name_or_path = model.name_or_path = str(place or "")
+    if weights.folder is not None and weights.folder.parent.name == "snapshots":
+        # of the Hub's cache, where a folder is called after its commit
+        model.config._commit_hash = weights.folder.name
     _set_generation(model, weights)
     return model.eval(), bindings
 
@@ -150,7 +155,7 @@ def _fill(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     device = next(model.parameters()).device
-    _move_buffers(model, device)
+    move_buffers(model, device)
     for config in (model.config, model.config.get_text_config(), getattr(model.config, "vision_config", None)):
         if config is not None:
             config.dtype = model.dtype
@@ -166,7 +171,7 @@ def _precision(config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> torc
     return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Put what the classes compute themselves beside the weights."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -180,5 +185,10 @@ def _set_generation(model: PreTrainedModel, weights: Weights) -> None:
     folder: Path | None = weights.folder
     if held is None and folder is not None and (folder / "generation_config.json").is_file():
         held = GenerationConfig.from_pretrained(folder)
-    if isinstance(held, GenerationConfig):
-        model.generation_config = GenerationConfig.from_dict(held.to_dict())
+    if not isinstance(held, GenerationConfig):
+        return
+    settings = held.to_dict()
+    if not settings.get("do_sample"):
+        # published checkpoints have a temperature and take the likeliest token; such settings cannot be saved
+        settings = {name: value for name, value in settings.items() if name not in _OF_SAMPLING}
+    model.generation_config = GenerationConfig.from_dict(settings)

@@ -171,6 +171,8 @@ def _check(weights: Weights) -> None:
     resampler = config.get("mm_resampler_type")
     if resampler not in (None, "identity"):
         raise ModelError(f"{label!r} resamples its features: mm_resampler_type={resampler!r}.", remedy)
+    if config.get("mm_use_im_start_end"):
+        raise ModelError(f"{label!r} puts tokens of its own around images (mm_use_im_start_end).", remedy)
     fits = (
         merge == "spatial_unpad" and re.fullmatch(r"anyres(_max_\d+)?", str(aspect))
         if _is_tiled(config)

@@ -14,6 +14,7 @@ from torch import nn
 
 from pivot_plugin.hooks import hookimpl
 
+from .building import move_buffers
 from .names import Binding
 
 LINK = "_shares_with"
@@ -56,6 +57,7 @@ def settle(model: nn.Module) -> list[str]:
     shared = model.__dict__.get(LINK)
     if not isinstance(shared, Link) or shared.origin is None:
         return []
+    device = next(model.parameters()).device
     theirs = dict(shared.origin.named_parameters(remove_duplicate=False))
     ours = dict(model.named_parameters(remove_duplicate=False))
     parted = []
@@ -73,6 +75,8 @@ def settle(model: nn.Module) -> list[str]:
         if binding.cut.views:
             for part, piece in zip(held, binding.cut.pieces(origin.data), strict=True):
                 part.data = piece
+    if all(parameter.device == device for parameter in shared.origin.parameters()):
+        move_buffers(shared.origin, device)
     return parted
 
 

@@ -188,6 +188,7 @@ class TestLlavaSettings:
             ({"mm_vision_select_feature": "slicefour_patch"}, "mm_vision_select_feature='slicefour_patch'"),
             ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' and mm_patch_merge_type='flat'"),
             ({"mm_patch_merge_type": "spatial_unpad"}, "image_aspect_ratio='pad' and mm_patch_merge_type='spatial_"),
+            ({"mm_use_im_start_end": True}, "tokens of its own around images"),
             ({"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver'"),
             ({"mm_vision_tower": "somebody/clip-of-their-own"}, "mm_vision_tower='somebody/clip-of-their-own', is not"),
             ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "has 3 blocks; .* should leave 24"),

@@ -145,6 +145,51 @@ def test_a_conversation_is_written_in_the_repositorys_form(case: str, tmp_path: 
     assert text.endswith("<|im_start|>user\n<IMG_CONTEXT>\nwhat?<|im_end|><|im_start|>assistant\n")
 
 
+def test_the_structure_of_the_published_8b_is_that_of_its_settings(tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 448,
+    }
+    settings = repo.internvl_settings("InternLM2ForCausalLM", vision, force_image_size=448, torch_dtype="bfloat16")
+    settings["llm_config"] |= {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 92553,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    }
+    decoder = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    decoder += ["attention_norm", "ffn_norm"]
+    tower = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2"]
+    kinds, block = ("weight", "bias"), "vision_model.encoder.layers."
+    names = [f"language_model.{part}.weight" for part in ("model.tok_embeddings", "model.norm", "output")]
+    names += [f"language_model.model.layers.{n}.{part}.weight" for n in range(32) for part in decoder]
+    names += [f"{block}{n}.{part}.{kind}" for n in range(24) for part in tower for kind in kinds]
+    names += [f"{block}{n}.{scale}" for n in range(24) for scale in ("ls1", "ls2")]
+    names += [f"vision_model.embeddings.{part}" for part in ("class_embedding", "position_embedding")]
+    names += [f"vision_model.embeddings.patch_embedding.{kind}" for kind in kinds]
+    names += [f"mlp1.{layer}.{kind}" for layer in (0, 1, 3) for kind in kinds]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    repo.tokenizer(*TOKENS).save_pretrained(tmp_path)
+    model = empty_model(str(tmp_path))
+    parts = {"language_model": 0, "vision_tower": 0, "multi_modal_projector": 0}
+    for name, parameter in model.named_parameters():
+        parts[name.split(".")[1] if name.startswith("model.") else "language_model"] += parameter.numel()
+    # InternLM2.5 7B with InternVL's nine tokens, InternViT 300M at 448 px, a norm and two linear layers
+    assert parts["language_model"] == 7_737_708_544 + 2 * 4096 * 9
+    assert parts["vision_tower"] == 304_012_288
+    assert parts["multi_modal_projector"] == 2 * 4096 + (4096 * 4096 + 4096) * 2
+    assert model.config.image_seq_length == 256
+    assert model.config.text_config.rope_parameters["rope_type"] == "dynamic"
+
+
 class TestCuts:
     """Fused projections come apart and together again."""
 

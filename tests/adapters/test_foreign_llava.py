@@ -20,6 +20,7 @@ from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import empty_model, load_model
 
+from .. import hub_server
 from ..conftest import picture
 from . import repositories as repo
 
@@ -49,6 +50,7 @@ CASES = {
     ),
     "qwen, tied": ("llava_qwen", "siglip", {"tie_word_embeddings": True}, LlavaForConditionalGeneration),
 }
+KINDS = ("weight", "bias")
 SIZES = [(56, 56), (120, 50), (48, 100), (170, 160)]
 
 
@@ -102,6 +104,23 @@ def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path
     assert all(torch.equal(before[name], after[name]) for name in before)
     was, now = (json.loads((place / "config.json").read_text()) for place in (folder, target))
     assert now == {**was, "unfreeze_mm_vision_tower": True}
+
+
+@pytest.mark.parametrize("case", [*CASES, "unknown token"])
+def test_model_and_processor_are_saved_as_transformers_own(case: str, tmp_path: Path) -> None:
+    if case == "unknown token":
+        theirs, folder = made(tmp_path, "llama, CLIP", vocab_size=len(repo.tokenizer("</s>", "<s>")))
+    else:
+        theirs, folder = made(tmp_path, case)
+    model, processor = load_model(folder, None)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert read(tmp_path / "saved") is None
+    again, same = load_model(tmp_path / "saved", None)
+    assert type(same) is type(processor)
+    assert same.image_token == processor.image_token
+    check_processor(again, same, find_adapter(again))
+    assert apart(theirs, again, same, (120, 50)) < 1e-6
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -228,3 +247,89 @@ def test_transformers_own_folders_and_objects_are_left_to_transformers(llava: An
     llava[1].save_pretrained(tmp_path)
     assert read(tmp_path) is None
     assert load_model(*llava) == llava
+
+
+def test_generation_settings_are_kept_and_can_be_saved(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "llama, CLIP")
+    # as Vicuna has them: likeliest tokens, and a temperature
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6})
+    )
+    model, _ = load_model(folder, None)
+    assert model.generation_config.eos_token_id == 2
+    model.save_pretrained(tmp_path / "saved")
+    sampling = {"do_sample": True, "temperature": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    model, _ = load_model(folder, None)
+    assert (model.generation_config.do_sample, model.generation_config.temperature) == (True, 0.9)
+
+
+def test_a_hub_id_is_read_like_a_folder_and_no_weight_is_downloaded_for_its_structure(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "qwen, own SigLIP")
+    (folder / "modeling_x.py").write_text("raise SystemExit")
+    code = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import scan_cache_dir
+from pivot_plugin.models.loading import empty_model, load_model
+def held():
+    revisions = [revision for repo in scan_cache_dir().repos for revision in repo.revisions]
+    return sorted(Path(file.file_name).suffix for revision in revisions for file in revision.files)
+structure = empty_model("tester/model")
+before = held()
+model, processor = load_model("tester/model", None)
+total = sum(p.double().sum().item() for p in model.parameters())
+print(json.dumps([before, held(), model.name_or_path, model.config._commit_hash, processor.image_token, total]))
+"""
+    with hub_server.serving() as hub:
+        hub.repos["models/tester/model"] = hub_server.Repo()
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        commit = hub.repos["models/tester/model"].add("main", files, "checkpoint")
+        run = hub.run(code, HF_HOME=str(tmp_path / "home"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    before, after, name, revision, token, total = json.loads(run.stdout.splitlines()[-1])
+    assert ".safetensors" not in before and after.count(".safetensors") == 2
+    assert ".py" not in after
+    assert (name, revision, token) == ("tester/model", commit, "<image>")
+    assert total == pytest.approx(sum(p.double().sum().item() for p in load_model(folder, None)[0].parameters()))
+
+
+def test_the_structure_of_the_published_7b_is_that_of_its_settings(tmp_path: Path) -> None:
+    settings = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-05,
+        "mm_hidden_size": 1024,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "image_aspect_ratio": "pad",
+        "torch_dtype": "float16",
+    }
+    decoder = [f"{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")]
+    decoder += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    decoder += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    tower = [f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    tower += ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    head = "model.vision_tower.vision_tower.vision_model."
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{n}.{name}" for n in range(32) for name in decoder]
+    names += [f"{head}encoder.layers.{n}.{part}.{kind}" for n in range(24) for part in tower for kind in KINDS]
+    names += [f"{head}{part}.{kind}" for part in ("pre_layrnorm", "post_layernorm") for kind in KINDS]
+    names += [f"{head}embeddings.{part}" for part in ("class_embedding", "patch_embedding.weight")]
+    names += [f"{head}embeddings.position_embedding.weight"]
+    names += [f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in KINDS]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    repo.tokenizer("</s>", "<s>").save_pretrained(tmp_path)
+    model = empty_model(str(tmp_path))
+    # LLaMA 7B, the tower of CLIP ViT-L/14 at 336 px, two linear layers
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616 + 303_507_456 + 20_979_712
+    assert model.config.image_seq_length == 576

@@ -16,12 +16,12 @@ from .test_foreign_internvl import made as internvl
 from .test_foreign_llava import made as llava
 
 
-@pytest.fixture(params=["LLaVA-NeXT", "InternVL"])
+@pytest.fixture(params=["LLaVA", "LLaVA-NeXT", "InternVL"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint of each repository in turn."""
     if request.param == "InternVL":
         return internvl(tmp_path, "InternLM2, normed queries, layer -2")[1]
-    return llava(tmp_path, "qwen, tiles with a limit")[1]
+    return llava(tmp_path, "llama, CLIP" if request.param == "LLaVA" else "qwen, tiles with a limit")[1]
 
 
 def test_optimize_and_the_encoder_it_leaves(folder: Path, rows: Any, fast: Any, tmp_path: Path) -> None:
