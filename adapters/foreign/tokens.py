@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import AddedToken
 from transformers import (
@@ -46,17 +47,37 @@ def tokenizer_of(weights: Weights, given: object | None, decoder: PreTrainedConf
             f"No tokenizer was given with this {weights.label}, and the folder it was loaded from is not known.",
             "Pass processor=, its tokenizer (AutoTokenizer.from_pretrained(...)).",
         )
-    try:
-        return AutoTokenizer.from_pretrained(weights.folder, config=decoder, trust_remote_code=False)
-    # a tokenizer that needs code, files or packages that are not there: every library involved has its own error
-    except Exception as error:
-        if (weights.folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(weights.folder)
+    tokenizer = _from_folder(weights.folder, weights.label, decoder)
+    ids = set(tokenizer("a red cat", add_special_tokens=False)["input_ids"])
+    if not ids - {tokenizer.unk_token_id}:
+        # transformers makes an empty tokenizer where the files of its vocabulary are missing
         raise ModelError(
-            f"The tokenizer of {weights.label!r} cannot be read: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}",
-            "Its code is not run. Put the tokenizer.json that its published conversion has into the folder, or pass "
-            "processor=, a tokenizer.",
+            f"The tokenizer of {weights.label!r} ({type(tokenizer).__name__}, {len(tokenizer)} tokens) knows no word: "
+            "its vocabulary is missing.",
+            "Download the tokenizer's files too: tokenizer.json, or tokenizer.model, or vocab.json and merges.txt.",
+        )
+    return tokenizer
+
+
+def _from_folder(folder: Path, label: str, decoder: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, by transformers' classes alone."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    try:
+        if "auto_map" not in settings:
+            return AutoTokenizer.from_pretrained(folder, config=decoder, trust_remote_code=False)
+        # a class of the repository's own: transformers' class for such a decoder might cut texts in another way
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    # files or packages that are not there: every library involved has its own error
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if "auto_map" in settings:
+            why = f"its class {settings.get('tokenizer_class')} is code of its own, which is not run"
+        raise ModelError(
+            f"The tokenizer of {label!r} cannot be read: {why}.",
+            "Put the tokenizer.json of its published conversion into the folder, or pass processor=, a tokenizer.",
         ) from error
 
 

@@ -30,12 +30,15 @@ class Weights(Protocol):
     Attributes:
         label: what they are of, in words, for errors.
         config: settings of the model, as its config.json has them.
-        folder: where its tokenizer lies, None where that is not known.
     """
 
     label: str
     config: Mapping[str, Any]
-    folder: Path | None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its tokenizer lies, None where that is not known."""
+        ...
 
     @property
     def names(self) -> list[str]:
@@ -57,10 +60,13 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], label: str) -> None:
-        self.folder: Path | None = folder
         self._place = folder
         self.config = config
         self.label = label
+
+    @property
+    def folder(self) -> Path | None:
+        return self._place
 
     @cached_property
     def _file_of(self) -> dict[str, str]:
@@ -186,8 +192,17 @@ class ObjectWeights:
         self.model = model
         self.config = config
         self.label = type(model).__name__
-        place = Path(str(config.get("_name_or_path") or getattr(model, "name_or_path", "") or "."))
-        self.folder: Path | None = place if (place / CONFIG).is_file() and place != Path() else None
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The folder or the Hub repository that the object was loaded from."""
+        name = str(self.config.get("_name_or_path") or "")
+        if not name or Path(name).is_dir():
+            return Path(name) if name and (Path(name) / CONFIG).is_file() else None
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
+        except (OSError, ValueError, HfHubHTTPError):
+            return None
 
     @cached_property
     def _parameters(self) -> dict[str, torch.Tensor]:

@@ -67,7 +67,7 @@ def test_a_tokenizer_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     kept = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"tokenizer of .* cannot be read.*Its code is not run"):
+    with pytest.raises(ModelError, match=r"tokenizer of .* its class Tokens is code of its own, which is not run"):
         load_model(folder, None)
     # its published conversion is enough, and so is a tokenizer that is given
     assert load_model(folder, repo.tokenizer(*TOKENS))[1].image_token == "<IMG_CONTEXT>"
@@ -78,6 +78,16 @@ def test_a_tokenizer_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None
 
 class TestHalfAFolder:
     """Files that are missing or cut short."""
+
+    @pytest.mark.parametrize("case", ["llama, CLIP", "qwen, own SigLIP"])
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_the_tokenizers_vocabulary_is_missing(self, case: str, kept: bool, tmp_path: Path) -> None:
+        _, folder = llava(tmp_path, case)
+        (folder / "tokenizer.json").unlink()
+        settings = {"tokenizer_class": "LlamaTokenizer" if "llama" in case else "Qwen2Tokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings if kept else {}))
+        with pytest.raises(ModelError, match=r"knows no word: its vocabulary is missing|cannot be read: ValueError"):
+            load_model(folder, None)
 
     def test_shards_that_the_index_names_are_missing(self, tmp_path: Path) -> None:
         _, folder = llava(tmp_path, "llama, CLIP")

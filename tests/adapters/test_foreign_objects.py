@@ -147,6 +147,20 @@ def test_the_model_is_saved_whole_although_it_has_views(tmp_path: Path) -> None:
     assert apart(theirs, again, same, (120, 50)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["LLaVA, CLIP", "InternVL, Qwen2"])
+def test_an_object_that_knows_its_folder_needs_no_tokenizer(kind: str, tmp_path: Path) -> None:
+    theirs, tokens, apart = loaded(kind)
+    tokens.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    if kind.startswith("LLaVA"):
+        theirs.config._name_or_path = str(tmp_path)
+    else:
+        theirs.config["_name_or_path"] = str(tmp_path)
+    model, processor = load_model(theirs, None)
+    assert model.name_or_path == str(tmp_path)
+    assert apart(theirs, model, processor, (120, 50)) < 1e-6
+
+
 def test_an_object_without_a_tokenizer_is_refused() -> None:
     theirs, _, _ = loaded("LLaVA, CLIP")
     with pytest.raises(ModelError, match=r"No tokenizer was given with this LlavaLlamaForCausalLM.*Pass processor="):
