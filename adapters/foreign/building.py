@@ -1,5 +1,6 @@
 """transformers' class around a repository's tensors, each in its place or a refusal: never a random weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ _OF_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """A part of a model whose tensors the repository does not keep in the checkpoint itself.
+
+    Attributes:
+        path: of it in the model.
+        load: gives its tensors by their names within it.
+    """
+
+    path: str
+    load: Callable[[], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a repository's model is in transformers' words.
 
@@ -25,14 +39,14 @@ class Plan:
         model_class: transformers' own.
         config: of it.
         table: of names.
-        added: tensors by our names that the repository does not keep in the checkpoint itself.
+        elsewhere: the part that the checkpoint does not hold, None where it is whole.
         back: settings that the repository's configuration needs in order to read all tensors that are written back.
     """
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
     table: NameTable
-    added: dict[str, torch.Tensor] = field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
     back: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,7 +100,9 @@ def _bindings(
             left_over.append(name)
         else:
             bindings.append(binding)
-    reached = {ours for binding in bindings for ours in binding.ours} | plan.added.keys()
+    reached = {ours for binding in bindings for ours in binding.ours}
+    if plan.elsewhere is not None:
+        reached |= {name for name in expected if name.startswith(f"{plan.elsewhere.path}.")}
     missing = [_their_name(plan.table, name) for name in expected if name not in reached and name not in tied]
     missing = list(dict.fromkeys(missing))
     if missing or left_over:
@@ -117,7 +133,9 @@ def _fill(
     expected: dict[str, tuple[int, ...]],
 ) -> None:
     """Put the tensors into the model."""
-    state: dict[str, torch.Tensor] = dict(plan.added)
+    state: dict[str, torch.Tensor] = {}
+    if plan.elsewhere is not None:
+        state = {f"{plan.elsewhere.path}.{name}": tensor for name, tensor in plan.elsewhere.load().items()}
     flags: dict[str, bool] = {}
     wrong = []
     is_object = isinstance(weights, ObjectWeights)

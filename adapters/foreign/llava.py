@@ -47,7 +47,7 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from pivot_plugin.errors import ModelError
 
-from .building import Plan
+from .building import Elsewhere, Plan
 from .names import NameTable, rename
 from .tokens import LLAMA_3, MISTRAL, VICUNA, VIDEO, PromptForm, chatml, image_token, ready
 from .weights import ObjectWeights, Weights, configuration
@@ -99,10 +99,9 @@ _NOT_THE_DECODER = {"architectures", "model_type", "transformers_version", "_nam
 
 def matches(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is one of these repositories'."""
-    return "mm_vision_tower" in config or (
-        str(config.get("model_type", "")).startswith("llava")
-        and any(name in DECODERS for name in config.get("architectures") or ())
-    )
+    known = any(name in DECODERS for name in config.get("architectures") or ())
+    # transformers' own have a configuration for each part
+    return (known or "mm_vision_tower" in config) and "text_config" not in config
 
 
 def plan(weights: Weights) -> Plan:
@@ -114,7 +113,7 @@ def plan(weights: Weights) -> Plan:
     config = weights.config
     _check(weights)
     text = _decoder_config(weights)
-    tower, added = _tower(weights)
+    tower, elsewhere = _tower(weights)
     is_clip = isinstance(tower, CLIPVisionConfig)
     select = str(config.get("mm_vision_select_feature") or "patch")
     common: dict[str, Any] = {
@@ -131,13 +130,13 @@ def plan(weights: Weights) -> Plan:
     if not _is_tiled(config):
         tokens = side * side + (1 if is_clip and select == "cls_patch" else 0)
         plain = LlavaConfig(image_seq_length=tokens, **common)
-        return Plan(LlavaForConditionalGeneration, plain, TABLE, added, back)
+        return Plan(LlavaForConditionalGeneration, plain, TABLE, elsewhere, back)
     common["image_grid_pinpoints"] = pinpoints(config.get("image_grid_pinpoints"), tower.image_size, weights.label)
     if "max" in str(config["image_aspect_ratio"]):
         limited = LlavaOnevisionConfig(vision_aspect_ratio=config["image_aspect_ratio"], **common)
-        return Plan(LlavaOnevisionForConditionalGeneration, limited, TABLE, added, back)
+        return Plan(LlavaOnevisionForConditionalGeneration, limited, TABLE, elsewhere, back)
     tiled = LlavaNextConfig(image_seq_length=side * side, **common)
-    return Plan(LlavaNextForConditionalGeneration, tiled, TABLE, added, back)
+    return Plan(LlavaNextForConditionalGeneration, tiled, TABLE, elsewhere, back)
 
 
 def _is_tiled(config: Mapping[str, Any]) -> bool:
@@ -238,8 +237,8 @@ def pinpoints(written: object, side: int, label: str) -> list[list[int]]:
 # The tower
 
 
-def _tower(weights: Weights) -> tuple[CLIPVisionConfig | SiglipVisionConfig, dict[str, torch.Tensor]]:
-    """The tower's configuration, and its tensors where the checkpoint does not keep them."""
+def _tower(weights: Weights) -> tuple[CLIPVisionConfig | SiglipVisionConfig, Elsewhere | None]:
+    """The tower's configuration, and where its tensors are if the checkpoint does not keep them."""
     named = str(weights.config.get("mm_vision_tower") or "")
     inside = [name for name in weights.names if name.startswith(TOWER)]
     settings, kind = _tower_settings(weights, named, inside)
@@ -252,14 +251,17 @@ def _tower(weights: Weights) -> tuple[CLIPVisionConfig | SiglipVisionConfig, dic
         blocks = config.num_hidden_layers - 1
         config.num_hidden_layers = blocks
     if not inside:
-        return config, _tensors_elsewhere(named, config, weights.label)
+        return config, Elsewhere("model.vision_tower", lambda: _tensors_elsewhere(named, config, weights.label))
     held = len({match[1] for name in inside if (match := re.search(r"\.encoder\.layers\.(\d+)\.", name))})
+    if kind == "siglip" and isinstance(weights, ObjectWeights):
+        # whether its configuration goes on counting the deleted block is the object's affair
+        config.num_hidden_layers = blocks = held
     if held != blocks:
         raise ModelError(
             f"The vision tower in {weights.label!r} has {held} blocks; {named!r} should leave {blocks} of them there.",
             "Look whether config.json names the tower that the checkpoint has (mm_vision_tower).",
         )
-    return config, {}
+    return config, None
 
 
 def _of(kind: type[PreTrainedConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +319,7 @@ def _has_weights(weights: Weights) -> bool:
 
 
 def _tensors_elsewhere(named: str, config: PreTrainedConfig, label: str) -> dict[str, torch.Tensor]:
-    """The tower's tensors by our names, from where the checkpoint says they are.
+    """The tower's tensors by the names within it, from where the checkpoint says they are.
 
     Raises:
         ModelError: if they cannot be loaded whole.
@@ -336,7 +338,7 @@ def _tensors_elsewhere(named: str, config: PreTrainedConfig, label: str) -> dict
         raise ModelError(
             f"The vision tower at {named!r} lacks {len(missing)} tensors: {', '.join(missing[:6])}.", remedy
         )
-    return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    return dict(tower.state_dict())
 
 
 # The processor

@@ -1,7 +1,7 @@
 """How tensors of a repository and of transformers correspond: one table, read in both directions."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -134,5 +134,5 @@ class NameTable:
         return _first(rule.by_ours(name) for rule in self.rules)
 
 
-def _first(answers: Iterable[Binding | None] | Iterator[Binding | None]) -> Binding | None:
+def _first(answers: Iterable[Binding | None]) -> Binding | None:
     return next((answer for answer in answers if answer is not None), None)

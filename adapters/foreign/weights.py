@@ -1,9 +1,8 @@
 """Tensors of a repository's model under its own names: in the shards of a folder, or in a loaded object."""
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ NAMED = 6
 # of a Hub repository; its code is left where it is
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
-logger = logging.getLogger(__name__)
+Reader = Callable[[str], torch.Tensor]
 
 
 class Weights(Protocol):
@@ -45,7 +44,7 @@ class Weights(Protocol):
         """Names of all tensors, in order."""
         ...
 
-    def reading(self) -> "Any":
+    def reading(self) -> AbstractContextManager[Reader]:
         """A context that gives a function from names to tensors."""
         ...
 
@@ -124,7 +123,7 @@ class FolderWeights:
         return list(self._file_of)
 
     @contextmanager
-    def reading(self) -> Iterator[Any]:
+    def reading(self) -> Iterator[Reader]:
         self.check_whole()
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
@@ -213,7 +212,7 @@ class ObjectWeights:
         return list(self._parameters)
 
     @contextmanager
-    def reading(self) -> Iterator[Any]:
+    def reading(self) -> Iterator[Reader]:
         yield self._parameters.__getitem__
 
 

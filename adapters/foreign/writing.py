@@ -101,11 +101,24 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
             for file in source.glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copyfile(file, place / file.name)
-        # split and indexed as transformers does; tensors that share memory are written each for itself
-        alone = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-        save_torch_state_dict(alone, place, metadata={"format": "pt"})
+        # split and indexed as transformers does
+        save_torch_state_dict(_alone(tensors), place, metadata={"format": "pt"})
         _write_configuration(place / CONFIG, weights.config, {**plan.back, "dtype": model.dtype})
     return target
+
+
+def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the host, each in memory of its own: of several that share it only one would be written."""
+    taken: set[int] = set()
+    alone = {}
+    for name, tensor in tensors.items():
+        held = tensor.detach().to("cpu").contiguous()
+        memory = held.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != held.nbytes:
+            held = held.clone()
+        taken.add(memory.data_ptr())
+        alone[name] = held
+    return alone
 
 
 def _write_configuration(path: Path, config: Mapping[str, Any], changed: dict[str, Any]) -> None:

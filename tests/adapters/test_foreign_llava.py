@@ -153,6 +153,7 @@ def test_a_tower_that_lies_elsewhere_is_loaded_from_there(tmp_path: Path) -> Non
     back = write_back(model, lean, tmp_path / "back")
     assert tensors(back).keys() == tensors(folder).keys()
     (place / "model.safetensors").unlink()
+    assert empty_model(str(lean)).config.vision_config.num_hidden_layers == 3
     with pytest.raises(ModelError, match=r"keeps no vision tower, and none could be loaded from mm_vision_tower="):
         load_model(lean, None)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pivot_plugin as pivot
-from pivot_plugin.adapters.foreign import settle
+from pivot_plugin.adapters.foreign import settle, write_back
 from pivot_plugin.errors import ModelError, TrainingError
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.pair_trainer import PivotTrainer
@@ -18,6 +18,7 @@ from . import repositories as repo
 from .test_foreign_internvl import TOKENS
 from .test_foreign_internvl import apart as internvl_apart
 from .test_foreign_llava import apart as llava_apart
+from .test_foreign_llava import tensors
 
 KINDS = ("LLaVA, CLIP", "LLaVA, own SigLIP, tiles", "InternVL, Qwen2", "InternVL, InternLM2")
 
@@ -124,6 +125,28 @@ def test_after_a_failure_the_object_is_as_it_was(
     with pytest.raises(TrainingError, match="no luck"):
         pivot.optimize(theirs, rows, processor=tokens, **settings, **fast)
     assert not changed(theirs, before)
+
+
+@pytest.mark.parametrize("counted", [2, 3])
+def test_the_deleted_block_may_be_counted_or_not(counted: int) -> None:
+    theirs, tokens, apart = loaded("LLaVA, own SigLIP, tiles")
+    theirs.model.vision_tower.vision_tower.config.num_hidden_layers = counted
+    model, processor = load_model(theirs, tokens)
+    assert model.config.vision_config.num_hidden_layers == 2
+    assert apart(theirs, model, processor, (120, 50)) < 1e-6
+
+
+def test_a_model_around_an_object_is_written_back_whole(tmp_path: Path) -> None:
+    theirs, tokens, _ = loaded("InternVL, Qwen2")
+    template = repo.write(tmp_path / "template", dict(theirs.config), repo.stored(theirs), tokens)
+    model, _ = load_model(theirs, tokens)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.01)
+    back = tensors(write_back(model, template, tmp_path / "back"))
+    expected = repo.stored(theirs)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in back)
 
 
 def test_a_copy_of_the_model_shares_nothing() -> None:
