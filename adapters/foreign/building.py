@@ -78,8 +78,8 @@ def build(plan: Plan, weights: Weights, filled: bool = True) -> tuple[PreTrained
                 f"{some(still_empty)}.",
                 "This is a fault of the name table; please report it.",
             )
-    place = weights.label if isinstance(weights, FolderWeights) else weights.config.get("_name_or_path")
-    model.config._name_or_path = model.name_or_path = str(place or "")
+    source = weights.label if isinstance(weights, FolderWeights) else weights.config.get("_name_or_path")
+    model.config._name_or_path = model.name_or_path = str(source or "")
     if weights.folder is not None and weights.folder.parent.name == "snapshots":
         # of the Hub's cache, where a folder is called after its commit
         model.config._commit_hash = weights.folder.name
@@ -137,7 +137,7 @@ def _fill(
     if plan.elsewhere is not None:
         state = {f"{plan.elsewhere.path}.{name}": tensor for name, tensor in plan.elsewhere.load().items()}
     flags: dict[str, bool] = {}
-    wrong = []
+    wrong_shapes = []
     is_object = isinstance(weights, ObjectWeights)
     with weights.reading() as get:
         for binding in bindings:
@@ -145,11 +145,11 @@ def _fill(
             try:
                 pieces = (tensor,) if len(binding.ours) == 1 else binding.cut.pieces(tensor.detach())
             except RuntimeError:
-                wrong.append(f"{binding.theirs} has shape {tuple(tensor.shape)}")
+                wrong_shapes.append(f"{binding.theirs} has shape {tuple(tensor.shape)}")
                 continue
             for ours, piece in zip(binding.ours, pieces, strict=True):
                 if tuple(piece.shape) != expected[ours]:
-                    wrong.append(
+                    wrong_shapes.append(
                         f"{binding.theirs} has shape {tuple(tensor.shape)}, its share {ours} should have "
                         f"{expected[ours]}"
                         if len(pieces) > 1
@@ -158,9 +158,10 @@ def _fill(
                 flags[ours] = tensor.requires_grad
                 # tensors that were read from a file have their memory to themselves
                 state[ours] = piece if is_object or piece is tensor else piece.clone()
-    if wrong:
+    if wrong_shapes:
         raise ModelError(
-            f"{len(wrong)} tensors of {weights.label!r} have other shapes than its configuration says: {some(wrong)}.",
+            f"{len(wrong_shapes)} tensors of {weights.label!r} have other shapes than its configuration says: "
+            f"{some(wrong_shapes)}.",
             "Look whether config.json belongs to these weights.",
         )
     if not is_object:
@@ -199,13 +200,13 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 
 def _set_generation(model: PreTrainedModel, weights: Weights) -> None:
     """How the repository's model generates, where it says so."""
-    held: Any = getattr(getattr(weights, "model", None), "generation_config", None)
+    generation: Any = getattr(getattr(weights, "model", None), "generation_config", None)
     folder: Path | None = weights.folder
-    if held is None and folder is not None and (folder / "generation_config.json").is_file():
-        held = GenerationConfig.from_pretrained(folder)
-    if not isinstance(held, GenerationConfig):
+    if generation is None and folder is not None and (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+    if not isinstance(generation, GenerationConfig):
         return
-    settings = held.to_dict()
+    settings = generation.to_dict()
     if not settings.get("do_sample"):
         # published checkpoints have a temperature and take the likeliest token; such settings cannot be saved
         settings = {name: value for name, value in settings.items() if name not in _OF_SAMPLING}

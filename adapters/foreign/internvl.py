@@ -178,8 +178,8 @@ def _decoder(config: Mapping[str, Any], architecture: str) -> PreTrainedConfig:
             inner["num_key_value_heads"] = inner["num_attention_heads"]
     kind = DECODERS[architecture]
     other = {"architectures", "model_type", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-    known = (set(kind().to_dict()) | {"rope_theta", "rope_scaling"}) - other
-    return kind(**{name: value for name, value in inner.items() if name in known})
+    fields = (set(kind().to_dict()) | {"rope_theta", "rope_scaling"}) - other
+    return kind(**{name: value for name, value in inner.items() if name in fields})
 
 
 def _internlm2(text: PreTrainedConfig) -> tuple[Rule, ...]:
@@ -212,18 +212,18 @@ def processor(weights: Weights, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
     """
     settings, config = weights.config, plan.config
     vocabulary = tokenizer.get_vocab()
-    absent = [token for token in (CONTEXT, START, END) if token not in vocabulary]
-    if absent:
+    missing_tokens = [token for token in (CONTEXT, START, END) if token not in vocabulary]
+    if missing_tokens:
         raise ModelError(
             f"The tokenizer of {weights.label!r} ({type(tokenizer).__name__}, {len(tokenizer)} tokens) has no "
-            f"{' and no '.join(absent)}, by which InternVL shows an image.",
+            f"{' and no '.join(missing_tokens)}, by which InternVL shows an image.",
             "Use the tokenizer the checkpoint was published with; its added_tokens.json has these tokens.",
         )
     ready(tokenizer)
     config.image_token_id = vocabulary[CONTEXT]
     tiled = bool(settings.get("dynamic_image_size", False))
-    most = int(settings.get("max_dynamic_patch", 6)) if tiled else 1
-    if most > 1 and not settings.get("use_thumbnail", False):
+    max_tiles = int(settings.get("max_dynamic_patch", 6)) if tiled else 1
+    if max_tiles > 1 and not settings.get("use_thumbnail", False):
         raise ModelError(
             f"{weights.label!r} cuts tiles and adds no thumbnail (use_thumbnail is false); transformers' InternVL "
             "always adds one.",
@@ -249,7 +249,7 @@ def processor(weights: Weights, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
             size={"height": height, "width": width},
             crop_to_patches=True,
             min_patches=int(settings.get("min_dynamic_patch", 1)) if tiled else 1,
-            max_patches=most,
+            max_patches=max_tiles,
             **colours,
         ),
         tokenizer=tokenizer,

@@ -99,9 +99,9 @@ _NOT_THE_DECODER = {"architectures", "model_type", "transformers_version", "_nam
 
 def matches(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is one of these repositories'."""
-    known = any(name in DECODERS for name in config.get("architectures") or ())
+    is_named = any(name in DECODERS for name in config.get("architectures") or ())
     # transformers' own have a configuration for each part
-    return (known or "mm_vision_tower" in config) and "text_config" not in config
+    return (is_named or "mm_vision_tower" in config) and "text_config" not in config
 
 
 def plan(weights: Weights) -> Plan:
@@ -193,8 +193,8 @@ def _architecture(weights: Weights) -> str:
 
 def _decoder_config(weights: Weights) -> PreTrainedConfig:
     kind = DECODERS[_architecture(weights)]
-    known = (set(kind().to_dict()) | {"rope_theta", "rope_scaling"}) - _NOT_THE_DECODER
-    return kind(**{name: value for name, value in weights.config.items() if name in known})
+    fields = (set(kind().to_dict()) | {"rope_theta", "rope_scaling"}) - _NOT_THE_DECODER
+    return kind(**{name: value for name, value in weights.config.items() if name in fields})
 
 
 def pinpoints(written: object, side: int, label: str) -> list[list[int]]:
@@ -252,21 +252,21 @@ def _tower(weights: Weights) -> tuple[CLIPVisionConfig | SiglipVisionConfig, Els
         config.num_hidden_layers = blocks
     if not inside:
         return config, Elsewhere("model.vision_tower", lambda: _tensors_elsewhere(named, config, weights.label))
-    held = len({match[1] for name in inside if (match := re.search(r"\.encoder\.layers\.(\d+)\.", name))})
+    block_count = len({match[1] for name in inside if (match := re.search(r"\.encoder\.layers\.(\d+)\.", name))})
     if kind == "siglip" and isinstance(weights, ObjectWeights):
         # whether its configuration goes on counting the deleted block is the object's affair
-        config.num_hidden_layers = blocks = held
-    if held != blocks:
+        config.num_hidden_layers = blocks = block_count
+    if block_count != blocks:
         raise ModelError(
-            f"The vision tower in {weights.label!r} has {held} blocks; {named!r} should leave {blocks} of them there.",
+            f"The vision tower in {weights.label!r} has {block_count} blocks; {named!r} should leave {blocks} of them there.",
             "Look whether config.json names the tower that the checkpoint has (mm_vision_tower).",
         )
     return config, None
 
 
 def _of(kind: type[PreTrainedConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
-    known = set(kind().to_dict()) - _NOT_THE_DECODER
-    return {name: value for name, value in settings.items() if name in known}
+    fields = set(kind().to_dict()) - _NOT_THE_DECODER
+    return {name: value for name, value in settings.items() if name in fields}
 
 
 def _tower_settings(weights: Weights, named: str, inside: list[str]) -> tuple[Mapping[str, Any], str]:
@@ -276,26 +276,26 @@ def _tower_settings(weights: Weights, named: str, inside: list[str]) -> tuple[Ma
     else:
         kind = "siglip" if "siglip" in named.lower() else "clip"
     if isinstance(weights, ObjectWeights):
-        held = getattr(weights.model.get_submodule(TOWER.removesuffix(".")), "config", None) if inside else None
-        if held is not None:
-            return (held.to_dict() if hasattr(held, "to_dict") else vars(held)), kind
-    local = Path(named) if named and Path(named).is_dir() else None
-    if local is None and weights.folder is not None and named and (weights.folder / named).is_dir():
-        local = weights.folder / named
-    if local is None and kind == "clip" and Path(named).name in CLIP_TOWERS:
+        tower_config = getattr(weights.model.get_submodule(TOWER.removesuffix(".")), "config", None) if inside else None
+        if tower_config is not None:
+            return (tower_config.to_dict() if hasattr(tower_config, "to_dict") else vars(tower_config)), kind
+    tower_folder = Path(named) if named and Path(named).is_dir() else None
+    if tower_folder is None and weights.folder is not None and named and (weights.folder / named).is_dir():
+        tower_folder = weights.folder / named
+    if tower_folder is None and kind == "clip" and Path(named).name in CLIP_TOWERS:
         return CLIP_TOWERS[Path(named).name], kind
-    if local is None and kind == "siglip" and _is_so400m(weights, inside, named):
+    if tower_folder is None and kind == "siglip" and _is_so400m(weights, inside, named):
         return SO400M, kind
-    found = configuration(local or named) if named else None
-    if found is not None:
+    written = configuration(tower_folder or named) if named else None
+    if written is not None:
         # a whole CLIP or SigLIP has a configuration for each half
-        settings = found.get("vision_config") if isinstance(found.get("vision_config"), dict) else found
-        if kind in str(found.get("model_type", kind)) and isinstance(settings, dict):
+        settings = written.get("vision_config") if isinstance(written.get("vision_config"), dict) else written
+        if kind in str(written.get("model_type", kind)) and isinstance(settings, dict):
             return settings, kind
-    known = ", ".join([*CLIP_TOWERS, "siglip-so400m-patch14-384"])
+    towers = ", ".join([*CLIP_TOWERS, "siglip-so400m-patch14-384"])
     raise ModelError(
         f"The vision tower of {weights.label!r}, mm_vision_tower={named!r}, is not known and no {kind} configuration "
-        f"can be read there; known without looking are {known}.",
+        f"can be read there; known without looking are {towers}.",
         "Put its folder there, or set mm_vision_tower in config.json to where it is.",
     )
 
@@ -411,10 +411,12 @@ def _prompt_form(text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def _colours(weights: Weights, is_clip: bool) -> dict[str, Any]:
     """Mean and deviation of the pixels: those of the checkpoint or its tower, else of the tower's kind."""
     named = str(weights.config.get("mm_vision_tower") or "")
-    folder = weights.folder
-    places = [place for place in (folder, folder and named and folder / named, named and Path(named)) if place]
-    for place in places:
-        file = place / "preprocessor_config.json"
+    checkpoint = weights.folder
+    folders = [
+        path for path in (checkpoint, checkpoint and named and checkpoint / named, named and Path(named)) if path
+    ]
+    for folder in folders:
+        file = folder / "preprocessor_config.json"
         if not file.is_file():
             continue
         try:

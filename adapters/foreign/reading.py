@@ -61,9 +61,9 @@ def read(
     if not isinstance(source, str | Path | nn.Module):
         return None
     if isinstance(source, nn.Module):
-        held: Weights | None = _of_object(source)
-        layout = None if held is None else _layout(held.config)
-        if held is None or layout is None:
+        tensors: Weights | None = _of_object(source)
+        layout = None if tensors is None else _layout(tensors.config)
+        if tensors is None or layout is None:
             return None
     else:
         config = configuration(source)
@@ -73,12 +73,12 @@ def read(
         if layout is None:
             _refuse_unknown(str(source), config)
             return None
-        held = checkpoint(source, config, weights)
+        tensors = checkpoint(source, config, weights)
         if weights:
-            held.check_whole()
-    plan = layout.plan(held)
-    made = layout.processor(held, plan, tokenizer_of(held, processor, plan.config.get_text_config()))
-    model, bindings = build(plan, held, weights)
+            tensors.check_whole()
+    plan = layout.plan(tensors)
+    made = layout.processor(tensors, plan, tokenizer_of(tensors, processor, plan.config.get_text_config()))
+    model, bindings = build(plan, tensors, weights)
     if isinstance(source, nn.Module):
         link(model, source, bindings)
     return model, made
@@ -100,9 +100,9 @@ def plan_for(folder: Path) -> tuple[FolderWeights, Plan]:
             f"{str(folder)!r} is no checkpoint of a known layout.",
             f"Known are {'; '.join(layout.name for layout in LAYOUTS)}.",
         )
-    held = checkpoint(folder, config, weights=True)
-    held.check_whole()
-    return held, layout.plan(held)
+    tensors = checkpoint(folder, config, weights=True)
+    tensors.check_whole()
+    return tensors, layout.plan(tensors)
 
 
 def _layout(config: Mapping[str, Any]) -> Layout | None:

@@ -66,14 +66,14 @@ def settle(model: nn.Module) -> list[str]:
         parts = [ours.get(name) for name in binding.ours]
         if origin is None or any(part is None for part in parts):
             continue
-        held = [part for part in parts if part is not None]
+        present = [part for part in parts if part is not None]
         pieces = binding.cut.pieces(origin.data)
-        if binding.cut.views and all(map(_same_memory, pieces, held)):
+        if binding.cut.views and all(map(_same_memory, pieces, present)):
             continue
         parted.append(binding.theirs)
-        origin.data = binding.cut.whole([part.data for part in held])
+        origin.data = binding.cut.whole([part.data for part in present])
         if binding.cut.views:
-            for part, piece in zip(held, binding.cut.pieces(origin.data), strict=True):
+            for part, piece in zip(present, binding.cut.pieces(origin.data), strict=True):
                 part.data = piece
     if all(parameter.device == device for parameter in shared.origin.parameters()):
         move_buffers(shared.origin, device)

@@ -23,23 +23,23 @@ IMAGE = "<image>"
 VIDEO = "<video>"
 
 
-def tokenizer_of(weights: Weights, given: object | None, decoder: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(weights: Weights, processor: object | None, decoder: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """A model's tokenizer, a copy where it was given.
 
     Args:
         weights: of the model.
-        given: a tokenizer or a processor with one; None to read it from the model's folder.
+        processor: a tokenizer or a processor with one; None to read it from the model's folder.
         decoder: configuration of its language model, which tells the tokenizer's class where the folder does not.
 
     Raises:
         ModelError: if there is none that can be read without running a repository's code.
     """
-    held = given.tokenizer if isinstance(given, ProcessorMixin) else given
-    if isinstance(held, PreTrainedTokenizerBase):
-        return copy.deepcopy(held)
-    if held is not None:
+    passed = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if isinstance(passed, PreTrainedTokenizerBase):
+        return copy.deepcopy(passed)
+    if passed is not None:
         raise ModelError(
-            f"The processor given with {weights.label!r} is a {type(held).__name__}.",
+            f"The processor given with {weights.label!r} is a {type(passed).__name__}.",
             "Pass processor=, its tokenizer (AutoTokenizer.from_pretrained(...)).",
         )
     if weights.folder is None:

@@ -59,13 +59,13 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], label: str) -> None:
-        self._place = folder
+        self._folder = folder
         self.config = config
         self.label = label
 
     @property
     def folder(self) -> Path | None:
-        return self._place
+        return self._folder
 
     @cached_property
     def _file_of(self) -> dict[str, str]:
@@ -75,9 +75,9 @@ class FolderWeights:
             ModelError: for missing or unreadable files.
         """
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if (self._place / index).is_file():
+            if (self._folder / index).is_file():
                 return self._indexed(index)
-        files = sorted(self._place.glob("*.safetensors")) or sorted(self._place.glob("pytorch_model*.bin"))
+        files = sorted(self._folder.glob("*.safetensors")) or sorted(self._folder.glob("pytorch_model*.bin"))
         if not files:
             raise ModelError(
                 f"{self.label!r} has a {CONFIG} and no weights: neither *.safetensors nor pytorch_model*.bin.",
@@ -96,7 +96,7 @@ class FolderWeights:
 
     def _indexed(self, index: str) -> dict[str, str]:
         try:
-            files: dict[str, str] = json.loads((self._place / index).read_text(encoding="utf-8"))["weight_map"]
+            files: dict[str, str] = json.loads((self._folder / index).read_text(encoding="utf-8"))["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{index} of {self.label!r} cannot be read: {type(error).__name__}: {error}.", "Download it again."
@@ -110,11 +110,11 @@ class FolderWeights:
             ModelError: naming those that are not.
         """
         wanted = sorted(set(self._file_of.values()))
-        absent = [name for name in wanted if not (self._place / name).is_file()]
-        if absent:
+        missing_files = [name for name in wanted if not (self._folder / name).is_file()]
+        if missing_files:
             raise ModelError(
-                f"{self.label!r} is half downloaded: {len(absent)} of the {len(wanted)} weight files its index names "
-                f"are missing: {some(absent)}.",
+                f"{self.label!r} is half downloaded: {len(missing_files)} of the {len(wanted)} weight files its index names "
+                f"are missing: {some(missing_files)}.",
                 "Download it again: an interrupted download goes on where it stopped.",
             )
 
@@ -144,7 +144,7 @@ class FolderWeights:
 
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
-        path = self._place / file
+        path = self._folder / file
         try:
             if file.endswith(".safetensors"):
                 opened: Any = safe_open(path, framework="pt")
@@ -246,20 +246,20 @@ def checkpoint(source: str | Path, config: Mapping[str, Any], weights: bool) -> 
     Raises:
         ModelError: if it cannot be downloaded.
     """
-    place = Path(source)
-    if not place.is_dir():
+    folder = Path(source)
+    if not folder.is_dir():
         try:
-            place = Path(snapshot_download(str(source), allow_patterns=list(SMALL_FILES)))
-            if weights or not (place / "model.safetensors.index.json").is_file():
-                place = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "*.safetensors"]))
-                if not any(place.glob("*.safetensors")):
-                    place = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
+            folder = Path(snapshot_download(str(source), allow_patterns=list(SMALL_FILES)))
+            if weights or not (folder / "model.safetensors.index.json").is_file():
+                folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+                if not any(folder.glob("*.safetensors")):
+                    folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ModelError(
                 f"The checkpoint {str(source)!r} could not be downloaded: {type(error).__name__}: {error}.",
                 "Check the id and the connection, or give a local folder.",
             ) from error
-    return FolderWeights(place, config, str(source))
+    return FolderWeights(folder, config, str(source))
 
 
 def some(names: list[str]) -> str:

@@ -45,8 +45,8 @@ def their_tensors(
     state = model.state_dict()
     preferred = [table.by_theirs(name) for name in like if not table.is_computed(name)]
     bindings = {binding.theirs: binding for binding in preferred if binding is not None}
-    written = {name for binding in bindings.values() for name in binding.ours}
-    others = {name: table.by_ours(name) for name in state if name not in written | model.all_tied_weights_keys.keys()}
+    placed = {name for binding in bindings.values() for name in binding.ours}
+    others = {name: table.by_ours(name) for name in state if name not in placed | model.all_tied_weights_keys.keys()}
     if homeless := [name for name, binding in others.items() if binding is None]:
         raise ModelError(
             f"{len(homeless)} tensors of {type(model).__name__} have no place in the repository's form: "
@@ -55,9 +55,9 @@ def their_tensors(
         )
     bindings |= {binding.theirs: binding for binding in others.values() if binding is not None}
     for theirs, binding in bindings.items():
-        if absent := [name for name in binding.ours if name not in state]:
+        if missing := [name for name in binding.ours if name not in state]:
             raise ModelError(
-                f"{type(model).__name__} lacks {some(absent)}, which {theirs} of the repository's form holds.",
+                f"{type(model).__name__} lacks {some(missing)}, which {theirs} of the repository's form holds.",
                 "Write back a model of the kind that was read from this checkpoint.",
             )
         yield theirs, binding.cut.whole([state[name] for name in binding.ours])
@@ -84,26 +84,26 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
     weights, plan = plan_for(source)
     tensors = dict(their_tensors(model, plan.table, weights.names))
     with weights.reading() as get:
-        held = set(weights.names)
-        wrong = [
+        template_names = set(weights.names)
+        wrong_shapes = [
             f"{name} has shape {tuple(tensor.shape)} instead of {tuple(get(name).shape)}"
             for name, tensor in tensors.items()
-            if name in held and tensor.shape != get(name).shape
+            if name in template_names and tensor.shape != get(name).shape
         ]
-        if wrong:
+        if wrong_shapes:
             raise ModelError(
-                f"The model does not fit the form of {str(source)!r}: {len(wrong)} tensors differ: {some(wrong)}.",
+                f"The model does not fit the form of {str(source)!r}: {len(wrong_shapes)} tensors differ: {some(wrong_shapes)}.",
                 "Write back a model of the same sizes.",
             )
         tensors |= {name: get(name) for name in weights.names if plan.table.is_computed(name)}
-    with whole_folder(target) as place:
+    with whole_folder(target) as written:
         for pattern in KEPT_FILES:
             for file in source.glob(pattern):
                 if not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, place / file.name)
+                    shutil.copyfile(file, written / file.name)
         # split and indexed as transformers does
-        save_torch_state_dict(_alone(tensors), place, metadata={"format": "pt"})
-        _write_configuration(place / CONFIG, weights.config, {**plan.back, "dtype": model.dtype})
+        save_torch_state_dict(_alone(tensors), written, metadata={"format": "pt"})
+        _write_configuration(written / CONFIG, weights.config, {**plan.back, "dtype": model.dtype})
     return target
 
 
@@ -112,12 +112,12 @@ def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     taken: set[int] = set()
     alone = {}
     for name, tensor in tensors.items():
-        held = tensor.detach().to("cpu").contiguous()
-        memory = held.untyped_storage()
-        if memory.data_ptr() in taken or memory.nbytes() != held.nbytes:
-            held = held.clone()
+        on_host = tensor.detach().to("cpu").contiguous()
+        memory = on_host.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != on_host.nbytes:
+            on_host = on_host.clone()
         taken.add(memory.data_ptr())
-        alone[name] = held
+        alone[name] = on_host
     return alone
 
 

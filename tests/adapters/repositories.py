@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -563,6 +565,57 @@ def internvl(settings: dict[str, Any], seed: int = 0) -> InternVLChatModel:
     model = InternVLChatModel(settings)
     random_weights(model, seed)
     return model.float().eval()
+
+
+# Pictures
+
+
+def pixels(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(3, height, width) of a picture, with mean and deviation of each colour taken off."""
+    colours = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    return (colours - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def padded(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """A picture in the middle of a square of the mean colour, at the tower's size."""
+    edge = max(image.size)
+    square = Image.new("RGB", (edge, edge), tuple(int(colour * 255) for colour in mean))
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def cut(image: Image.Image) -> list[Image.Image]:
+    """Tiles of the tower's size, row by row."""
+    corners = [(left, top) for top in range(0, image.height, SIDE) for left in range(0, image.width, SIDE)]
+    return [image.crop((left, top, left + SIDE, top + SIDE)) for left, top in corners]
+
+
+def anyres_tiles(image: Image.Image) -> list[Image.Image]:
+    """The whole of a picture, then tiles of it as it stands in the middle of black at the best size."""
+    wide, high = best_size(image.size, PINPOINTS)
+    scale = min(wide / image.width, high / image.height)
+    new = min(math.ceil(image.width * scale), wide), min(math.ceil(image.height * scale), high)
+    canvas = Image.new("RGB", (wide, high))
+    canvas.paste(image.resize(new, Image.Resampling.BICUBIC), ((wide - new[0]) // 2, (high - new[1]) // 2))
+    return [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), *cut(canvas)]
+
+
+def dynamic_tiles(image: Image.Image, least: int, most: int) -> list[Image.Image]:
+    """InternVL's tiles: a grid of the shape nearest the picture's, and the whole of it last if they are several."""
+    grids = sorted(
+        {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if least <= i * j <= most},
+        key=lambda grid: grid[0] * grid[1],
+    )
+    shape, best, nearest = image.width / image.height, (1, 1), math.inf
+    for grid in grids:
+        distance = abs(shape - grid[0] / grid[1])
+        roomy = image.width * image.height > 0.5 * SIDE * SIDE * grid[0] * grid[1]
+        if distance < nearest or (distance == nearest and roomy):
+            best, nearest = grid, distance
+    wide, high = best[0] * SIDE, best[1] * SIDE
+    large = image.resize((wide, high), Image.Resampling.BICUBIC)
+    tiles = cut(large)
+    return tiles if len(tiles) == 1 else [*tiles, image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)]
 
 
 # Folders

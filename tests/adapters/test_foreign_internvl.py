@@ -16,7 +16,7 @@ from pivot_plugin.models.loading import empty_model, load_model
 
 from ..conftest import picture
 from . import repositories as repo
-from .test_foreign_llava import tensors
+from .test_foreign_llava import smooth, tensors
 
 LARGE = {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
 CASES: dict[str, dict[str, Any]] = {
@@ -96,6 +96,20 @@ def test_the_processor_counts_tiles_and_a_thumbnail(tmp_path: Path) -> None:
         counts.append((len(inputs["pixel_values"]), int((inputs["input_ids"] == processor.image_token_id).sum())))
     # four tokens a tile
     assert counts == [(1, 4), (3, 12), (5, 20)]
+
+
+@pytest.mark.parametrize("size", [(56, 56), (200, 90), (90, 300), (260, 250), (500, 100)])
+def test_pictures_are_cut_and_coloured_as_the_repository_does(size: tuple[int, int], tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "Qwen2", max_dynamic_patch=6)
+    _, processor = load_model(folder, None)
+    image = smooth(*size)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    reference = torch.stack([repo.pixels(tile, mean, std) for tile in repo.dynamic_tiles(image, 1, 6)])
+    ours = processor(images=[image], text=["<IMG_CONTEXT>"], return_tensors="pt")["pixel_values"]
+    assert ours.shape == reference.shape
+    # resizing rounds in another place: a level or two of 255
+    assert (ours - reference).abs().mean() < 0.02
+    assert (ours - reference).abs().max() < 0.5
 
 
 def test_without_dynamic_sizes_there_is_one_tile(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     LlavaForConditionalGeneration,
@@ -13,9 +15,11 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     SiglipVisionModel,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pivot_plugin.adapters.foreign import read, write_back
 from pivot_plugin.adapters.foreign.llava import pinpoints
+from pivot_plugin.adapters.foreign.tokens import LLAMA_3, MISTRAL, VICUNA, chatml
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import empty_model, load_model
@@ -174,6 +178,49 @@ def test_pytorch_files_are_read_without_code(tmp_path: Path) -> None:
     assert apart(theirs, model, processor, (56, 56)) < 1e-6
 
 
+FORMS = {
+    "vicuna": (
+        VICUNA,
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: a cat</s>USER: sure? ASSISTANT:",
+    ),
+    "mistral": (MISTRAL, "[INST] <image>\nwhat? [/INST] a cat </s>[INST] sure? [/INST]"),
+    "llama 3": (
+        LLAMA_3,
+        "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able "
+        "to understand the visual content that the user provides, and assist the user with a variety of tasks using "
+        "natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nwhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\na cat<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nsure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "qwen": (
+        chatml("You are a helpful assistant."),
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nwhat?<|im_end|>\n"
+        "<|im_start|>assistant\na cat<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_conversations_are_written_in_the_repositorys_form(name: str) -> None:
+    form, expected = FORMS[name]
+    tokens = repo.tokenizer("<s>")
+    tokens.bos_token = "<s>"
+    template = form.template("<image>")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "sure?"},
+    ]
+    text = tokens.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    assert text == ("<s>" if form.starts else "") + expected
+    # what asks for an answer is the beginning of the conversation with the answer
+    asked = tokens.apply_chat_template(messages[:1], chat_template=template, add_generation_prompt=True, tokenize=False)
+    assert text.startswith(asked)
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert "helpful" not in tokens.apply_chat_template(own, chat_template=template, tokenize=False)
+
+
 class TestImageToken:
     """-200 becomes a token that no text contains; no embedding is added for it."""
 
@@ -214,15 +261,28 @@ class TestImageToken:
             load_model(folder, None)
 
 
-def test_pixels_are_padded_with_the_mean_as_the_repository_does(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "llama, CLIP")
+@pytest.mark.parametrize("case", ["llama, CLIP", "qwen, own SigLIP", "llama, tiles", "qwen, tiles with a limit"])
+@pytest.mark.parametrize("size", [(56, 56), (200, 90), (90, 300), (260, 250)])
+def test_pictures_are_cut_and_coloured_as_the_repository_does(case: str, size: tuple[int, int], tmp_path: Path) -> None:
+    _, folder = made(tmp_path, case)
     _, processor = load_model(folder, None)
-    image = picture(100, 50, 3)
-    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-    assert pixels.shape == (3, 56, 56)
-    # bars above and below are the mean colour, zero once it is taken off
-    assert pixels[:, :12].abs().max() < 0.02 and pixels[:, -12:].abs().max() < 0.02
-    assert pixels[:, 20:36].std() > 0.5
+    clip = CASES[case][1] == "clip"
+    mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else ([0.5] * 3, [0.5] * 3)
+    image = smooth(*size)
+    tiles = repo.anyres_tiles(image) if "tiles" in case else [repo.padded(image, mean)]
+    reference = torch.stack([repo.pixels(tile, mean, std) for tile in tiles])
+    ours = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    ours = ours[0] if ours.ndim == 5 else ours
+    assert ours.shape == reference.shape
+    # resizing rounds in another place: a level or two of 255
+    assert (ours - reference).abs().mean() < 0.02
+    assert (ours - reference).abs().max() < 0.5
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture whose every part looks different, without edges."""
+    across, down = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
+    return Image.fromarray(np.stack([across, down, 250 - across], axis=-1).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
