@@ -258,7 +258,8 @@ def _tower(weights: Weights) -> tuple[CLIPVisionConfig | SiglipVisionConfig, Els
         config.num_hidden_layers = blocks = block_count
     if block_count != blocks:
         raise ModelError(
-            f"The vision tower in {weights.label!r} has {block_count} blocks; {named!r} should leave {blocks} of them there.",
+            f"The vision tower in {weights.label!r} has {block_count} blocks; {named!r} should leave {blocks} of "
+            "them there.",
             "Look whether config.json names the tower that the checkpoint has (mm_vision_tower).",
         )
     return config, None
@@ -411,10 +412,8 @@ def _prompt_form(text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def _colours(weights: Weights, is_clip: bool) -> dict[str, Any]:
     """Mean and deviation of the pixels: those of the checkpoint or its tower, else of the tower's kind."""
     named = str(weights.config.get("mm_vision_tower") or "")
-    checkpoint = weights.folder
-    folders = [
-        path for path in (checkpoint, checkpoint and named and checkpoint / named, named and Path(named)) if path
-    ]
+    beside = weights.folder and named and weights.folder / named
+    folders = [folder for folder in (weights.folder, beside, named and Path(named)) if folder]
     for folder in folders:
         file = folder / "preprocessor_config.json"
         if not file.is_file():

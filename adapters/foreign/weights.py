@@ -113,8 +113,8 @@ class FolderWeights:
         missing_files = [name for name in wanted if not (self._folder / name).is_file()]
         if missing_files:
             raise ModelError(
-                f"{self.label!r} is half downloaded: {len(missing_files)} of the {len(wanted)} weight files its index names "
-                f"are missing: {some(missing_files)}.",
+                f"{self.label!r} is half downloaded: {len(missing_files)} of the {len(wanted)} weight files its "
+                f"index names are missing: {some(missing_files)}.",
                 "Download it again: an interrupted download goes on where it stopped.",
             )
 

@@ -14,6 +14,7 @@ from pivot_plugin.errors import ModelError
 from pivot_plugin.files import whole_folder
 
 from .names import NameTable
+from .reading import plan_for
 from .weights import CONFIG, some
 
 # the checkpoint's own beside its weights and configuration
@@ -76,8 +77,6 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
     Raises:
         ModelError: if the template is of no known layout, or the model does not fit it.
     """
-    from .reading import plan_for
-
     source, target = Path(template), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{str(target)!r} exists and is no empty folder.", "Choose another folder, or empty it.")
@@ -92,7 +91,8 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
         ]
         if wrong_shapes:
             raise ModelError(
-                f"The model does not fit the form of {str(source)!r}: {len(wrong_shapes)} tensors differ: {some(wrong_shapes)}.",
+                f"The model does not fit the form of {str(source)!r}: {len(wrong_shapes)} tensors differ: "
+                f"{some(wrong_shapes)}.",
                 "Write back a model of the same sizes.",
             )
         tensors |= {name: get(name) for name in weights.names if plan.table.is_computed(name)}

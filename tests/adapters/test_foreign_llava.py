@@ -182,7 +182,8 @@ FORMS = {
     "vicuna": (
         VICUNA,
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: a cat</s>USER: sure? ASSISTANT:",
+        "detailed, and polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: a cat</s>"
+        "USER: sure? ASSISTANT:",
     ),
     "mistral": (MISTRAL, "[INST] <image>\nwhat? [/INST] a cat </s>[INST] sure? [/INST]"),
     "llama 3": (
