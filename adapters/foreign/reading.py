@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from pivot_plugin.errors import ModelError
+from pivot_plugin.errors import ModelError, PivotError
 from pivot_plugin.hooks import hookimpl
 
 from . import internvl, llava
@@ -76,7 +76,7 @@ def read(
         tensors = checkpoint(source, config, weights)
         if weights:
             tensors.check_whole()
-    plan = layout.plan(tensors)
+    plan = _planned(layout, tensors)
     made = layout.processor(tensors, plan, tokenizer_of(tensors, processor, plan.config.get_text_config()))
     model, bindings = build(plan, tensors, weights)
     if isinstance(source, nn.Module):
@@ -102,7 +102,22 @@ def plan_for(folder: Path) -> tuple[FolderWeights, Plan]:
         )
     tensors = checkpoint(folder, config, weights=True)
     tensors.check_whole()
-    return tensors, layout.plan(tensors)
+    return tensors, _planned(layout, tensors)
+
+
+def _planned(layout: Layout, tensors: Weights) -> Plan:
+    """What a model is in transformers' words, or what of its configuration makes no sense."""
+    try:
+        return layout.plan(tensors)
+    except PivotError:
+        raise
+    # a damaged configuration fails wherever its settings are first used, in transformers' checks too
+    except Exception as error:
+        raise ModelError(
+            f"The configuration of {tensors.label!r}, a {layout.name}, cannot be understood: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}.",
+            f"Compare its {CONFIG} with that of the published model.",
+        ) from error
 
 
 def _layout(config: Mapping[str, Any]) -> Layout | None:

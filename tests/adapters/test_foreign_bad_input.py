@@ -76,6 +76,15 @@ def test_a_tokenizer_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("damage", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"vocab_size": None}])
+def test_a_configuration_that_makes_no_sense_is_named(damage: dict[str, Any], tmp_path: Path) -> None:
+    _, folder = internvl(tmp_path, "InternLM2, normed queries, layer -2")
+    settings = json.loads((folder / "config.json").read_text())
+    change(folder, llm_config={**settings["llm_config"], **damage})
+    with pytest.raises(ModelError, match=r"The configuration of .*InternVLChatModel.* cannot be understood: \w+: "):
+        load_model(folder, None)
+
+
 class TestHalfAFolder:
     """Files that are missing or cut short."""
 
