@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.foreign import settle
 from pivot_plugin.errors import PivotError, TrainingError
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost, metered
@@ -67,4 +68,6 @@ def in_place(adapter: VisionAdapter, planned: TrainingPlan, folder: Path) -> Ite
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
         torch.set_rng_state(numbers[2])
+    # where the model was built around an object of another repository, that object is the caller's
+    settle(adapter.model)
     adapter.model.eval()

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.data.layout import normalise
+from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.models.loading import empty_model
+from pivot_plugin.models.loading import empty_model, load_processor
 
 from .batch import ForestCollator
 from .forward import takes_trees
@@ -60,8 +61,8 @@ def _by_kind(targets: list[str], blocks: list[str]) -> list[str]:
 
 def _image_tokens(name: str, model: PreTrainedModel, adapter: VisionAdapter) -> list[str] | str:
     try:
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError):
+        processor = load_processor(name)
+    except ModelError:
         return "unknown: no processor found"
     facts = []
     for size in ((336, 336), (672, 336), (1024, 768)):

@@ -10,10 +10,13 @@ import pivot_plugin as pivot
 from pivot_plugin import hooks
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.loading import empty_model, load_model
+from pivot_plugin.probes.subjects import subject
+from pivot_plugin.training.inspection import inspect_model
 
 from . import repositories as repo
 from .test_foreign_internvl import made as internvl
 from .test_foreign_llava import made as llava
+from .test_foreign_objects import loaded
 
 
 @pytest.fixture(params=["LLaVA", "LLaVA-NeXT", "InternVL"])
@@ -53,6 +56,35 @@ def test_instruct_writes_a_model_that_loads_alone(folder: Path, tmp_path: Path, 
     )
     again, _ = load_model(tmp_path / "run" / "model", None)
     assert type(again) is type(result.model)
+
+
+def test_instruct_trains_the_projector_of_an_object_in_place(rows: Any, tmp_path: Path) -> None:
+    theirs, tokens, apart = loaded("InternVL, InternLM2")
+    settings = {"train": "encoder+projector", "lora": 4, "eval_fraction": 0, "max_steps": 2, "use_cpu": True}
+    before = theirs.mlp1[1].weight.clone()
+    result = pivot.instruct(
+        theirs, conversations(rows), processor=tokens, output_dir=tmp_path / "run", disable_tqdm=True, **settings
+    )
+    assert not torch.equal(theirs.mlp1[1].weight, before)
+    assert apart(theirs, result.model, result.processor, (120, 50)) < 1e-6
+
+
+def test_a_subject_is_made_of_it(folder: Path) -> None:
+    made = subject(folder)
+    assert made.adapter.family in ("internvl", "llava", "llava-onevision")
+
+
+@pytest.mark.parametrize("kind", ["LLaVA, CLIP", "InternVL, Qwen2"])
+def test_a_subject_is_made_of_an_object(kind: str) -> None:
+    theirs, tokens, _ = loaded(kind)
+    assert subject(theirs, tokens).adapter.family in ("internvl", "llava")
+
+
+def test_inspect_sees_its_structure_without_weights(folder: Path) -> None:
+    facts = inspect_model(str(folder))
+    assert facts["model"].endswith("ForConditionalGeneration")
+    assert all(count.split()[0].isdigit() for count in facts["image tokens"])
+    assert facts["prefix forest"] == "yes"
 
 
 class Plugin:
