@@ -11,7 +11,7 @@ from .markers import hookspec
 
 if TYPE_CHECKING:
     import typer
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from pivot_plugin.adapters.base import VisionAdapter
 
@@ -32,6 +32,29 @@ def pivot_adapter(model: "PreTrainedModel") -> "VisionAdapter | None":
         @hookimpl
         def pivot_adapter(model):
             return VisionAdapter(model, family="mine") if model.config.model_type == "mine" else None
+    """
+
+
+@hookspec(firstresult=True)
+def pivot_model(source: object, processor: object, weights: bool) -> "tuple[PreTrainedModel, ProcessorMixin] | None":
+    """Return a model of another repository as a transformers one, and its processor, or None if it is not yours.
+
+    Called once for everything that is loaded: with a folder path or a Hub id, and with a loaded object whose class is
+    not one of transformers' own. `processor` is what the user gave, a tokenizer or a processor, or None; where
+    `weights` is False only the structure is wanted, and the model may stay on the meta device. Make the model around
+    the same parameters, so that a loaded object is trained in place. The first answer that is not None wins; what
+    nobody answers for is loaded by transformers' auto classes. Raise a ModelError for a checkpoint that is yours and
+    cannot be read.
+
+    Example:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_model(source):
+            if isinstance(source, str) and source.startswith("mine/"):
+                folder = source.removeprefix("mine/")
+                return LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     """
 
 

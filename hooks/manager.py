@@ -50,6 +50,7 @@ BUILT_IN = {
     "internvl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.internvl"),
     "granite-vision": BuiltIn("pivot_adapter", "pivot_plugin.adapters.granite_vision"),
     "paddleocr-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.paddleocr_vl"),
+    "foreign-checkpoints": BuiltIn("pivot_model", "pivot_plugin.adapters.foreign.reading"),
 }
 DISABLE_VARIABLE = "PIVOT_DISABLE_PLUGINS"
 

@@ -14,7 +14,7 @@ from pivot_plugin.encoders.record import PROVENANCE
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.files import RUN_FILE
 from pivot_plugin.models.find import check_processor, find_adapter
-from pivot_plugin.models.loading import load_model
+from pivot_plugin.models.loading import from_plugins, load_model
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def subject(
         examined, processor = examined.adapter.model, processor or getattr(examined, "processor", None)
     if isinstance(examined, str | Path):
         examined, processor = _loaded(examined, processor)
+    elif (foreign := from_plugins(examined, processor)) is not None:
+        examined, processor = foreign
     if not isinstance(examined, PreTrainedModel):
         raise ModelError(
             f"{name} is a {type(examined).__name__}, which holds no encoder.",
@@ -143,8 +145,8 @@ def _is_encoder(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    # an MLLM's configuration has one for each part
-    return "text_config" not in config and "vision_config" not in config
+    # an MLLM's configuration has one for each part, or that of its language model with a vocabulary
+    return not {"text_config", "vision_config", "vocab_size"} & set(config)
 
 
 def _image_processor(name: str, encoder: PreTrainedModel) -> object:

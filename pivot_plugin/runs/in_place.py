@@ -10,6 +10,7 @@ import torch
 from transformers import set_seed
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters.foreign import bring_back
 from pivot_plugin.errors import PivotError, TrainingError
 from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.training.checkpoints import last_checkpoint
@@ -64,4 +65,6 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
             raise
         raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", remedy) from error
     snapshot.settle()
+    # where the model was built around an object of another repository, that object is the caller's
+    bring_back(adapter.model)
     adapter.model.eval()

@@ -3,12 +3,12 @@
 from typing import Any
 
 from PIL import Image
-from transformers import AutoProcessor, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens
-from pivot_plugin.models.loading import empty_model
+from pivot_plugin.models.loading import empty_model, load_processor
 
 from .forward import reading_of
 
@@ -59,8 +59,8 @@ def _by_kind(targets: list[str], blocks: list[str]) -> list[str]:
 
 def _image_tokens(name: str, adapter: VisionAdapter) -> list[str] | str:
     try:
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError):
+        processor = load_processor(name)
+    except ModelError:
         return "unknown: no processor found"
     image_tokens = ImageTokens(processor, adapter.image_token_id)
     facts = []

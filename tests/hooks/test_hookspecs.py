@@ -15,6 +15,7 @@ HOOKS = [name for name in vars(specs) if name.startswith("pivot_")]
 def test_the_hooks_are_those_of_the_design() -> None:
     assert set(HOOKS) == {
         "pivot_adapter",
+        "pivot_model",
         "pivot_preference_layout",
         "pivot_rewards",
         "pivot_objectives",

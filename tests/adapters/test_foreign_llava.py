@@ -1,0 +1,397 @@
+"""LLaVA and LLaVA-NeXT checkpoints read without their code: the same logits, and the same files on the way back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    SiglipVisionModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from pivot_plugin.adapters.foreign import read, write_back
+from pivot_plugin.adapters.foreign.llava import pinpoints
+from pivot_plugin.adapters.foreign.tokens import LLAMA_3, MISTRAL, VICUNA, chatml
+from pivot_plugin.errors import ModelError
+from pivot_plugin.models.find import check_processor, find_adapter
+from pivot_plugin.models.loading import empty_model, load_model
+
+from .. import hub_server
+from ..conftest import picture
+from . import repositories as repo
+
+TILED = {"mm_patch_merge_type": "spatial_unpad"}
+CASES = {
+    "llama, CLIP": ("llava_llama", "clip", {}, LlavaForConditionalGeneration),
+    "mistral, CLIP, last layer, square": (
+        *("llava_mistral", "clip"),
+        {"mm_vision_select_layer": -1, "image_aspect_ratio": None},
+        LlavaForConditionalGeneration,
+    ),
+    "qwen, own SigLIP": ("llava_qwen", "siglip", {}, LlavaForConditionalGeneration),
+    "llama, tiles": (
+        *("llava_llama", "clip"),
+        {**TILED, "image_aspect_ratio": "anyres"},
+        LlavaNextForConditionalGeneration,
+    ),
+    "qwen, tiles with a limit": (
+        *("llava_qwen", "siglip"),
+        {**TILED, "image_aspect_ratio": "anyres_max_4"},
+        LlavaOnevisionForConditionalGeneration,
+    ),
+    "qwen, CLIP tiles with a limit": (
+        *("llava_qwen", "clip"),
+        {**TILED, "image_aspect_ratio": "anyres_max_9"},
+        LlavaOnevisionForConditionalGeneration,
+    ),
+    "qwen, tied": ("llava_qwen", "siglip", {"tie_word_embeddings": True}, LlavaForConditionalGeneration),
+}
+KINDS = ("weight", "bias")
+SIZES = [(56, 56), (120, 50), (48, 100), (170, 160)]
+
+
+def made(tmp_path: Path, case: str, **changed: Any) -> tuple[Any, Path]:
+    """The repository's model of a case, and its checkpoint folder."""
+    kind, tower, settings, _ = CASES[case]
+    place = repo.write_tower(tmp_path / f"{tower}-tower", tower)
+    config = repo.llava_settings(kind, str(place), **{**settings, **changed})
+    model = repo.llava(config)
+    tokens = repo.tokenizer("<|im_start|>") if kind == "llava_qwen" else repo.tokenizer("</s>", "<s>")
+    return model, repo.write(tmp_path / "checkpoint", config, repo.stored(model), tokens)
+
+
+def apart(theirs: Any, model: Any, processor: Any, size: tuple[int, int]) -> float:
+    """Largest difference of the logits about one picture, on the same pixels."""
+    image = picture(*size, seed=3)
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": "a red cat"},
+    ]
+    text = processor.apply_chat_template(conversation, tokenize=False)
+    inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        ours = model(**inputs).logits[0]
+        ids = repo.with_marks(inputs["input_ids"][0], model.config.image_token_id)
+        reference = theirs.answer(ids, [inputs["pixel_values"][0]], [size])
+    assert ours.shape == reference.shape
+    assert reference.std() > 0.1
+    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_gives_the_logits_of_the_repositorys_own_forward(case: str, tmp_path: Path) -> None:
+    theirs, folder = made(tmp_path, case)
+    model, processor = load_model(folder, None)
+    assert type(model) is CASES[case][3]
+    adapter = find_adapter(model)
+    check_processor(model, processor, adapter)
+    assert adapter.lora_targets()
+    for size in SIZES:
+        assert apart(theirs, model, processor, size) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path: Path) -> None:
+    _, folder = made(tmp_path, case)
+    model, _ = load_model(str(folder), None)
+    target = write_back(model, folder, tmp_path / "back")
+    before, after = (tensors(place) for place in (folder, target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    was, now = (json.loads((place / "config.json").read_text()) for place in (folder, target))
+    assert now == {**was, "unfreeze_mm_vision_tower": True}
+
+
+@pytest.mark.parametrize("case", [*CASES, "unknown token"])
+def test_model_and_processor_are_saved_as_transformers_own(case: str, tmp_path: Path) -> None:
+    if case == "unknown token":
+        theirs, folder = made(tmp_path, "llama, CLIP", vocab_size=len(repo.tokenizer("</s>", "<s>")))
+    else:
+        theirs, folder = made(tmp_path, case)
+    model, processor = load_model(folder, None)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert read(tmp_path / "saved") is None
+    again, same = load_model(tmp_path / "saved", None)
+    assert type(same) is type(processor)
+    assert same.image_token == processor.image_token
+    check_processor(again, same, find_adapter(again))
+    assert apart(theirs, again, same, (120, 50)) < 1e-6
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_deleted_block_is_accounted_for_and_the_encoder_loads_alone(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "qwen, own SigLIP")
+    model, processor = load_model(folder, None)
+    encoder = find_adapter(model).extract()
+    assert type(encoder) is SiglipVisionModel
+    assert encoder.config.num_hidden_layers == len(encoder.encoder.layers) == 2
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = SiglipVisionModel.from_pretrained(tmp_path / "encoder")
+    pixels = processor.image_processor(images=[picture(56, 56, 1)], return_tensors="pt")["pixel_values"]
+    one, other = (m(pixels, output_hidden_states=True).hidden_states[-1] for m in (encoder, again))
+    assert torch.equal(one, other)
+
+
+def test_a_tower_that_lies_elsewhere_is_loaded_from_there(tmp_path: Path) -> None:
+    theirs, folder = made(tmp_path, "llama, CLIP")
+    place = Path(json.loads((folder / "config.json").read_text())["mm_vision_tower"])
+    theirs.model.vision_tower.vision_tower.save_pretrained(place)
+    held = {name: tensor for name, tensor in repo.stored(theirs).items() if "vision_tower" not in name}
+    settings = json.loads((folder / "config.json").read_text())
+    lean = repo.write(tmp_path / "lean", settings, held, repo.tokenizer("</s>", "<s>"))
+    model, processor = load_model(lean, None)
+    assert apart(theirs, model, processor, (56, 56)) < 1e-6
+    # and what is written back keeps it, and says that it does
+    back = write_back(model, lean, tmp_path / "back")
+    assert tensors(back).keys() == tensors(folder).keys()
+    (place / "model.safetensors").unlink()
+    assert empty_model(str(lean)).config.vision_config.num_hidden_layers == 3
+    with pytest.raises(ModelError, match=r"keeps no vision tower, and none could be loaded from mm_vision_tower="):
+        load_model(lean, None)
+
+
+def test_only_the_structure_is_read_where_no_weights_are_wanted(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "qwen, tiles with a limit")
+    model = empty_model(str(folder))
+    assert type(model) is LlavaOnevisionForConditionalGeneration
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_pytorch_files_are_read_without_code(tmp_path: Path) -> None:
+    theirs, folder = made(tmp_path, "llama, CLIP")
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink()
+    torch.save(repo.stored(theirs), folder / "pytorch_model.bin")
+    model, processor = load_model(folder, None)
+    assert apart(theirs, model, processor, (56, 56)) < 1e-6
+
+
+FORMS = {
+    "vicuna": (
+        VICUNA,
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: a cat</s>"
+        "USER: sure? ASSISTANT:",
+    ),
+    "mistral": (MISTRAL, "[INST] <image>\nwhat? [/INST] a cat </s>[INST] sure? [/INST]"),
+    "llama 3": (
+        LLAMA_3,
+        "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able "
+        "to understand the visual content that the user provides, and assist the user with a variety of tasks using "
+        "natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nwhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\na cat<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nsure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "qwen": (
+        chatml("You are a helpful assistant."),
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nwhat?<|im_end|>\n"
+        "<|im_start|>assistant\na cat<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_conversations_are_written_in_the_repositorys_form(name: str) -> None:
+    form, expected = FORMS[name]
+    tokens = repo.tokenizer("<s>")
+    tokens.bos_token = "<s>"
+    template = form.template("<image>")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "sure?"},
+    ]
+    text = tokens.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    assert text == ("<s>" if form.starts else "") + expected
+    # what asks for an answer is the beginning of the conversation with the answer
+    asked = tokens.apply_chat_template(messages[:1], chat_template=template, add_generation_prompt=True, tokenize=False)
+    assert text.startswith(asked)
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert "helpful" not in tokens.apply_chat_template(own, chat_template=template, tokenize=False)
+
+
+class TestImageToken:
+    """-200 becomes a token that no text contains; no embedding is added for it."""
+
+    def test_it_is_added_where_there_is_a_row_for_it(self, tmp_path: Path) -> None:
+        _, folder = made(tmp_path, "llama, CLIP")
+        model, processor = load_model(folder, None)
+        assert processor.image_token == "<image>"
+        assert model.config.image_token_id == len(repo.tokenizer("</s>", "<s>"))
+
+    def test_a_full_vocabulary_gives_up_its_unknown_token(self, tmp_path: Path) -> None:
+        rows = len(repo.tokenizer("</s>", "<s>"))
+        theirs, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        tokens = repo.tokenizer("</s>", "<s>")
+        tokens.pad_token = "<unk>"
+        tokens.save_pretrained(folder)
+        model, processor = load_model(folder, None)
+        assert processor.image_token == "<unk>"
+        assert model.get_input_embeddings().num_embeddings == rows
+        assert processor.tokenizer.pad_token_id not in (None, model.config.image_token_id)
+        check_processor(model, processor, find_adapter(model))
+        assert apart(theirs, model, processor, (90, 56)) < 1e-6
+
+    def test_a_reserved_token_comes_before_the_unknown_one(self, tmp_path: Path) -> None:
+        special = ("</s>", "<s>", "<|reserved_special_token_0|>")
+        rows = len(repo.tokenizer(*special))
+        _, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        repo.tokenizer(*special).save_pretrained(folder)
+        _, processor = load_model(folder, None)
+        assert processor.image_token == "<|reserved_special_token_0|>"
+
+    def test_none_left_is_refused(self, tmp_path: Path) -> None:
+        rows = len(repo.tokenizer("</s>", "<s>"))
+        _, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        tokens = repo.tokenizer("</s>", "<s>")
+        tokens.unk_token = None
+        tokens.save_pretrained(folder)
+        with pytest.raises(ModelError, match="no token left to stand for an image"):
+            load_model(folder, None)
+
+
+@pytest.mark.parametrize("case", ["llama, CLIP", "qwen, own SigLIP", "llama, tiles", "qwen, tiles with a limit"])
+@pytest.mark.parametrize("size", [(56, 56), (200, 90), (90, 300), (260, 250)])
+def test_pictures_are_cut_and_coloured_as_the_repository_does(case: str, size: tuple[int, int], tmp_path: Path) -> None:
+    _, folder = made(tmp_path, case)
+    _, processor = load_model(folder, None)
+    clip = CASES[case][1] == "clip"
+    mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else ([0.5] * 3, [0.5] * 3)
+    image = smooth(*size)
+    tiles = repo.anyres_tiles(image) if "tiles" in case else [repo.padded(image, mean)]
+    reference = torch.stack([repo.pixels(tile, mean, std) for tile in tiles])
+    ours = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    ours = ours[0] if ours.ndim == 5 else ours
+    assert ours.shape == reference.shape
+    # resizing rounds in another place: a level or two of 255
+    assert (ours - reference).abs().mean() < 0.02
+    assert (ours - reference).abs().max() < 0.5
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture whose every part looks different, without edges."""
+    across, down = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
+    return Image.fromarray(np.stack([across, down, 250 - across], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([(336, 672), (672, 336)], [[672, 336], [336, 672]]),
+        ("[(336, 672), [672, 336]]", [[672, 336], [336, 672]]),
+        ("(1x1),...,(2x3)", [[h * 336, w * 336] for w in (1, 2) for h in (1, 2, 3)]),
+    ],
+)
+def test_pinpoints_are_read_in_every_form(written: object, expected: list[list[int]]) -> None:
+    assert pinpoints(written, 336, "x") == expected
+
+
+@pytest.mark.parametrize("written", [None, "none", [336], [(300, 672)]])
+def test_pinpoints_that_make_no_sense_are_refused(written: object) -> None:
+    with pytest.raises(ModelError, match="image_grid_pinpoints"):
+        pinpoints(written, 336, "x")
+
+
+def test_transformers_own_folders_and_objects_are_left_to_transformers(llava: Any, tmp_path: Path) -> None:
+    llava[0].save_pretrained(tmp_path)
+    llava[1].save_pretrained(tmp_path)
+    assert read(tmp_path) is None
+    assert load_model(*llava) == llava
+
+
+def test_generation_settings_are_kept_and_can_be_saved(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "llama, CLIP")
+    # as Vicuna has them: likeliest tokens, and a temperature
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6})
+    )
+    model, _ = load_model(folder, None)
+    assert model.generation_config.eos_token_id == 2
+    model.save_pretrained(tmp_path / "saved")
+    sampling = {"do_sample": True, "temperature": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    model, _ = load_model(folder, None)
+    assert (model.generation_config.do_sample, model.generation_config.temperature) == (True, 0.9)
+
+
+def test_a_hub_id_is_read_like_a_folder_and_no_weight_is_downloaded_for_its_structure(tmp_path: Path) -> None:
+    _, folder = made(tmp_path, "qwen, own SigLIP")
+    (folder / "modeling_x.py").write_text("raise SystemExit")
+    code = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import scan_cache_dir
+from pivot_plugin.models.loading import empty_model, load_model
+def held():
+    revisions = [revision for repo in scan_cache_dir().repos for revision in repo.revisions]
+    return sorted(Path(file.file_name).suffix for revision in revisions for file in revision.files)
+structure = empty_model("tester/model")
+before = held()
+model, processor = load_model("tester/model", None)
+total = sum(p.double().sum().item() for p in model.parameters())
+print(json.dumps([before, held(), model.name_or_path, model.config._commit_hash, processor.image_token, total]))
+"""
+    with hub_server.serving() as hub:
+        hub.repos["models/tester/model"] = hub_server.Repo()
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        commit = hub.repos["models/tester/model"].add("main", files, "checkpoint")
+        run = hub.run(code, HF_HOME=str(tmp_path / "home"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    before, after, name, revision, token, total = json.loads(run.stdout.splitlines()[-1])
+    assert ".safetensors" not in before and after.count(".safetensors") == 2
+    assert ".py" not in after
+    assert (name, revision, token) == ("tester/model", commit, "<image>")
+    assert total == pytest.approx(sum(p.double().sum().item() for p in load_model(folder, None)[0].parameters()))
+
+
+def test_the_structure_of_the_published_7b_is_that_of_its_settings(tmp_path: Path) -> None:
+    settings = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-05,
+        "mm_hidden_size": 1024,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "image_aspect_ratio": "pad",
+        "torch_dtype": "float16",
+    }
+    decoder = [f"{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")]
+    decoder += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    decoder += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    tower = [f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    tower += ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    head = "model.vision_tower.vision_tower.vision_model."
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{n}.{name}" for n in range(32) for name in decoder]
+    names += [f"{head}encoder.layers.{n}.{part}.{kind}" for n in range(24) for part in tower for kind in KINDS]
+    names += [f"{head}{part}.{kind}" for part in ("pre_layrnorm", "post_layernorm") for kind in KINDS]
+    names += [f"{head}embeddings.{part}" for part in ("class_embedding", "patch_embedding.weight")]
+    names += [f"{head}embeddings.position_embedding.weight"]
+    names += [f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in KINDS]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    repo.tokenizer("</s>", "<s>").save_pretrained(tmp_path)
+    model = empty_model(str(tmp_path))
+    # LLaMA 7B, the tower of CLIP ViT-L/14 at 336 px, two linear layers
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616 + 303_507_456 + 20_979_712
+    assert model.config.image_seq_length == 576
