@@ -16,8 +16,6 @@ from pivot_plugin.adapters.base import FEATURE_LAYER
 from pivot_plugin.choices import Projector
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.models.loading import load_model
-from pivot_plugin.models.merging import base_model, refuse_quantised, without_adapters
 
 from .record import PROJECTOR_FILE, origin_of
 
@@ -36,6 +34,10 @@ def extract_encoder(model: PreTrainedModel | PeftModel | str | Path) -> PreTrain
     Raises:
         ModelError: if it cannot be loaded, has no vision tower, no adapter knows it, or its tower is quantised.
     """
+    # not at the top: who loads an encoder or grafts one reads no MLLM by name and merges no adapter
+    from pivot_plugin.models.loading import load_model
+    from pivot_plugin.models.merging import base_model, refuse_quantised, without_adapters
+
     if isinstance(model, str | Path):
         model = load_model(model, None)[0]
     adapter = find_adapter(base_model(model))

@@ -12,11 +12,8 @@ from safetensors.torch import save_file
 from pivot_plugin.adapters.foreign import write_back
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.loading import load_model
-
-from . import repositories as repo
-from .test_foreign_internvl import TOKENS
-from .test_foreign_internvl import made as internvl
-from .test_foreign_llava import made as llava
+from tests.helpers import repositories as repo
+from tests.helpers.foreign import INTERNVL_TOKENS, internvl_made, llava_made
 
 
 def change(folder: Path, **settings: Any) -> Path:
@@ -51,7 +48,7 @@ def test_remote_code_of_an_unknown_layout_is_refused_and_not_run(tmp_path: Path)
 
 
 def test_remote_code_of_a_known_layout_is_not_needed_and_not_run(tmp_path: Path) -> None:
-    _, folder = internvl(tmp_path, "Qwen2")
+    _, folder = internvl_made(tmp_path, "Qwen2")
     mark = tmp_path / "ran"
     (folder / "modeling_internvl_chat.py").write_text(f"open({str(mark)!r}, 'w')\nclass InternVLChatModel: ...\n")
     model, _ = load_model(folder, None)
@@ -60,7 +57,7 @@ def test_remote_code_of_a_known_layout_is_not_needed_and_not_run(tmp_path: Path)
 
 
 def test_a_tokenizer_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    _, folder = internvl(tmp_path, "InternLM2, normed queries, layer -2")
+    _, folder = internvl_made(tmp_path, "InternLM2, normed queries, layer -2")
     mark = tmp_path / "ran"
     (folder / "tokenization_x.py").write_text(f"open({str(mark)!r}, 'w')\nclass Tokens: ...\n")
     named = {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": ["tokenization_x.Tokens", None]}}
@@ -70,7 +67,7 @@ def test_a_tokenizer_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"tokenizer of .* its class Tokens is code of its own, which is not run"):
         load_model(folder, None)
     # its published conversion is enough, and so is a tokenizer that is given
-    assert load_model(folder, repo.tokenizer(*TOKENS))[1].image_token == "<IMG_CONTEXT>"
+    assert load_model(folder, repo.tokenizer(*INTERNVL_TOKENS))[1].image_token == "<IMG_CONTEXT>"
     (folder / "tokenizer.json").write_bytes(kept)
     assert load_model(folder, None)[1].image_token == "<IMG_CONTEXT>"
     assert not mark.exists()
@@ -78,7 +75,7 @@ def test_a_tokenizer_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("damage", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"vocab_size": None}])
 def test_a_configuration_that_makes_no_sense_is_named(damage: dict[str, Any], tmp_path: Path) -> None:
-    _, folder = internvl(tmp_path, "InternLM2, normed queries, layer -2")
+    _, folder = internvl_made(tmp_path, "InternLM2, normed queries, layer -2")
     settings = json.loads((folder / "config.json").read_text())
     change(folder, llm_config={**settings["llm_config"], **damage})
     with pytest.raises(ModelError, match=r"The configuration of .*InternVLChatModel.* cannot be understood: \w+: "):
@@ -91,7 +88,7 @@ class TestHalfAFolder:
     @pytest.mark.parametrize("case", ["llama, CLIP", "qwen, own SigLIP"])
     @pytest.mark.parametrize("kept", [True, False])
     def test_the_tokenizers_vocabulary_is_missing(self, case: str, kept: bool, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, case)
+        _, folder = llava_made(tmp_path, case)
         (folder / "tokenizer.json").unlink()
         settings = {"tokenizer_class": "LlamaTokenizer" if "llama" in case else "Qwen2Tokenizer"}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings if kept else {}))
@@ -99,32 +96,32 @@ class TestHalfAFolder:
             load_model(folder, None)
 
     def test_shards_that_the_index_names_are_missing(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         (folder / "model-00002-of-00002.safetensors").unlink()
         with pytest.raises(ModelError, match=r"half downloaded: 1 of the 2 .* missing: model-00002-of-00002"):
             load_model(folder, None)
 
     def test_a_file_is_cut_short(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         file = folder / "model-00002-of-00002.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors of .* cannot be read"):
             load_model(folder, None)
 
     def test_the_index_is_missing(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         (folder / "model.safetensors.index.json").unlink()
         with pytest.raises(ModelError, match=r"2 weight files .* and no index"):
             load_model(folder, None)
 
     def test_the_index_is_broken(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         (folder / "model.safetensors.index.json").write_text("{")
         with pytest.raises(ModelError, match=r"index.json of .* cannot be read"):
             load_model(folder, None)
 
     def test_the_index_promises_a_tensor_that_its_file_lacks(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         name, file = next(iter(index["weight_map"].items()))
         tensors = {other: torch.ones(1) for other, place in index["weight_map"].items() if place == file}
@@ -134,14 +131,14 @@ class TestHalfAFolder:
             load_model(folder, None)
 
     def test_there_are_no_weights(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
             file.unlink()
         with pytest.raises(ModelError, match=r"has a config\.json and no weights"):
             load_model(folder, None)
 
     def test_a_pickle_that_is_more_than_tensors(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
             file.unlink()
         torch.save({"weight": Path("x")}, folder / "pytorch_model.bin")
@@ -153,14 +150,14 @@ class TestTensors:
     """Each has its place, or is named."""
 
     def test_missing_ones_are_named_as_the_repository_does(self, tmp_path: Path) -> None:
-        model, folder = internvl(tmp_path, "InternLM2, normed queries, layer -2")
+        model, folder = internvl_made(tmp_path, "InternLM2, normed queries, layer -2")
         name = "language_model.model.layers.1.attention.wqkv.weight"
         rewritten(folder, model, lambda tensors: [tensors.pop(name), tensors.pop("mlp1.3.bias")])
         with pytest.raises(ModelError, match=rf"2 tensors are missing: mlp1.3.bias, {name}|missing: {name}, mlp1.3.b"):
             load_model(folder, None)
 
     def test_those_left_over_are_named(self, tmp_path: Path) -> None:
-        model, folder = llava(tmp_path, "qwen, own SigLIP")
+        model, folder = llava_made(tmp_path, "qwen, own SigLIP")
         extra = {"model.mm_projector.4.weight": torch.ones(2, 2), "model.vision_resampler.query": torch.ones(3)}
         rewritten(folder, model, lambda tensors: tensors.update(extra))
         with pytest.raises(ModelError, match=r"2 tensors are left over: .*mm_projector.4.weight"):
@@ -168,13 +165,13 @@ class TestTensors:
 
     @pytest.mark.parametrize("name", ["mlp1.1.weight", "vision_model.encoder.layers.0.attn.qkv.weight"])
     def test_those_of_another_shape_are_named(self, name: str, tmp_path: Path) -> None:
-        model, folder = internvl(tmp_path, "Qwen2")
+        model, folder = internvl_made(tmp_path, "Qwen2")
         rewritten(folder, model, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
         with pytest.raises(ModelError, match=rf"other shapes than its configuration says: {name}"):
             load_model(folder, None)
 
     def test_what_the_classes_compute_themselves_is_no_weight(self, tmp_path: Path) -> None:
-        model, folder = llava(tmp_path, "llama, CLIP")
+        model, folder = llava_made(tmp_path, "llama, CLIP")
         extra = {
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
             "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
@@ -186,7 +183,7 @@ class TestTensors:
         assert load_model(back, None)[0].dtype is torch.float32
 
     def test_precision_is_that_of_the_configuration(self, tmp_path: Path) -> None:
-        model, folder = llava(tmp_path, "llama, CLIP")
+        model, folder = llava_made(tmp_path, "llama, CLIP")
         change(folder, torch_dtype="bfloat16")
         read, _ = load_model(folder, None)
         assert {parameter.dtype for parameter in read.parameters()} == {torch.bfloat16}
@@ -214,13 +211,13 @@ class TestLlavaSettings:
         ],
     )
     def test_a_setting(self, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         change(folder, **settings)
         with pytest.raises(ModelError, match=message):
             load_model(folder, None)
 
     def test_a_siglip_tower_from_which_no_block_was_deleted(self, tmp_path: Path) -> None:
-        model, folder = llava(tmp_path, "qwen, own SigLIP")
+        model, folder = llava_made(tmp_path, "qwen, own SigLIP")
         head = "model.vision_tower.vision_tower.vision_model.encoder.layers."
 
         tensors = repo.stored(model)
@@ -234,7 +231,7 @@ class TestWritingBack:
     """A target is never half written, and never another model than was meant."""
 
     def test_a_folder_with_something_in_it_is_left_alone(self, tmp_path: Path) -> None:
-        _, folder = llava(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         model, _ = load_model(folder, None)
         with pytest.raises(ModelError, match="is no empty folder"):
             write_back(model, folder, folder)
@@ -246,8 +243,8 @@ class TestWritingBack:
         assert not (tmp_path / "back").exists()
 
     def test_a_model_of_another_kind_or_size_is_refused(self, make: Any, tmp_path: Path) -> None:
-        _, folder = internvl(tmp_path, "Qwen2")
-        _, other = internvl(tmp_path / "wider", "Qwen2", vision={"intermediate_size": 44})
+        _, folder = internvl_made(tmp_path, "Qwen2")
+        _, other = internvl_made(tmp_path / "wider", "Qwen2", vision={"intermediate_size": 44})
         wider, _ = load_model(other, None)
         for model, message in (
             (make("llava")[0], "have no place in the repository's form"),

@@ -13,59 +13,28 @@ from pivot_plugin.adapters.foreign.names import THIRDS, grouped
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import empty_model, load_model
+from tests.helpers import picture
+from tests.helpers import repositories as repo
+from tests.helpers.foreign import INTERNVL_CASES, INTERNVL_TOKENS, internvl_apart, internvl_made, smooth, tensors
 
-from ..conftest import picture
-from . import repositories as repo
-from .test_foreign_llava import smooth, tensors
-
-LARGE = {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
-CASES: dict[str, dict[str, Any]] = {
-    "Qwen2": {"decoder": "Qwen2ForCausalLM"},
-    "Qwen3": {"decoder": "Qwen3ForCausalLM"},
-    "Llama, normed queries": {"decoder": "LlamaForCausalLM", "vision": LARGE},
-    "InternLM2, normed queries, layer -2": {"decoder": "InternLM2ForCausalLM", "vision": LARGE, "select_layer": -2},
-}
-TOKENS = ("<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>")
 SIZES = [(56, 56), (120, 50), (48, 100), (170, 160)]
 
 
-def made(tmp_path: Path, case: str, **changed: Any) -> tuple[Any, Path]:
-    """The repository's model of a case, and its checkpoint folder."""
-    settings = repo.internvl_settings(**{**CASES[case], **changed})
-    model = repo.internvl(settings)
-    return model, repo.write(tmp_path / "checkpoint", settings, repo.stored(model), repo.tokenizer(*TOKENS))
-
-
-def apart(theirs: Any, model: Any, processor: Any, size: tuple[int, int]) -> float:
-    """Largest difference of the logits about one picture, on the same pixels."""
-    conversation = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
-        {"role": "assistant", "content": "a red cat"},
-    ]
-    text = processor.apply_chat_template(conversation, tokenize=False)
-    inputs = processor(images=[picture(*size, seed=3)], text=[text], return_tensors="pt", add_special_tokens=False)
-    with torch.no_grad():
-        ours = model(**inputs).logits[0]
-        reference = theirs.answer(inputs["input_ids"][0], inputs["pixel_values"], model.config.image_token_id)
-    assert reference.std() > 0.1
-    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1))
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", INTERNVL_CASES)
 def test_a_folder_gives_the_logits_of_the_repositorys_own_forward(case: str, tmp_path: Path) -> None:
-    theirs, folder = made(tmp_path, case)
+    theirs, folder = internvl_made(tmp_path, case)
     model, processor = load_model(folder, None)
     assert type(model) is InternVLForConditionalGeneration
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     assert any("attention.q_proj" in target for target in adapter.lora_targets())
     for size in SIZES:
-        assert apart(theirs, model, processor, size) < 1e-6
+        assert internvl_apart(theirs, model, processor, size) < 1e-6
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", INTERNVL_CASES)
 def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path: Path) -> None:
-    _, folder = made(tmp_path, case)
+    _, folder = internvl_made(tmp_path, case)
     model, _ = load_model(str(folder), None)
     target = write_back(model, folder, tmp_path / "back")
     before, after = tensors(folder), tensors(target)
@@ -77,18 +46,18 @@ def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path
 
 
 def test_trained_weights_come_back_fused(tmp_path: Path) -> None:
-    theirs, folder = made(tmp_path, "InternLM2, normed queries, layer -2")
+    theirs, folder = internvl_made(tmp_path, "InternLM2, normed queries, layer -2")
     model, processor = load_model(folder, None)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     back = write_back(model, folder, tmp_path / "back")
     theirs.load_state_dict(tensors(back))
-    assert apart(theirs, model, processor, (120, 50)) < 1e-6
+    assert internvl_apart(theirs, model, processor, (120, 50)) < 1e-6
 
 
 def test_the_processor_counts_tiles_and_a_thumbnail(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "Qwen2")
+    _, folder = internvl_made(tmp_path, "Qwen2")
     _, processor = load_model(folder, None)
     counts = []
     for size in ((56, 56), (120, 56), (112, 112)):
@@ -100,7 +69,7 @@ def test_the_processor_counts_tiles_and_a_thumbnail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(56, 56), (200, 90), (90, 300), (260, 250), (500, 100)])
 def test_pictures_are_cut_and_coloured_as_the_repository_does(size: tuple[int, int], tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "Qwen2", max_dynamic_patch=6)
+    _, folder = internvl_made(tmp_path, "Qwen2", max_dynamic_patch=6)
     _, processor = load_model(folder, None)
     image = smooth(*size)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -113,15 +82,15 @@ def test_pictures_are_cut_and_coloured_as_the_repository_does(size: tuple[int, i
 
 
 def test_without_dynamic_sizes_there_is_one_tile(tmp_path: Path) -> None:
-    theirs, folder = made(tmp_path, "Qwen2", dynamic_image_size=False)
+    theirs, folder = internvl_made(tmp_path, "Qwen2", dynamic_image_size=False)
     model, processor = load_model(folder, None)
     inputs = processor(images=[picture(120, 56, seed=1)], text=["<IMG_CONTEXT>"], return_tensors="pt")
     assert len(inputs["pixel_values"]) == 1
-    assert apart(theirs, model, processor, (120, 56)) < 1e-6
+    assert internvl_apart(theirs, model, processor, (120, 56)) < 1e-6
 
 
 def test_the_processor_is_saved_and_read_with_its_tokens(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "Qwen2")
+    _, folder = internvl_made(tmp_path, "Qwen2")
     model, processor = load_model(folder, None)
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -134,7 +103,7 @@ def test_the_processor_is_saved_and_read_with_its_tokens(tmp_path: Path) -> None
 
 
 def test_the_encoder_is_a_plain_transformers_model(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "Llama, normed queries")
+    _, folder = internvl_made(tmp_path, "Llama, normed queries")
     model, _ = load_model(folder, None)
     encoder = find_adapter(model).extract()
     assert type(encoder) is InternVLVisionModel
@@ -144,14 +113,14 @@ def test_the_encoder_is_a_plain_transformers_model(tmp_path: Path) -> None:
 
 
 def test_only_the_structure_is_read_where_no_weights_are_wanted(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "InternLM2, normed queries, layer -2")
+    _, folder = internvl_made(tmp_path, "InternLM2, normed queries, layer -2")
     model = empty_model(str(folder))
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", INTERNVL_CASES)
 def test_a_conversation_is_written_in_the_repositorys_form(case: str, tmp_path: Path) -> None:
-    _, folder = made(tmp_path, case, template="Hermes-2")
+    _, folder = internvl_made(tmp_path, case, template="Hermes-2")
     _, processor = load_model(folder, None)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -191,7 +160,7 @@ def test_the_structure_of_the_published_8b_is_that_of_its_settings(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(settings))
     index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    repo.tokenizer(*TOKENS).save_pretrained(tmp_path)
+    repo.tokenizer(*INTERNVL_TOKENS).save_pretrained(tmp_path)
     model = empty_model(str(tmp_path))
     parts = {"language_model": 0, "vision_tower": 0, "multi_modal_projector": 0}
     for name, parameter in model.named_parameters():
@@ -205,7 +174,7 @@ def test_the_structure_of_the_published_8b_is_that_of_its_settings(tmp_path: Pat
 
 
 class TestCuts:
-    """Fused projections come apart and together again."""
+    """Fused projections come internvl_apart and together again."""
 
     def test_thirds_are_views_of_the_whole(self) -> None:
         fused = torch.randn(12, 5)
@@ -238,14 +207,14 @@ class TestRefusals:
         ],
     )
     def test_a_setting(self, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
-        _, folder = made(tmp_path, "Qwen2")
+        _, folder = internvl_made(tmp_path, "Qwen2")
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
         with pytest.raises(ModelError, match=message):
             load_model(folder, None)
 
     def test_a_decoder(self, tmp_path: Path) -> None:
-        _, folder = made(tmp_path, "Qwen2")
+        _, folder = internvl_made(tmp_path, "Qwen2")
         path = folder / "config.json"
         settings = json.loads(path.read_text())
         settings["llm_config"]["architectures"] = ["Phi3ForCausalLM"]
@@ -255,7 +224,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("missing", ["<IMG_CONTEXT>", "<img>"])
     def test_a_tokenizer_without_the_tokens_of_an_image(self, missing: str, tmp_path: Path) -> None:
-        _, folder = made(tmp_path, "Qwen2")
-        repo.tokenizer(*(token for token in TOKENS if token != missing)).save_pretrained(folder)
+        _, folder = internvl_made(tmp_path, "Qwen2")
+        repo.tokenizer(*(token for token in INTERNVL_TOKENS if token != missing)).save_pretrained(folder)
         with pytest.raises(ModelError, match=f"has no {missing}, by which InternVL shows an image"):
             load_model(folder, None)

@@ -4,14 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from transformers import (
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     SiglipVisionModel,
 )
@@ -23,84 +18,30 @@ from pivot_plugin.adapters.foreign.tokens import LLAMA_3, MISTRAL, VICUNA, chatm
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import empty_model, load_model
+from tests.helpers import hub_server, picture
+from tests.helpers import repositories as repo
+from tests.helpers.foreign import LLAVA_CASES, llava_apart, llava_made, smooth, tensors
+from tests.helpers.hub_client import Client
 
-from .. import hub_server
-from ..conftest import picture
-from . import repositories as repo
-
-TILED = {"mm_patch_merge_type": "spatial_unpad"}
-CASES = {
-    "llama, CLIP": ("llava_llama", "clip", {}, LlavaForConditionalGeneration),
-    "mistral, CLIP, last layer, square": (
-        *("llava_mistral", "clip"),
-        {"mm_vision_select_layer": -1, "image_aspect_ratio": None},
-        LlavaForConditionalGeneration,
-    ),
-    "qwen, own SigLIP": ("llava_qwen", "siglip", {}, LlavaForConditionalGeneration),
-    "llama, tiles": (
-        *("llava_llama", "clip"),
-        {**TILED, "image_aspect_ratio": "anyres"},
-        LlavaNextForConditionalGeneration,
-    ),
-    "qwen, tiles with a limit": (
-        *("llava_qwen", "siglip"),
-        {**TILED, "image_aspect_ratio": "anyres_max_4"},
-        LlavaOnevisionForConditionalGeneration,
-    ),
-    "qwen, CLIP tiles with a limit": (
-        *("llava_qwen", "clip"),
-        {**TILED, "image_aspect_ratio": "anyres_max_9"},
-        LlavaOnevisionForConditionalGeneration,
-    ),
-    "qwen, tied": ("llava_qwen", "siglip", {"tie_word_embeddings": True}, LlavaForConditionalGeneration),
-}
 KINDS = ("weight", "bias")
 SIZES = [(56, 56), (120, 50), (48, 100), (170, 160)]
 
 
-def made(tmp_path: Path, case: str, **changed: Any) -> tuple[Any, Path]:
-    """The repository's model of a case, and its checkpoint folder."""
-    kind, tower, settings, _ = CASES[case]
-    place = repo.write_tower(tmp_path / f"{tower}-tower", tower)
-    config = repo.llava_settings(kind, str(place), **{**settings, **changed})
-    model = repo.llava(config)
-    tokens = repo.tokenizer("<|im_start|>") if kind == "llava_qwen" else repo.tokenizer("</s>", "<s>")
-    return model, repo.write(tmp_path / "checkpoint", config, repo.stored(model), tokens)
-
-
-def apart(theirs: Any, model: Any, processor: Any, size: tuple[int, int]) -> float:
-    """Largest difference of the logits about one picture, on the same pixels."""
-    image = picture(*size, seed=3)
-    conversation = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
-        {"role": "assistant", "content": "a red cat"},
-    ]
-    text = processor.apply_chat_template(conversation, tokenize=False)
-    inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=False)
-    with torch.no_grad():
-        ours = model(**inputs).logits[0]
-        ids = repo.with_marks(inputs["input_ids"][0], model.config.image_token_id)
-        reference = theirs.answer(ids, [inputs["pixel_values"][0]], [size])
-    assert ours.shape == reference.shape
-    assert reference.std() > 0.1
-    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1))
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LLAVA_CASES)
 def test_a_folder_gives_the_logits_of_the_repositorys_own_forward(case: str, tmp_path: Path) -> None:
-    theirs, folder = made(tmp_path, case)
+    theirs, folder = llava_made(tmp_path, case)
     model, processor = load_model(folder, None)
-    assert type(model) is CASES[case][3]
+    assert type(model) is LLAVA_CASES[case][3]
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     assert adapter.lora_targets()
     for size in SIZES:
-        assert apart(theirs, model, processor, size) < 1e-6
+        assert llava_apart(theirs, model, processor, size) < 1e-6
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LLAVA_CASES)
 def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path: Path) -> None:
-    _, folder = made(tmp_path, case)
+    _, folder = llava_made(tmp_path, case)
     model, _ = load_model(str(folder), None)
     target = write_back(model, folder, tmp_path / "back")
     before, after = (tensors(place) for place in (folder, target))
@@ -110,12 +51,12 @@ def test_what_is_written_back_is_the_folder_tensor_by_tensor(case: str, tmp_path
     assert now == {**was, "unfreeze_mm_vision_tower": True}
 
 
-@pytest.mark.parametrize("case", [*CASES, "unknown token"])
+@pytest.mark.parametrize("case", [*LLAVA_CASES, "unknown token"])
 def test_model_and_processor_are_saved_as_transformers_own(case: str, tmp_path: Path) -> None:
     if case == "unknown token":
-        theirs, folder = made(tmp_path, "llama, CLIP", vocab_size=len(repo.tokenizer("</s>", "<s>")))
+        theirs, folder = llava_made(tmp_path, "llama, CLIP", vocab_size=len(repo.tokenizer("</s>", "<s>")))
     else:
-        theirs, folder = made(tmp_path, case)
+        theirs, folder = llava_made(tmp_path, case)
     model, processor = load_model(folder, None)
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -124,15 +65,11 @@ def test_model_and_processor_are_saved_as_transformers_own(case: str, tmp_path: 
     assert type(same) is type(processor)
     assert same.image_token == processor.image_token
     check_processor(again, same, find_adapter(again))
-    assert apart(theirs, again, same, (120, 50)) < 1e-6
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert llava_apart(theirs, again, same, (120, 50)) < 1e-6
 
 
 def test_the_deleted_block_is_accounted_for_and_the_encoder_loads_alone(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "qwen, own SigLIP")
+    _, folder = llava_made(tmp_path, "qwen, own SigLIP")
     model, processor = load_model(folder, None)
     encoder = find_adapter(model).extract()
     assert type(encoder) is SiglipVisionModel
@@ -145,14 +82,14 @@ def test_the_deleted_block_is_accounted_for_and_the_encoder_loads_alone(tmp_path
 
 
 def test_a_tower_that_lies_elsewhere_is_loaded_from_there(tmp_path: Path) -> None:
-    theirs, folder = made(tmp_path, "llama, CLIP")
+    theirs, folder = llava_made(tmp_path, "llama, CLIP")
     place = Path(json.loads((folder / "config.json").read_text())["mm_vision_tower"])
     theirs.model.vision_tower.vision_tower.save_pretrained(place)
     held = {name: tensor for name, tensor in repo.stored(theirs).items() if "vision_tower" not in name}
     settings = json.loads((folder / "config.json").read_text())
     lean = repo.write(tmp_path / "lean", settings, held, repo.tokenizer("</s>", "<s>"))
     model, processor = load_model(lean, None)
-    assert apart(theirs, model, processor, (56, 56)) < 1e-6
+    assert llava_apart(theirs, model, processor, (56, 56)) < 1e-6
     # and what is written back keeps it, and says that it does
     back = write_back(model, lean, tmp_path / "back")
     assert tensors(back).keys() == tensors(folder).keys()
@@ -163,19 +100,19 @@ def test_a_tower_that_lies_elsewhere_is_loaded_from_there(tmp_path: Path) -> Non
 
 
 def test_only_the_structure_is_read_where_no_weights_are_wanted(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "qwen, tiles with a limit")
+    _, folder = llava_made(tmp_path, "qwen, tiles with a limit")
     model = empty_model(str(folder))
     assert type(model) is LlavaOnevisionForConditionalGeneration
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_pytorch_files_are_read_without_code(tmp_path: Path) -> None:
-    theirs, folder = made(tmp_path, "llama, CLIP")
+    theirs, folder = llava_made(tmp_path, "llama, CLIP")
     for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         file.unlink()
     torch.save(repo.stored(theirs), folder / "pytorch_model.bin")
     model, processor = load_model(folder, None)
-    assert apart(theirs, model, processor, (56, 56)) < 1e-6
+    assert llava_apart(theirs, model, processor, (56, 56)) < 1e-6
 
 
 FORMS = {
@@ -226,14 +163,14 @@ class TestImageToken:
     """-200 becomes a token that no text contains; no embedding is added for it."""
 
     def test_it_is_added_where_there_is_a_row_for_it(self, tmp_path: Path) -> None:
-        _, folder = made(tmp_path, "llama, CLIP")
+        _, folder = llava_made(tmp_path, "llama, CLIP")
         model, processor = load_model(folder, None)
         assert processor.image_token == "<image>"
         assert model.config.image_token_id == len(repo.tokenizer("</s>", "<s>"))
 
     def test_a_full_vocabulary_gives_up_its_unknown_token(self, tmp_path: Path) -> None:
         rows = len(repo.tokenizer("</s>", "<s>"))
-        theirs, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        theirs, folder = llava_made(tmp_path, "llama, CLIP", vocab_size=rows)
         tokens = repo.tokenizer("</s>", "<s>")
         tokens.pad_token = "<unk>"
         tokens.save_pretrained(folder)
@@ -242,19 +179,19 @@ class TestImageToken:
         assert model.get_input_embeddings().num_embeddings == rows
         assert processor.tokenizer.pad_token_id not in (None, model.config.image_token_id)
         check_processor(model, processor, find_adapter(model))
-        assert apart(theirs, model, processor, (90, 56)) < 1e-6
+        assert llava_apart(theirs, model, processor, (90, 56)) < 1e-6
 
     def test_a_reserved_token_comes_before_the_unknown_one(self, tmp_path: Path) -> None:
         special = ("</s>", "<s>", "<|reserved_special_token_0|>")
         rows = len(repo.tokenizer(*special))
-        _, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        _, folder = llava_made(tmp_path, "llama, CLIP", vocab_size=rows)
         repo.tokenizer(*special).save_pretrained(folder)
         _, processor = load_model(folder, None)
         assert processor.image_token == "<|reserved_special_token_0|>"
 
     def test_none_left_is_refused(self, tmp_path: Path) -> None:
         rows = len(repo.tokenizer("</s>", "<s>"))
-        _, folder = made(tmp_path, "llama, CLIP", vocab_size=rows)
+        _, folder = llava_made(tmp_path, "llama, CLIP", vocab_size=rows)
         tokens = repo.tokenizer("</s>", "<s>")
         tokens.unk_token = None
         tokens.save_pretrained(folder)
@@ -265,9 +202,9 @@ class TestImageToken:
 @pytest.mark.parametrize("case", ["llama, CLIP", "qwen, own SigLIP", "llama, tiles", "qwen, tiles with a limit"])
 @pytest.mark.parametrize("size", [(56, 56), (200, 90), (90, 300), (260, 250)])
 def test_pictures_are_cut_and_coloured_as_the_repository_does(case: str, size: tuple[int, int], tmp_path: Path) -> None:
-    _, folder = made(tmp_path, case)
+    _, folder = llava_made(tmp_path, case)
     _, processor = load_model(folder, None)
-    clip = CASES[case][1] == "clip"
+    clip = LLAVA_CASES[case][1] == "clip"
     mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else ([0.5] * 3, [0.5] * 3)
     image = smooth(*size)
     tiles = repo.anyres_tiles(image) if "tiles" in case else [repo.padded(image, mean)]
@@ -278,12 +215,6 @@ def test_pictures_are_cut_and_coloured_as_the_repository_does(case: str, size: t
     # resizing rounds in another place: a level or two of 255
     assert (ours - reference).abs().mean() < 0.02
     assert (ours - reference).abs().max() < 0.5
-
-
-def smooth(width: int, height: int) -> Image.Image:
-    """A picture whose every part looks different, without edges."""
-    across, down = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
-    return Image.fromarray(np.stack([across, down, 250 - across], axis=-1).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +243,7 @@ def test_transformers_own_folders_and_objects_are_left_to_transformers(llava: An
 
 
 def test_generation_settings_are_kept_and_can_be_saved(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "llama, CLIP")
+    _, folder = llava_made(tmp_path, "llama, CLIP")
     # as Vicuna has them: likeliest tokens, and a temperature
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6})
@@ -327,10 +258,9 @@ def test_generation_settings_are_kept_and_can_be_saved(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_read_like_a_folder_and_no_weight_is_downloaded_for_its_structure(tmp_path: Path) -> None:
-    _, folder = made(tmp_path, "qwen, own SigLIP")
+    _, folder = llava_made(tmp_path, "qwen, own SigLIP")
     (folder / "modeling_x.py").write_text("raise SystemExit")
     code = """
-import json, sys
 from pathlib import Path
 from huggingface_hub import scan_cache_dir
 from pivot_plugin.models.loading import empty_model, load_model
@@ -341,15 +271,18 @@ structure = empty_model("tester/model")
 before = held()
 model, processor = load_model("tester/model", None)
 total = sum(p.double().sum().item() for p in model.parameters())
-print(json.dumps([before, held(), model.name_or_path, model.config._commit_hash, processor.image_token, total]))
+answer = [before, held(), model.name_or_path, model.config._commit_hash, processor.image_token, total]
 """
     with hub_server.serving() as hub:
         hub.repos["models/tester/model"] = hub_server.Repo()
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         commit = hub.repos["models/tester/model"].add("main", files, "checkpoint")
-        run = hub.run(code, HF_HOME=str(tmp_path / "home"))
-    assert run.returncode == 0, run.stderr[-3000:]
-    before, after, name, revision, token, total = json.loads(run.stdout.splitlines()[-1])
+        (tmp_path / "home").mkdir()
+        client = Client(hub.url, tmp_path / "home")
+        reply = client(code)
+        client.close()
+    assert "error" not in reply, reply
+    before, after, name, revision, token, total = reply["answer"]
     assert ".safetensors" not in before and after.count(".safetensors") == 2
     assert ".py" not in after
     assert (name, revision, token) == ("tester/model", commit, "<image>")

@@ -13,27 +13,10 @@ from pivot_plugin.adapters.foreign import bring_back, write_back
 from pivot_plugin.errors import ModelError, TrainingError
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.pair_trainer import PivotTrainer
-
-from . import repositories as repo
-from .test_foreign_internvl import TOKENS
-from .test_foreign_internvl import apart as internvl_apart
-from .test_foreign_llava import apart as llava_apart
-from .test_foreign_llava import tensors
+from tests.helpers import repositories as repo
+from tests.helpers.foreign import object_of, tensors
 
 KINDS = ("LLaVA, CLIP", "LLaVA, own SigLIP, tiles", "InternVL, Qwen2", "InternVL, InternLM2")
-
-
-def loaded(kind: str) -> tuple[Any, Any, Any]:
-    """An object of a repository in memory, its tokenizer, and what compares it with a model."""
-    if kind == "LLaVA, CLIP":
-        return repo.llava(repo.llava_settings("llava_llama")), repo.tokenizer("</s>", "<s>"), llava_apart
-    if kind.startswith("LLaVA"):
-        settings = repo.llava_settings(
-            tower="siglip-tiny", mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres_max_4"
-        )
-        return repo.llava(settings), repo.tokenizer("<|im_start|>"), llava_apart
-    decoder = "Qwen2ForCausalLM" if kind.endswith("Qwen2") else "InternLM2ForCausalLM"
-    return repo.internvl(repo.internvl_settings(decoder)), repo.tokenizer(*TOKENS), internvl_apart
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +29,7 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_built_around_the_objects_own_parameters(kind: str) -> None:
-    theirs, tokens, apart = loaded(kind)
+    theirs, tokens, apart = object_of(kind)
     next(theirs.parameters()).requires_grad_(False)
     flags = [parameter.requires_grad for parameter in theirs.parameters()]
     model, processor = load_model(theirs, tokens)
@@ -66,7 +49,7 @@ def test_the_model_is_built_around_the_objects_own_parameters(kind: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_on_the_tower_trains_the_object_in_place(kind: str, rows: Any, fast: Any) -> None:
-    theirs, tokens, apart = loaded(kind)
+    theirs, tokens, apart = object_of(kind)
     before = snapshot(theirs)
     result = pivot.optimize(theirs, rows, processor=tokens, **fast)
     touched = changed(theirs, before)
@@ -81,7 +64,7 @@ def test_lora_on_the_tower_trains_the_object_in_place(kind: str, rows: Any, fast
     "settings", [{"train": "encoder+projector"}, {"train": "all", "lora": None}], ids=["projector", "all weights"]
 )
 def test_whatever_trains_ends_in_the_object(kind: str, settings: dict[str, Any], rows: Any, fast: Any) -> None:
-    theirs, tokens, apart = loaded(kind)
+    theirs, tokens, apart = object_of(kind)
     before = snapshot(theirs)
     result = pivot.optimize(theirs, rows, processor=tokens, **settings, **fast)
     touched = changed(theirs, before)
@@ -92,7 +75,7 @@ def test_whatever_trains_ends_in_the_object(kind: str, settings: dict[str, Any],
 
 
 def test_parameters_that_were_moved_away_are_brought_back_and_shared_again() -> None:
-    theirs, tokens, apart = loaded("InternVL, Qwen2")
+    theirs, tokens, apart = object_of("InternVL, Qwen2")
     model, processor = load_model(theirs, tokens)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -110,7 +93,7 @@ def test_parameters_that_were_moved_away_are_brought_back_and_shared_again() -> 
 def test_after_a_failure_the_object_is_as_it_was(
     settings: dict[str, Any], rows: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs, tokens, _ = loaded("InternVL, Qwen2")
+    theirs, tokens, _ = object_of("InternVL, Qwen2")
     before = snapshot(theirs)
     step = PivotTrainer.training_step
     taken = []
@@ -129,7 +112,7 @@ def test_after_a_failure_the_object_is_as_it_was(
 
 @pytest.mark.parametrize("counted", [2, 3])
 def test_the_deleted_block_may_be_counted_or_not(counted: int) -> None:
-    theirs, tokens, apart = loaded("LLaVA, own SigLIP, tiles")
+    theirs, tokens, apart = object_of("LLaVA, own SigLIP, tiles")
     theirs.model.vision_tower.vision_tower.config.num_hidden_layers = counted
     model, processor = load_model(theirs, tokens)
     assert model.config.vision_config.num_hidden_layers == 2
@@ -137,7 +120,7 @@ def test_the_deleted_block_may_be_counted_or_not(counted: int) -> None:
 
 
 def test_a_model_around_an_object_is_written_back_whole(tmp_path: Path) -> None:
-    theirs, tokens, _ = loaded("InternVL, Qwen2")
+    theirs, tokens, _ = object_of("InternVL, Qwen2")
     template = repo.write(tmp_path / "template", dict(theirs.config), repo.stored(theirs), tokens)
     model, _ = load_model(theirs, tokens)
     with torch.no_grad():
@@ -150,7 +133,7 @@ def test_a_model_around_an_object_is_written_back_whole(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_the_model_shares_nothing() -> None:
-    theirs, tokens, _ = loaded("InternVL, Qwen2")
+    theirs, tokens, _ = object_of("InternVL, Qwen2")
     before = snapshot(theirs)
     model, _ = load_model(theirs, tokens)
     twin = copy.deepcopy(model)
@@ -162,7 +145,7 @@ def test_a_copy_of_the_model_shares_nothing() -> None:
 
 
 def test_the_model_is_saved_whole_although_it_has_views(tmp_path: Path) -> None:
-    theirs, tokens, apart = loaded("InternVL, Qwen2")
+    theirs, tokens, apart = object_of("InternVL, Qwen2")
     model, processor = load_model(theirs, tokens)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -172,7 +155,7 @@ def test_the_model_is_saved_whole_although_it_has_views(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["LLaVA, CLIP", "InternVL, Qwen2"])
 def test_an_object_that_knows_its_folder_needs_no_tokenizer(kind: str, tmp_path: Path) -> None:
-    theirs, tokens, apart = loaded(kind)
+    theirs, tokens, apart = object_of(kind)
     tokens.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     if kind.startswith("LLaVA"):
@@ -185,12 +168,12 @@ def test_an_object_that_knows_its_folder_needs_no_tokenizer(kind: str, tmp_path:
 
 
 def test_an_object_without_a_tokenizer_is_refused() -> None:
-    theirs, _, _ = loaded("LLaVA, CLIP")
+    theirs, _, _ = object_of("LLaVA, CLIP")
     with pytest.raises(ModelError, match=r"No tokenizer was given with this LlavaLlamaForCausalLM.*Pass processor="):
         load_model(theirs, None)
 
 
 def test_something_that_is_no_tokenizer_is_refused() -> None:
-    theirs, _, _ = loaded("LLaVA, CLIP")
+    theirs, _, _ = object_of("LLaVA, CLIP")
     with pytest.raises(ModelError, match="is a str"):
         load_model(theirs, "tokenizer")  # type: ignore[arg-type]

@@ -12,19 +12,16 @@ from pivot_plugin.errors import ModelError
 from pivot_plugin.models.loading import empty_model, load_model
 from pivot_plugin.probes.subjects import subject
 from pivot_plugin.training.inspection import inspect_model
-
-from . import repositories as repo
-from .test_foreign_internvl import made as internvl
-from .test_foreign_llava import made as llava
-from .test_foreign_objects import loaded
+from tests.helpers import repositories as repo
+from tests.helpers.foreign import internvl_made, llava_made, object_of
 
 
 @pytest.fixture(params=["LLaVA", "LLaVA-NeXT", "InternVL"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint of each repository in turn."""
     if request.param == "InternVL":
-        return internvl(tmp_path, "InternLM2, normed queries, layer -2")[1]
-    return llava(tmp_path, "llama, CLIP" if request.param == "LLaVA" else "qwen, tiles with a limit")[1]
+        return internvl_made(tmp_path, "InternLM2, normed queries, layer -2")[1]
+    return llava_made(tmp_path, "llama, CLIP" if request.param == "LLaVA" else "qwen, tiles with a limit")[1]
 
 
 def test_optimize_and_the_encoder_it_leaves(folder: Path, rows: Any, fast: Any, tmp_path: Path) -> None:
@@ -49,6 +46,7 @@ def conversations(rows: Any) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.training
 def test_instruct_writes_a_model_that_loads_alone(folder: Path, tmp_path: Path, rows: Any) -> None:
     data = conversations(rows)
     result = pivot.instruct(
@@ -58,8 +56,9 @@ def test_instruct_writes_a_model_that_loads_alone(folder: Path, tmp_path: Path, 
     assert type(again) is type(result.model)
 
 
+@pytest.mark.training
 def test_instruct_trains_the_projector_of_an_object_in_place(rows: Any, tmp_path: Path) -> None:
-    theirs, tokens, apart = loaded("InternVL, InternLM2")
+    theirs, tokens, apart = object_of("InternVL, InternLM2")
     settings = {"train": "encoder+projector", "lora": 4, "eval_fraction": 0, "max_steps": 2, "use_cpu": True}
     before = theirs.mlp1[1].weight.clone()
     result = pivot.instruct(
@@ -76,7 +75,7 @@ def test_a_subject_is_made_of_it(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["LLaVA, CLIP", "InternVL, Qwen2"])
 def test_a_subject_is_made_of_an_object(kind: str) -> None:
-    theirs, tokens, _ = loaded(kind)
+    theirs, tokens, _ = object_of(kind)
     assert subject(theirs, tokens).adapter.family in ("internvl", "llava")
 
 

@@ -10,16 +10,15 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
+from tests.helpers.releases import OTHERS, Reader
+
 READER = Path(__file__).with_name("reader.py")
-OTHERS = ("4.37.2", "4.57.6", "5.0.0", "5.8.0")
-Reader = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,8 @@ from pivot_plugin.encoders import save_encoder
 from pivot_plugin.encoders.compatibility import CHECKED, save_model
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import FAMILIES, build
-
-from ..conftest import picture
-from .conftest import OTHERS, Reader
+from tests.helpers import picture
+from tests.helpers.releases import OTHERS, Reader
 
 TOLERANCE = 1e-5
 
