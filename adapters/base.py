@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from pivot_plugin.errors import EncoderError, ModelError
 
-from .grids import on_grids, patch_size
+from .grids import ImageFeatures, on_grids, patch_size
 from .unserved import REMEDY, is_quantiser, why_unserved
 from .views import (
     End,
@@ -44,19 +44,6 @@ MISMATCHES_SHOWN = 12
 
 Part = Literal["encoder", "projector", "language_model"]
 ImageInputs = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Features of one image as the projector reads them, in raster order.
-
-    Attributes:
-        values: (P, D) features, one row per patch.
-        grid: rows and columns of the patch grid; their product is P.
-    """
-
-    values: torch.Tensor
-    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -423,7 +410,7 @@ class VisionAdapter:
                 f"{type(tower).__name__} gives features of shape {tuple(hidden.shape)}, which form no patch grid.",
                 "Use an encoder with patch tokens, or an adapter that overrides on_grid.",
             )
-        return [ImageFeatures(one.values, one.grid) for one in found]
+        return found
 
     def project(self, features: ImageFeatures, tower: PreTrainedModel | None = None) -> ImageFeatures:
         """What the language model gets of one image's patch features, on its own grid.

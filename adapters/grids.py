@@ -2,7 +2,7 @@
 
 Six ways in which towers of transformers take pictures, tried in this order:
 
-    sizes given in patches       image_grid_thw, spatial_shapes: one row per patch, or rows padded to the longest
+    sizes given in patches       image_grid_thw, target_sizes: one row per patch; spatial_shapes: rows that are padded
     positions given              one pair of coordinates per patch
     sizes given in pixels        image_sizes: pictures padded to the largest, patches of all in one row
     pictures padded, with a mask pixel_attention_mask, pixel_mask: patches of the padded picture, those of the mask kept
@@ -24,12 +24,12 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class OnGrid:
-    """Tokens of one picture in raster order.
+class ImageFeatures:
+    """Features of one image as the projector reads them, in raster order.
 
     Attributes:
-        values: (R * C, D).
-        grid: R and C.
+        values: (R * C, D) features, one row per patch.
+        grid: R and C of the patch grid.
     """
 
     values: torch.Tensor
@@ -38,7 +38,7 @@ class OnGrid:
 
 def on_grids(
     hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool | None = None
-) -> list[OnGrid] | None:
+) -> list[ImageFeatures] | None:
     """Tokens of a tower, picture by picture, where they lie.
 
     Args:
@@ -59,7 +59,7 @@ def on_grids(
 
 def _by_grids(
     hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool | None
-) -> list[OnGrid] | None:
+) -> list[ImageFeatures] | None:
     if hidden.ndim > 3 or not (grids := _said_grids(inputs)):
         return None
     rows = hidden.flatten(0, -2)
@@ -75,7 +75,7 @@ def _by_grids(
         found = []
         for part, grid, merge, block in zip(rows.split(sizes), grids, merges, merged, strict=True):
             as_blocks = whole_patches and in_blocks and block > 1
-            found.append(OnGrid(_from_blocks(part, grid, block) if as_blocks else part, _divided(grid, merge)))
+            found.append(ImageFeatures(_from_blocks(part, grid, block) if as_blocks else part, _divided(grid, merge)))
         return found
     return None
 
@@ -85,7 +85,7 @@ def _said_grids(inputs: Mapping[str, Any]) -> list[Grid]:
     for name, value in inputs.items():
         if name.endswith("grid_thw"):
             return [(int(down), int(across)) for _, down, across in value.tolist()]
-        if name.endswith("grid_hw"):
+        if name.endswith(("grid_hw", "target_sizes")):
             return [(int(down), int(across)) for down, across in value.tolist()]
     return []
 
@@ -120,7 +120,7 @@ def _out_of_windows(rows: torch.Tensor, inputs: Mapping[str, Any], config: Any, 
 
 def patches_on_grids(
     patches: torch.Tensor, inputs: Mapping[str, Any], config: Any, in_blocks: bool
-) -> list[OnGrid] | None:
+) -> list[ImageFeatures] | None:
     """What a processor gives of each patch, where the patch lies in its picture.
 
     Args:
@@ -138,7 +138,7 @@ def patches_on_grids(
     merges = _merges_of_each(inputs, config, len(grids))
     parts = patches.split([down * across for down, across in grids])
     return [
-        OnGrid(_from_blocks(part, grid, merge) if in_blocks and merge > 1 else part, grid)
+        ImageFeatures(_from_blocks(part, grid, merge) if in_blocks and merge > 1 else part, grid)
         for part, grid, merge in zip(parts, grids, merges, strict=True)
     ]
 
@@ -150,15 +150,17 @@ def _from_blocks(values: torch.Tensor, grid: Grid, merge: int) -> torch.Tensor:
     return blocks.transpose(1, 2).reshape(rows * columns, -1)
 
 
-def _by_shapes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_shapes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     shapes = inputs.get("spatial_shapes")
     if shapes is None or hidden.ndim != 3 or len(shapes) != len(hidden):
         return None
     grids = [(int(down), int(across)) for down, across in shapes.tolist()]
-    return [OnGrid(row[: down * across], (down, across)) for row, (down, across) in zip(hidden, grids, strict=True)]
+    return [
+        ImageFeatures(row[: down * across], (down, across)) for row, (down, across) in zip(hidden, grids, strict=True)
+    ]
 
 
-def _by_positions(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_positions(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     positions = next((value for name, value in inputs.items() if name.endswith("position_ids")), None)
     if positions is None or positions.ndim != 3 or positions.shape[-1] != 2:
         return None
@@ -174,10 +176,10 @@ def _by_positions(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) 
         return None
     grids = [_divided(grid, pool) for grid in grids]
     parts = rows.split([down * across for down, across in grids])
-    return [OnGrid(part, grid) for part, grid in zip(parts, grids, strict=True)]
+    return [ImageFeatures(part, grid) for part, grid in zip(parts, grids, strict=True)]
 
 
-def _by_sizes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_sizes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     sizes, patch = inputs.get("image_sizes"), patch_size(config)
     if sizes is None or not patch or hidden.ndim > 3:
         return None
@@ -186,10 +188,10 @@ def _by_sizes(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> l
     if sum(down * across for down, across in grids) != len(rows):
         return None
     parts = rows.split([down * across for down, across in grids])
-    return [OnGrid(part, grid) for part, grid in zip(parts, grids, strict=True)]
+    return [ImageFeatures(part, grid) for part, grid in zip(parts, grids, strict=True)]
 
 
-def _by_mask(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_mask(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     mask, patch = inputs.get("pixel_attention_mask", inputs.get("pixel_mask")), patch_size(config)
     if mask is None or not patch or hidden.ndim != 3 or mask.ndim < 3 or mask.shape[-1] < patch[1]:
         return None
@@ -202,20 +204,20 @@ def _by_mask(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> li
         rows = -(-int(shown.any(dim=1).sum()) // patch[0])
         columns = -(-int(shown.any(dim=0).sum()) // patch[1])
         kept = values.reshape(down, across, -1)[:rows, :columns]
-        found.append(OnGrid(kept.reshape(rows * columns, -1), (rows, columns)))
+        found.append(ImageFeatures(kept.reshape(rows * columns, -1), (rows, columns)))
     return found
 
 
-def _by_maps(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_maps(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     if hidden.ndim != 4:
         return None
     # (I, R, C, D) of transformers that keep their maps, which have a patch size, or (I, D, R, C) of convolutional nets
     if _expected(inputs, config) == tuple(hidden.shape[1:3]):
-        return [OnGrid(values.flatten(0, 1), (int(values.shape[0]), int(values.shape[1]))) for values in hidden]
-    return [OnGrid(values.flatten(1).T, (int(values.shape[1]), int(values.shape[2]))) for values in hidden]
+        return [ImageFeatures(values.flatten(0, 1), (int(values.shape[0]), int(values.shape[1]))) for values in hidden]
+    return [ImageFeatures(values.flatten(1).T, (int(values.shape[1]), int(values.shape[2]))) for values in hidden]
 
 
-def _by_patch_size(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_patch_size(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     expected = _expected(inputs, config)
     if expected is None or hidden.ndim != 3:
         return None
@@ -223,17 +225,17 @@ def _by_patch_size(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any)
     # class and register tokens come before the patches
     if not count or not 0 <= tokens - count <= 16:
         return None
-    return [OnGrid(values[tokens - count :], expected) for values in hidden]
+    return [ImageFeatures(values[tokens - count :], expected) for values in hidden]
 
 
-def _by_square(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[OnGrid] | None:
+def _by_square(hidden: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[ImageFeatures] | None:
     """Without patch size a square number of tokens, or one more, is a square picture."""
     if hidden.ndim != 3:
         return None
     for extra in (0, 1):
         side = math.isqrt(hidden.shape[1] - extra)
         if side > 1 and side * side == hidden.shape[1] - extra:
-            return [OnGrid(values[extra:], (side, side)) for values in hidden]
+            return [ImageFeatures(values[extra:], (side, side)) for values in hidden]
     return None
 
 
@@ -259,7 +261,7 @@ def patch_size(config: Any) -> tuple[int, int] | None:
 
 
 def _merge(config: Any) -> int:
-    for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
+    for name in ("spatial_merge_size", "merge_size", "merge_kernel_size", "window_kernel_size"):
         size = getattr(config, name, None)
         if size:
             return int(size if isinstance(size, int) else size[0])

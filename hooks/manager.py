@@ -49,6 +49,7 @@ BUILT_IN = {
     "qwen-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.qwen_vl"),
     "internvl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.internvl"),
     "granite-vision": BuiltIn("pivot_adapter", "pivot_plugin.adapters.granite_vision"),
+    "minicpm": BuiltIn("pivot_adapter", "pivot_plugin.adapters.minicpm"),
     "paddleocr-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.paddleocr_vl"),
     "foreign-checkpoints": BuiltIn("pivot_model", "pivot_plugin.adapters.foreign.reading"),
 }

@@ -102,7 +102,7 @@ def check(
         from rich.console import Console
         from rich.table import Table
 
-        colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
+        colours = {"passed": "green", "failed": "red", "not verified": "yellow", "skipped": "yellow"}
         table = Table(title=f"{type(loaded).__name__}: what its adapter promises")
         for column in ("promise", "result", "what was found"):
             table.add_column(column, overflow="fold")

@@ -29,6 +29,7 @@ from pivot_plugin.training.forward import answering
 from pivot_plugin.training.plan import plan
 
 from . import subjects
+from .patch_grid import WIDE, said_of_grid, seen_view
 from .pointing import concentration, energy_inside, mask_shares, points_inside
 from .scores import ProbeResult, Score, score_of
 from .subjects import Subject
@@ -133,6 +134,9 @@ def saliency(
     with_images = [position for position in range(len(rows)) if rows.plain(position)["images"]][:limit]
     if not with_images:
         raise DataError(f"No pair of {rows.name} has an image.", "Give pairs about images.")
+    if at == "encoder":
+        seen = partial(seen_view, subject.adapter, processor)
+        grid = said_of_grid(subject, seen, WIDE)
     reading = read_rows(model, subject.adapter, processor, [rows[with_images[0]]])
     collator = ForestCollator(
         processor, subject.adapter.image_token_id, reading.shared, whole_prompts=reading.whole_prompts
@@ -150,6 +154,8 @@ def saliency(
         "steps on the pair": steps,
         "beta": beta,
     }
+    if at == "encoder":
+        settings["patch grid"] = grid
     return ProbeResult("saliency", scores, settings, maps_of_pairs)
 
 

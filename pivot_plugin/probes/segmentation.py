@@ -8,6 +8,7 @@ where the published code keeps the one that is best on the images it is scored o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from pivot_plugin.models.evaluating import undisturbed
 from . import subjects
 from .data import Masked, masked_images
 from .extraction import Features, encoder_size, features
+from .patch_grid import picture_features, said_of_grid
 from .scores import ProbeResult, Score, plain_score, score_of
 from .splits import PRESETS
 
@@ -79,6 +81,8 @@ def segmentation_probe(
     subject = subjects.subject(examined)
     fitting, scoring = masked_images(data)
     side = encoder_size(subject)
+    of_picture = partial(picture_features, subject.adapter, subject.image_processor, projected=projected)
+    grid = said_of_grid(subject, of_picture, (side, side))
     fitted_on, scored_on = (
         _Patches.of(
             part, features(subject, part.images, square=side, projected=projected, **extraction), classes, ignore
@@ -100,6 +104,7 @@ def segmentation_probe(
         "fitted_on": len(fitting.images),
         "scored_on": len(scoring.images),
         "features": "encoder+projector" if projected else "encoder",
+        "patch grid": grid,
     }
     return ProbeResult("segmentation", _scores(per_seed), settings)
 

@@ -14,38 +14,34 @@ import copy
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.adapters.base import ImageFeatures
+from pivot_plugin.adapters import ImageFeatures, VisionAdapter
 from pivot_plugin.config import PARTS
 from pivot_plugin.encoders import load_encoder, save_encoder
 from pivot_plugin.errors import ModelError, PivotError
 from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.models.image_tokens import ImageTokens, about_images
+from pivot_plugin.models.image_tokens import ImageTokens
+from pivot_plugin.probes.patch_grid import FeaturesOf, grid_finding, noise, picture_features, seen_view
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest_check import read_rows
 from pivot_plugin.training.forward import on_model
 from pivot_plugin.training.plan import is_inside
 
-Result = Literal["passed", "failed", "skipped"]
-# pictures of the kit: square, wide and tall
+Result = Literal["passed", "failed", "not verified", "skipped"]
+# pictures of the kit: square, wide and tall; and one that processors cut into tiles, if they cut any
 SIZES = ((96, 96), (160, 96), (96, 160))
-# rows or columns of patches below which a patch grid cannot be seen to be right
-COARSE = 3
-# pixels of a patch at least
-FINE = 4
+LARGE = (384, 384)
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,8 @@ class Check:
 
     Attributes:
         name: of the promise.
-        result: "passed", "failed", or "skipped" where it does not apply.
+        result: "passed", "failed", "not verified" where the model mixes its patches too much to tell, or "skipped"
+            where it does not apply.
         reason: what was found.
     """
 
@@ -72,6 +69,10 @@ class Check:
 
 class Skipped(Exception):
     """A promise that does not apply to a model."""
+
+
+class NotVerified(Exception):
+    """A promise that the model does not show to be kept or broken."""
 
 
 def conformance(model: PreTrainedModel, processor: ProcessorMixin, adapter: VisionAdapter | None = None) -> list[Check]:
@@ -102,6 +103,8 @@ def _tried(name: str, attempt: Callable[[], str]) -> Check:
         return Check(name, "passed", attempt())
     except Skipped as reason:
         return Check(name, "skipped", str(reason))
+    except NotVerified as reason:
+        return Check(name, "not verified", str(reason))
     except (AssertionError, PivotError) as error:
         return Check(name, "failed", str(error))
     # the kit runs foreign adapters and models: whatever they raise is what it is there to find
@@ -154,7 +157,7 @@ class _Kit:
         return f"{counts['encoder']} tensors of the tower, {counts['projector']} of the projector{told}"
 
     def tokens(self) -> str:
-        images = self.image_tokens.process_images([[_picture(*size)] for size in SIZES])
+        images = self.image_tokens.process_images([[noise(size)] for size in SIZES])
         return f"{', '.join(str(sum(counts)) for counts in images.counts)} image tokens for {_listed(SIZES)} px"
 
     # What trains
@@ -162,7 +165,7 @@ class _Kit:
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         """Rows with one image, with several, and with none, as far as the processor takes them."""
-        pictures = [_picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+        pictures = [noise(size, seed) for seed, size in enumerate(SIZES)]
         rows = [_row("one", "what is it?", pictures[:1]), _row("another", "and this one?", pictures[1:2])]
         for row in (_row("several", "which is larger?", pictures[:2]), _row("none", "say hello", [])):
             try:
@@ -182,7 +185,11 @@ class _Kit:
     @cached_property
     def _reached(self) -> set[str]:
         """Parameters that a loss on pictures reaches; the gradient itself is not kept."""
-        outputs = self.image_tokens.processed([[_picture(*SIZES[0])]], [self.image_tokens.image_prompt(1)])
+        # what tiles go through may be their own
+        return self._reached_by(SIZES[0]) | self._reached_by(LARGE)
+
+    def _reached_by(self, size: tuple[int, int]) -> set[str]:
+        outputs = self.image_tokens.processed([[noise(size)]], [self.image_tokens.image_prompt(1)])
         flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         try:
             self.model.requires_grad_(True)
@@ -236,86 +243,46 @@ class _Kit:
 
     # What probes read
 
+    @cached_property
+    def _image_processor(self) -> Any:
+        """What is published with the encoder."""
+        return self.adapter.image_processor(self.processor)
+
     def _features(self, picture: Image.Image) -> ImageFeatures:
-        whole = self.adapter.image_processor(self.processor)
-        inputs = _on(dict(whole(images=[picture], return_tensors="pt")), self.model)
-        with torch.no_grad():
-            features = self.adapter.patch_features(inputs)
-        assert len(features) == 1, f"one image gave {len(features)} records of patch features"
-        assert features[0].grid[0] * features[0].grid[1] == len(features[0].values), (
-            f"{len(features[0].values)} patch features lie on a grid of {features[0].grid}"
-        )
-        return features[0]
+        return picture_features(self.adapter, self._image_processor, picture)
 
     def lit_patch(self) -> str:
-        grids = []
-        for size in SIZES:
-            picture, dark = _resolved(size, self._features)
-            grids.append(f"{dark.grid[0]}x{dark.grid[1]}")
-            places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, dark.grid)
-            for row, column in places.told_apart():
-                lit = self._features(places.lit(picture, row, column))
-                self._check_place(dark, lit, (row, column), f"a picture of {picture.width}x{picture.height} px")
-        near = ", or beside it, because its convolutions overlap" if self._blur else ""
-        return f"grids {', '.join(grids)} for {_listed(SIZES)} px; each in its own cell{near}"
-
-    def _check_place(self, before: ImageFeatures, after: ImageFeatures, place: tuple[int, int], where: str) -> None:
-        """A change of one patch of a picture shows most in that patch.
-
-        Raises:
-            AssertionError: if it does not.
-            Skipped: if it does not, and the grid is too coarse to tell.
-        """
-        brightest, grid = _brightest(before, after), before.grid
-        # among few patches a neighbour is as good as any, so that it counts for nothing there
-        coarse = min(grid) < (2 * COARSE if self._blur else COARSE)
-        if _apart(brightest, place) <= (0 if coarse else self._blur):
-            return
-        if coarse:
-            raise Skipped(f"a grid of {grid[0]}x{grid[1]} is too coarse to tell: every patch sees much of the picture")
-        raise AssertionError(f"in {where} a change of patch {place} of {grid} shows most in patch {brightest}")
-
-    @property
-    def _blur(self) -> int:
-        """Patches by which a change may show beside its own: convolutions that overlap mix neighbours."""
-        kernels = [module for module in self.adapter.tower.modules() if isinstance(module, nn.Conv2d)]
-        return int(any(size > step for one in kernels for size, step in zip(one.kernel_size, one.stride, strict=True)))
+        return self._verified(self._features, SIZES)
 
     def whole_view(self) -> str:
-        """The view that saliency looks at moves with every corner of the picture, and its own corner moves most."""
-        picture, before = _resolved(SIZES[0], self._seen_view)
-        places = _Places(self.adapter.shown_box(self.processor, picture.size), picture.size, before.grid)
-        for row, column in places.corners():
-            after = self._seen_view(places.lit(picture, row, column))
-            self._check_place(before, after, (row, column), "the view that saliency looks at")
-        return f"a grid of {before.grid[0]}x{before.grid[1]}"
+        """The view that saliency looks at shows all of the picture, each patch its own place."""
+        return self._verified(partial(seen_view, self.adapter, self.processor), SIZES[:2])
 
-    def _seen_view(self, picture: Image.Image) -> ImageFeatures:
-        """Patches of the view of the whole in the MLLM's own forward pass."""
-        outputs = self.image_tokens.processed([[picture]], [self.image_tokens.image_prompt(1)])
-        inputs = _on(outputs, self.model)
-        images = about_images(inputs, self.processor)
-        count = int((inputs["input_ids"] == self.adapter.image_token_id).sum())
-        with self.adapter.watched_tower() as passes, torch.no_grad():
-            self.model(**inputs, use_cache=False)
-        # what is cut out of the picture may follow in a pass of its own
-        hidden = self.adapter.hidden_state(passes[0].output)
-        self.adapter.read_processor(self.processor)
-        return self.adapter.on_whole_views(hidden, images, [count])[0]
+    def _verified(self, features: FeaturesOf, sizes: Sequence[tuple[int, int]]) -> str:
+        """What mosaics of some sizes show of where features lie.
+
+        Raises:
+            AssertionError: if they lie elsewhere.
+            NotVerified: if the model does not tell.
+        """
+        findings = [grid_finding(features, partial(self.adapter.shown_box, self.processor), size) for size in sizes]
+        for finding in findings:
+            assert finding.result != "wrong", finding.reason
+        for finding in findings:
+            if finding.result == "not verified":
+                raise NotVerified(f"grid not verified: {finding.reason}")
+        return f"grids of {', '.join(finding.reason for finding in findings)}; each patch shows its own place"
 
     # Out and in
 
     def round_trip(self) -> str:
-        picture = _picture(*SIZES[1])
+        picture = noise(SIZES[1])
         expected = self._features(picture).values
         with tempfile.TemporaryDirectory() as folder:
             path = save_encoder(self.adapter, self.processor, Path(folder) / "encoder", {"license": "other"})
             encoder = load_encoder(path)
-        image_processor = self.adapter.image_processor(self.processor)
-        inputs = _on(dict(image_processor(images=[picture], return_tensors="pt")), self.model)
         alone = find_adapter(encoder.to(self.model.device, self.model.dtype), encoder=True)
-        with torch.no_grad():
-            found = alone.patch_features(inputs)[0].values
+        found = picture_features(alone, self._image_processor, picture).values
         assert found.shape == expected.shape, f"features of shape {tuple(found.shape)}, {tuple(expected.shape)} before"
         gap = (found - expected).abs().max().item()
         assert gap <= 1e-4 * max(1.0, expected.abs().max().item()), f"features are {gap:.2g} apart after the round trip"
@@ -351,10 +318,10 @@ class _Kit:
             code = snippet.split("```")[0]
             assert code.strip(), "the card has no lines that load the encoder"
             picture = Path(folder) / "picture.png"
-            _picture(*SIZES[1]).save(picture)
+            noise(SIZES[1]).save(picture)
             runnable = _with_local_names(code, str(path), str(picture))
             # the card is ours, and its lines are what a reader would paste
-            exec(compile(runnable, "card", "exec"), {"image": _picture(*SIZES[1])})
+            exec(compile(runnable, "card", "exec"), {"image": noise(SIZES[1])})
         return f"{len(code.strip().splitlines())} lines"
 
 
@@ -363,12 +330,6 @@ def _with_local_names(code: str, folder: str, picture: str) -> str:
     code = re.sub(r'from_pretrained\(\s*"[^"]*"', f'from_pretrained("{folder}"', code)
     code = re.sub(r'load_encoder\(\s*"[^"]*"', f'load_encoder("{folder}"', code)
     return re.sub(r'Image\.open\(\s*"[^"]*"', f'Image.open("{picture}"', code)
-
-
-def _picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise: no two patches are alike."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
@@ -381,87 +342,6 @@ def _row(name: str, question: str, images: list[Image.Image]) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]}],
         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "a red dog!"}]}],
     }
-
-
-def _resolved(
-    size: tuple[int, int], features: Callable[[Image.Image], ImageFeatures]
-) -> tuple[Image.Image, ImageFeatures]:
-    """A picture of some shape, as large as its patches need to be changed one by one, and its features."""
-    for scale in (1, 2, 4):
-        picture = _picture(size[0] * scale, size[1] * scale)
-        seen = features(picture)
-        if min(seen.grid) >= COARSE and FINE * max(seen.grid) <= min(picture.size):
-            break
-    return picture, seen
-
-
-def _brightest(before: ImageFeatures, after: ImageFeatures) -> tuple[int, int]:
-    """Row and column of the patch whose features moved most."""
-    moved = (after.values - before.values).float().norm(dim=1).reshape(before.grid)
-    row, column = divmod(int(moved.argmax()), before.grid[1])
-    return row, column
-
-
-def _apart(first: tuple[int, int], second: tuple[int, int]) -> int:
-    return max(abs(first[0] - second[0]), abs(first[1] - second[1]))
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the patches of a grid lie in a picture.
-
-    Attributes:
-        box: of the picture that the grid covers, as `VisionAdapter.shown_box` says it.
-        size: width and height of the picture.
-        grid: rows and columns.
-    """
-
-    box: tuple[float, float, float, float]
-    size: tuple[int, int]
-    grid: tuple[int, int]
-
-    def edges(self, row: int, column: int) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom pixel of a patch; those of a border lie outside the picture."""
-        left, top, right, bottom = self.box
-        across, down = (right - left) / self.grid[1], (bottom - top) / self.grid[0]
-        shares = left + across * column, top + down * row, left + across * (column + 1), top + down * (row + 1)
-        return tuple(round(share * self.size[axis % 2]) for axis, share in enumerate(shares))  # type: ignore[return-value]
-
-    def _shown(self) -> tuple[list[int], list[int]]:
-        """Rows and columns of patches of which most shows the picture, and not a border around it."""
-        rows: list[int] = []
-        columns: list[int] = []
-        for found, count, axis in ((rows, self.grid[0], 1), (columns, self.grid[1], 0)):
-            for index in range(count):
-                edges = self.edges(index, index)
-                start, stop = edges[axis], edges[axis + 2]
-                if min(stop, self.size[axis]) - max(start, 0) > 0.6 * max(1, stop - start):
-                    found.append(index)
-        return rows, columns
-
-    def corners(self) -> list[tuple[int, int]]:
-        """The outermost patches that show the picture."""
-        rows, columns = self._shown()
-        ends = [(row, column) for row in (rows[0], rows[-1]) for column in (columns[0], columns[-1])]
-        return list(dict.fromkeys(ends))
-
-    def told_apart(self) -> list[tuple[int, int]]:
-        """Corners and two patches inside, no two alike under a transposition."""
-        rows, columns = self._shown()
-        inside = [
-            (rows[len(rows) // 3], columns[2 * len(columns) // 3]),
-            (rows[2 * len(rows) // 3], columns[len(columns) // 4]),
-        ]
-        return list(dict.fromkeys([*self.corners(), *inside]))
-
-    def lit(self, picture: Image.Image, row: int, column: int) -> Image.Image:
-        """The picture with other pixels where a patch lies."""
-        left, top, right, bottom = self.edges(row, column)
-        left, top = max(0, left), max(0, top)
-        pixels = np.array(picture)
-        part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
-        part[...] = 255 - part
-        return Image.fromarray(pixels)
 
 
 def _on(outputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

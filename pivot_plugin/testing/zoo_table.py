@@ -12,6 +12,8 @@ _SQUARE_56 = {"size": {"height": 56, "width": 56}}
 _SQUARE_64 = {"size": {"height": 64, "width": 64}}
 _CROPPED_56 = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 _AREA_14 = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+# of towers that merge their patches by themselves, for which a picture counts twice: two of them make a moment
+_AREA_MERGED = {"size": {"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 112 * 168}}
 _AREA_16 = {"size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, "patch_size": 16}
 _TILES_56 = [[56, 112], [112, 56], [112, 112]]
 _QWEN_TOKENS = {
@@ -41,7 +43,7 @@ _GLM: dict[str, Any] = {
         "video_start_token": "<|begin_of_video|>",
         "video_end_token": "<|end_of_video|>",
     },
-    "image_settings": _AREA_14,
+    "image_settings": _AREA_MERGED,
 }
 _LLAVA_TOKENS = {"image_token": "<image>"}
 _LLAVA_PROCESSOR = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
