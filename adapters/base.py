@@ -25,12 +25,14 @@ from pivot_plugin.errors import EncoderError, ModelError
 from .grids import ImageFeatures, on_grids, patch_size
 from .unserved import REMEDY, is_quantiser, why_unserved
 from .views import (
+    Box,
     End,
     has_tile_axis,
     one_view_processor,
     patches_in_blocks,
     pixels_of,
     real_tiles,
+    settings_of,
     shown_box,
     stacked_views,
     views_of_each,
@@ -138,6 +140,9 @@ class VisionAdapter:
         # of an encoder by itself, what it was saved with
         self.whole_view: End | None = getattr(self.tower.config, WHOLE_VIEW, None)
         self.in_blocks: bool | None = getattr(self.tower.config, IN_BLOCKS, None)
+        # of processors, by their settings: measuring them takes a dozen pictures
+        self._read: str | None = None
+        self._boxes: dict[tuple[str, tuple[int, int]], Box] = {}
 
     # Where things are
 
@@ -453,6 +458,8 @@ class VisionAdapter:
             ModelError: if it takes no plain image, or makes several views of one, of which none shows the whole.
         """
         image_processor = getattr(processor, "image_processor", processor)
+        if self._read is not None and self._read == settings_of(image_processor):
+            return
         try:
             self.in_blocks = patches_in_blocks(image_processor, self.tower.config)
             self.whole_view = whole_end(image_processor, self._view_edge())
@@ -461,6 +468,7 @@ class VisionAdapter:
                 f"What {type(processor).__name__} shows of an image is not known: {reason}.",
                 "Use an adapter that overrides read_processor and whole_views.",
             ) from reason
+        self._read = settings_of(image_processor)
 
     def _view_edge(self) -> int:
         size = getattr(self.tower.config, "image_size", None)
@@ -523,7 +531,7 @@ class VisionAdapter:
             )
         return ImageFeatures(tokens, (side, side))
 
-    def shown_box(self, processor: object, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    def shown_box(self, processor: object, size: tuple[int, int]) -> Box:
         """Which part of an image its patch grid covers: left, top, right and bottom as shares of width and height.
 
         Args:
@@ -536,9 +544,17 @@ class VisionAdapter:
         Raises:
             ModelError: if the image processor takes no plain image.
         """
-        processor = getattr(processor, "image_processor", processor)
-        shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
-        whole = one_view_processor(processor, clip=True)
+        image_processor = getattr(processor, "image_processor", processor)
+        settings = settings_of(image_processor)
+        if settings is None:
+            return self._measured_box(image_processor, size)
+        if (settings, size) not in self._boxes:
+            self._boxes[settings, size] = self._measured_box(image_processor, size)
+        return self._boxes[settings, size]
+
+    def _measured_box(self, image_processor: Any, size: tuple[int, int]) -> Box:
+        shortest = (getattr(image_processor, "size", None) or {}).get("shortest_edge")
+        whole = one_view_processor(image_processor, clip=True)
         if getattr(whole, "do_center_crop", False) and shortest:
             # what is measured is right to the pixel, and this is exact
             crop, edge = whole.crop_size, min(size)
@@ -551,7 +567,7 @@ class VisionAdapter:
             return shown_box(whole, size, patch_size(self.tower.config), self.tower.config)
         except ValueError as reason:
             raise ModelError(
-                f"What {type(processor).__name__} shows of an image is not known: {reason}.",
+                f"What {type(image_processor).__name__} shows of an image is not known: {reason}.",
                 "Use an adapter that overrides shown_box.",
             ) from reason
 

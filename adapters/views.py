@@ -40,6 +40,18 @@ SNAP = 0.012
 ORDER = (336, 224)
 
 
+def settings_of(image_processor: Any) -> str | None:
+    """What an image processor does with pictures, as far as its settings say it; None for one that has none to say.
+
+    Args:
+        image_processor: of any family.
+    """
+    if not hasattr(image_processor, "to_json_string"):
+        return None
+    kind = type(image_processor)
+    return f"{kind.__module__}.{kind.__qualname__} {image_processor.to_json_string()}"
+
+
 def without_tiles(image_processor: Any) -> Any:
     """A copy of an image processor with every setting that cuts pictures into tiles switched off.
 

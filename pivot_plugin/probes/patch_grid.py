@@ -40,7 +40,7 @@ BoxOf = Callable[[tuple[int, int]], Box]
 Result = Literal["verified", "wrong", "not verified"]
 
 # of pictures in which rows are not mistaken for columns
-WIDE = (160, 96)
+WIDE = (240, 96)
 # mosaics of one pair of pictures, and pairs of pictures that are tried at most
 MOSAICS, ROUNDS = 16, 6
 # patches that are looked at, at most
@@ -286,10 +286,22 @@ class _Followed:
                 f"{len(misplaced)} of {decided} patches show another place, such as patch {patch}, which shows what "
                 f"lies at {piece}"
             )
-        for name, rows in self._quarters():
-            middle = self._middle(rows)
-            if middle is not None and max(map(abs, middle)) >= ELSEWHERE:
+        middles = {name: middle for name, rows in self._quarters() if (middle := self._middle(rows)) is not None}
+        for name, middle in middles.items():
+            if max(map(abs, middle)) >= ELSEWHERE:
                 return f"the {name} shows {_beside(middle)}"
+        return self._stretched(middles)
+
+    def _stretched(self, middles: dict[str, tuple[float, float]]) -> str:
+        """Whether opposite sides look away from each other or towards each other, as a clause; nothing if not."""
+        for axis, (near, far) in enumerate((("upper", "lower"), ("left", "right"))):
+            sides = {side: [m[axis] for name, m in middles.items() if side in name] for side in (near, far)}
+            if not all(sides.values()):
+                continue
+            before, after = (float(np.mean(sides[side])) for side in (near, far))
+            if abs(after - before) >= ELSEWHERE:
+                beside = f"{before:+.1f}, its {far} half what lies {after:+.1f} {('rows', 'columns')[axis]} beside"
+                return f"its {near} half shows what lies {beside}"
         return ""
 
     def _quarters(self) -> list[tuple[str, torch.Tensor]]:
@@ -330,13 +342,14 @@ class _Followed:
         return middle_row, middle_column
 
     def _misplaced(self) -> tuple[list[tuple[tuple[int, int], tuple[int, int]]], int]:
-        """Patches that follow another piece than their own or a neighbour's, with that piece; how many follow any."""
-        above = self.shares / self.by_chance.std(dim=1)[:, None].clamp(min=1e-9)
-        best = self.shares.argmax(dim=1)
-        near = (self.shown[None] - self.looked_at[:, None]).abs().amax(dim=2) <= 1
-        own = torch.where(near, self.shares, -1.0).amax(dim=1)
-        follows = ((above >= SEEN) & (self.shares >= FOLLOWS)).any(dim=1)
-        elsewhere = follows & (own < 0.5 * self.shares.amax(dim=1))
+        """Patches that follow another piece more than their own, with that piece; how many follow any."""
+        chance = self.by_chance.std(dim=1).clamp(min=1e-9)
+        most, best = self.shares.max(dim=1)
+        is_own = (self.shown[None] == self.looked_at[:, None]).all(dim=2)
+        own = self.shares[is_own]
+        follows = (most >= FOLLOWS) & (most >= SEEN * chance)
+        # two shares are further apart by chance than one is from nothing
+        elsewhere = follows & (most - own >= SEEN * 2**0.5 * chance)
         pairs = [
             (_pair(self.looked_at[index]), _pair(self.shown[best[index]]))
             for index in elsewhere.nonzero()[:, 0].tolist()

@@ -40,7 +40,7 @@ from pivot_plugin.training.plan import is_inside
 
 Result = Literal["passed", "failed", "not verified", "skipped"]
 # pictures of the kit: square, wide and tall; and one that processors cut into tiles, if they cut any
-SIZES = ((96, 96), (160, 96), (96, 160))
+SIZES = ((96, 96), (240, 96), (96, 240))
 LARGE = (384, 384)
 
 

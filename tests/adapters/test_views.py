@@ -145,3 +145,25 @@ def test_an_image_processor_that_takes_no_picture_is_named() -> None:
 
     with pytest.raises(ModelError, match=r"What function shows of an image is not known.*KeyError: 'depth'"):
         find_adapter(model).read_processor(broken)
+
+
+def test_a_processor_is_measured_once_for_each_size_and_again_when_its_settings_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = zoo.build("idefics2")
+    adapter = find_adapter(model)
+    kind, calls = type(processor.image_processor), []
+    process = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *given, **named: calls.append(1) or process(*given, **named))
+    sizes = [(90 + 4 * number, 60) for number in range(20)]
+    boxes = {size: adapter.shown_box(processor, size) for size in sizes}
+    adapter.read_processor(processor)
+    measured = len(calls)
+    for number in range(200):
+        adapter.read_processor(processor)
+        assert adapter.shown_box(processor, sizes[number % 20]) == boxes[sizes[number % 20]]
+    assert len(calls) == measured <= 20 * 12
+    processor.image_processor.size = {"longest_edge": 70, "shortest_edge": 56}
+    adapter.shown_box(processor, sizes[0])
+    adapter.read_processor(processor)
+    assert len(calls) > measured
