@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test test-families test-releases lint types env clean
+.PHONY: demo check test test-families families test-releases lint types env clean
 
 env: .venv/installed
 
@@ -29,6 +29,10 @@ test: env lint types
 # every family of the zoo, and the conformance kit; part of `make test`
 test-families: env
 	$(PYTEST) tests/testing
+
+# asks every family, and writes what is found into its record and into README
+families: env
+	$(BIN)/python -m pivot_plugin.testing.zoo_findings tests/testing/families.json README.md
 
 # Features in other releases of transformers, each in an environment of its own that is made once in .releases.
 test-releases: env

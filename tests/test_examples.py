@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
 
-from pivot_plugin.testing import build
+from pivot_plugin.testing import build, conformance, zoo
 from tests.helpers import picture
 from tests.helpers.processes import python, script
 
@@ -51,6 +52,24 @@ def test_own_adapter_is_found_by_entry_point_and_wins(installed_adapter: Path, t
         "hooks": ["pivot_adapter"],
         "problem": None,
     }
+
+
+@pytest.mark.slow
+def test_own_adapter_keeps_every_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "own_adapter"))
+    model, processor = zoo.build("vipllava")
+    checks = conformance(model, processor, import_module("pivot_vipllava").VipLlavaAdapter(model))
+    assert {(check.name, check.result, check.reason) for check in checks if check.result != "passed"} == set()
+    assert len(checks) == 10
+
+
+@pytest.mark.slow
+def test_the_test_of_own_adapter_runs_as_it_stands(installed_adapter: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, pytest; "
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(EXAMPLES / 'own_adapter/test_vipllava.py')!r}]))"
+    )
+    assert "10 passed" in run(code, installed_adapter, folder=tmp_path)
 
 
 @pytest.mark.training

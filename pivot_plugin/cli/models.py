@@ -92,7 +92,7 @@ def check(
     from dataclasses import asdict
 
     from pivot_plugin.models.loading import load_model
-    from pivot_plugin.testing.conformance import conformance
+    from pivot_plugin.testing import conformance
 
     loaded, processor = load_model(model, None)
     checks = conformance(loaded, processor)

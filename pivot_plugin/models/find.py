@@ -1,5 +1,8 @@
-"""The adapter of a model's family, and whether a processor belongs to a model."""
+"""The adapter of a model's family, and whether a processor and a tower belong to a model."""
 
+import gc
+
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
@@ -100,3 +103,38 @@ def check_processor(model: PreTrainedModel, processor: object, adapter: VisionAd
             f"{type(model).__name__} embeds only {embeddings}.",
             remedy,
         )
+
+
+def check_tower(adapter: VisionAdapter) -> None:
+    """Refuse to train a tower that another model holds as well, and that would change there without a word.
+
+    Args:
+        adapter: of the model that is to be trained.
+
+    Raises:
+        ModelError: naming the other model.
+    """
+    if not _other_holders(adapter):
+        return
+    # one that nobody can reach any more may still be there
+    gc.collect()
+    if holders := _other_holders(adapter):
+        raise ModelError(
+            f"The vision tower of this {type(adapter.model).__name__} is shared: a {type(holders[0]).__name__} outside "
+            "of it holds the same modules, and would change with them.",
+            "Give each model a tower of its own (copy.deepcopy), or delete the other model.",
+        )
+
+
+def _other_holders(adapter: VisionAdapter) -> list[nn.Module]:
+    """Modules outside of a model that have its tower as a part."""
+    inside = {id(module) for module in adapter.model.modules()}
+    tower = adapter.tower
+    return [
+        module
+        for module in gc.get_objects()
+        # of foreign objects nothing is asked but their type
+        if issubclass(type(module), nn.Module)
+        and id(module) not in inside
+        and any(child is tower for child in module.__dict__.get("_modules", {}).values())
+    ]

@@ -30,7 +30,7 @@ from pivot_plugin.data.pairs import PairStream
 from pivot_plugin.data.rows import OnBadRow, RowDataset
 from pivot_plugin.data.split import hold_out
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.models.find import check_processor, find_adapter
+from pivot_plugin.models.find import check_processor, check_tower, find_adapter
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost
@@ -224,6 +224,7 @@ def begin(
     model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
+    check_tower(adapter)
     training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
     rows, held_out = load_rows()
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pivot_plugin.testing import build
+from pivot_plugin.testing import build, zoo
 from tests.helpers import picture
 from tests.helpers.processes import pivot
 
@@ -100,6 +100,41 @@ def test_inspect_shows_what_the_adapter_sees(world: Path, tmp_path: Path) -> Non
     assert "model.vision_tower.encoder.layers.*.mlp.fc1 (2)" in facts["LoRA"]
     table = pivot("inspect", world / "model", folder=tmp_path)
     assert "CLIPVisionModel at model.vision_tower" in table.stdout
+
+
+@pytest.mark.slow
+def test_check_tries_every_promise_and_prints_what_was_found(world: Path, tmp_path: Path) -> None:
+    run = pivot("check", world / "model", "--json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    checks: list[dict[str, str]] = json.loads(run.stdout.splitlines()[-1])
+    assert len(checks) == 10
+    assert {check["result"] for check in checks} == {"passed"}
+    table = pivot("check", world / "model", folder=tmp_path)
+    assert table.returncode == 0
+    assert "forest equals plain passes" in table.stdout
+    nothing = pivot("check", tmp_path / "nothing", folder=tmp_path)
+    assert nothing.returncode == 1
+    assert "No MLLM could be loaded" in nothing.stderr
+
+
+@pytest.mark.slow
+def test_check_of_a_model_that_breaks_a_promise_ends_with_1_and_names_it(tmp_path: Path) -> None:
+    model, processor = zoo.build("mllama")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    run = pivot("check", tmp_path / "model", folder=tmp_path)
+    assert run.returncode == 1
+    assert "failed" in run.stdout and "cross-attention" in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+def test_check_of_a_model_without_a_processor_is_one_sentence(world: Path, tmp_path: Path) -> None:
+    build("llava")[0].save_pretrained(tmp_path / "bare")
+    run = pivot("check", tmp_path / "bare", folder=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("pivot: ") and "processor" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
 
 
 def test_inspect_of_nothing_is_one_sentence(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import torch
 from pivot_plugin.adapters import ImageFeatures, VisionAdapter
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes.patch_grid import WIDE, grid_finding, picture_features
-from pivot_plugin.testing import zoo
-from pivot_plugin.testing.conformance import Check, conformance
+from pivot_plugin.testing import Check, conformance, zoo
 
 pytestmark = pytest.mark.slow
 
@@ -192,7 +191,7 @@ def test_an_adapter_that_raises_is_a_finding(llava: Any) -> None:
         raise ZeroDivisionError("no luck")
 
     found = failed(model, processor, lies(find_adapter(model), patch_features=broken))
-    assert "ZeroDivisionError: no luck (test_conformance.py:" in found["a lit patch shows in its own cell"]
+    assert "ZeroDivisionError: no luck (test_kit.py:" in found["a lit patch shows in its own cell"]
 
 
 def test_a_model_that_nobody_knows_is_a_finding_too(llava: Any) -> None:
