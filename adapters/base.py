@@ -510,8 +510,13 @@ class VisionAdapter:
         """
         views = self.whole_views(inputs, image_tokens)
         # towers for pictures of any size have all patches in one row
-        in_rows = hidden.ndim > 2 and len(hidden) not in (1, len(views))
-        return self.on_grid(hidden[views] if in_rows else hidden, inputs, self.tower)
+        if hidden.ndim <= 2 or len(hidden) in (1, len(views)):
+            return self.on_grid(hidden, inputs, self.tower)
+        of_views = {
+            name: value[views] if isinstance(value, torch.Tensor) and len(value) == len(hidden) else value
+            for name, value in inputs.items()
+        }
+        return self.on_grid(hidden[views], of_views, self.tower)
 
     def tokens_on_grid(self, tokens: torch.Tensor, inputs: ImageInputs) -> ImageFeatures:
         """Put the language model's image tokens of one image (or a gradient of theirs) on their grid.

@@ -67,7 +67,7 @@ def test_own_adapter_keeps_every_promise(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_test_of_own_adapter_runs_as_it_stands(installed_adapter: Path, tmp_path: Path) -> None:
     code = (
         "import sys, pytest; "
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(EXAMPLES / 'own_adapter/test_vipllava.py')!r}]))"
+        f"sys.exit(pytest.main(['-p', 'no:cacheprovider', {str(EXAMPLES / 'own_adapter/test_vipllava.py')!r}]))"
     )
     assert "10 passed" in run(code, installed_adapter, folder=tmp_path)
 

@@ -17,6 +17,8 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from pivot_plugin.errors import DataError, ModelError
 
 SEQUENCE = ("input_ids", "attention_mask")
+# by which transformers says that a batch cannot be made one tensor
+RAGGED = "Unable to convert output"
 # any picture does: what is read off its outputs are names
 PROBE = Image.new("RGB", (64, 64))
 
@@ -143,11 +145,21 @@ class ImageTokens:
         Args:
             image_sets: for each prompt its images (PIL).
             texts: prompts in the words of the chat template.
+
+        Raises:
+            ModelError: if the processor cannot put these images into one batch.
         """
         settings = {"text": list(texts), "padding": True, "return_tensors": "pt", "add_special_tokens": False}
         try:
             outputs = self.processor(images=[list(images) for images in image_sets], **settings)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError) as error:
+            if RAGGED in str(error):
+                sizes = sorted({f"{image.width}x{image.height}" for images in image_sets for image in images})
+                raise ModelError(
+                    f"{type(self.processor).__name__} cannot put images of {', '.join(sizes)} px into one batch, "
+                    "because it makes different numbers of views of them.",
+                    "Bring the images to one shape, or have its image processor cut no tiles.",
+                ) from error
             # a few take one image per prompt, in a flat list
             if any(len(images) != 1 for images in image_sets):
                 raise

@@ -49,8 +49,11 @@ LOOKED_AT = 256
 COARSE, FINE, SCALES = 3, 4, (1, 2, 4, 8)
 # standard deviations of chance, and share of the variance, above which a patch, or a quarter of them, follows something
 SEEN, FOLLOWS = 6.0, 0.1
-# rows or columns by which the middle of what is followed may lie beside a patch, and from which it is elsewhere
-BESIDE, ELSEWHERE = 0.5, 0.75
+# rows or columns by which the middle of what is followed may lie beside a patch, from which it is elsewhere, and from
+# which two sides lie too far apart
+BESIDE, ELSEWHERE, STRETCHED = 0.5, 0.75, 0.9
+# pairs of pictures that must show the same wrong; fewer do where patches follow single places by so much
+INSISTED, INSISTED_LOCAL, LOCAL = 4, 2, 0.25
 # of the patches that follow any piece, the share that may follow another than their own
 MISPLACED = 0.1
 
@@ -107,7 +110,7 @@ def grid_finding(features: FeaturesOf, box_of: BoxOf, size: tuple[int, int]) -> 
         if not wrong and not undecided:
             return GridFinding("verified", f"{grid[0]}x{grid[1]} for {size[0]}x{size[1]} px", grid)
         # what one pair of pictures shows may be chance, or a whim of these pictures
-        if wrong and round_ >= 1:
+        if wrong and round_ + 1 >= (INSISTED_LOCAL if followed.is_local else INSISTED):
             return GridFinding("wrong", f"{where} {wrong}", grid)
     return GridFinding("not verified", f"{where} {wrong or undecided}", grid)
 
@@ -265,6 +268,11 @@ class _Followed:
     by_chance: torch.Tensor
     grid: tuple[int, int]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether patches follow single places, and not many of which one shows a little more."""
+        return self.shares.amax(dim=1).median().item() >= LOCAL
+
     def undecided(self) -> str:
         """What is not seen, as a clause; nothing if every quarter of the picture looks where it should."""
         for name, rows in self._quarters():
@@ -299,7 +307,7 @@ class _Followed:
             if not all(sides.values()):
                 continue
             before, after = (float(np.mean(sides[side])) for side in (near, far))
-            if abs(after - before) >= ELSEWHERE:
+            if abs(after - before) >= STRETCHED:
                 beside = f"{before:+.1f}, its {far} half what lies {after:+.1f} {('rows', 'columns')[axis]} beside"
                 return f"its {near} half shows what lies {beside}"
         return ""

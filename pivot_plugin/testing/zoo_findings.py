@@ -20,6 +20,7 @@ from .kit import Check, conformance
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 KNOWS, FOREST = "an adapter knows the model", "forest equals plain passes"
+TOKENS = "the processor's tokens are the model's"
 LORA = "LoRA goes on the tower's linear layers that have a gradient"
 PATCHES, SALIENCY = "a lit patch shows in its own cell", "saliency looks at the view of the whole"
 ENCODER = (
@@ -94,6 +95,8 @@ def summary(model: PreTrainedModel, checks: Sequence[Check]) -> FamilyFinding:
         limits.append(f"no trees, because {forest.reason.removeprefix(BY_ROW).partition('; rows:')[0]}")
     if "; images also go through " in (parts := by_name["parts are found and disjoint"].reason):
         limits.append(f"images also go through {parts.partition('; images also go through ')[2]}")
+    if "; " in (tokens := by_name[TOKENS].reason):
+        limits.append(_first_sentence(tokens.partition("; ")[2]))
     if by_name[LORA].result == "skipped":
         limits.append("no linear layer for LoRA: train with lora=None")
     places = {name: _of_grid(by_name[name]) for name in (PATCHES, SALIENCY)}

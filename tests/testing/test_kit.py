@@ -63,13 +63,16 @@ TOWERS = (
     *("vipllava", "mistral3", "qwen3_vl_moe", "exaone4_5", "got_ocr2", "idefics3", "idefics2", "gemma4", "janus"),
     *("glm4v", "lfm3_vl", "unlimited_ocr"),
 )
+LARGE_GRIDS, SOME = ("got_ocr2", "gemma4"), ("transposed", "shifted by a row")
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_patches_in_another_order_are_found_in_every_kind_of_tower(name: str) -> None:
     model, processor = zoo.build(name)
     right, image_processor = find_adapter(model), find_adapter(model).image_processor(processor)
-    for order, permuted in {"right": None, **ORDERS}.items():
+    # of the large grids some orders only
+    orders = {**ORDERS} if name not in LARGE_GRIDS else {order: ORDERS[order] for order in SOME}
+    for order, permuted in {"right": None, **orders}.items():
         adapter = right if permuted is None else lies(right, on_grid=reordered(permuted))
         adapter.read_processor(processor)
         features = partial(picture_features, adapter, image_processor)
@@ -135,8 +138,8 @@ def test_a_picture_that_is_said_to_lie_elsewhere_on_the_grid_is_found() -> None:
     model, processor = zoo.build("janus")
     # it is put in the middle of a square, and not over all of it
     found = failed(model, processor, lies(find_adapter(model), shown_box=lambda self, of, size: (0.0, 0.0, 1.0, 1.0)))
-    assert set(found) == {"a lit patch shows in its own cell"}
-    assert "half shows what lies" in found["a lit patch shows in its own cell"]
+    assert set(found) == {"a lit patch shows in its own cell", "saliency looks at the view of the whole"}
+    assert "rows and +0.0 columns beside its patches" in found["a lit patch shows in its own cell"]
 
 
 def test_a_family_that_cannot_be_served_is_one_finding_with_its_reason() -> None:
