@@ -3,6 +3,7 @@
 Read `VisionAdapter` in `base.py`: it is the whole contract.
 """
 
-from .base import ImageFeatures, VisionAdapter
+from .base import VisionAdapter
+from .grids import ImageFeatures
 
 __all__ = ["ImageFeatures", "VisionAdapter"]

@@ -10,7 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from pivot_plugin.hooks import hookimpl
 
-from .base import ImageFeatures, ImageInputs, VisionAdapter
+from .base import ImageInputs, VisionAdapter
+from .grids import ImageFeatures
 
 
 class InternVLAdapter(VisionAdapter):

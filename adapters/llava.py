@@ -36,7 +36,8 @@ from transformers.utils import ModelOutput
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.hooks import hookimpl
 
-from .base import Assembled, ImageFeatures, ImageInputs, VisionAdapter, is_encoder
+from .base import Assembled, ImageInputs, VisionAdapter, is_encoder
+from .grids import ImageFeatures
 from .views import plain_processor
 
 IMAGE_TOKEN = "<image>"

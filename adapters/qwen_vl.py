@@ -32,7 +32,8 @@ from transformers.utils import ModelOutput
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.hooks import hookimpl
 
-from .base import Assembled, ImageFeatures, ImageInputs, VisionAdapter
+from .base import Assembled, ImageInputs, VisionAdapter
+from .grids import ImageFeatures
 
 TOKENS = {
     "image_token": "<|image_pad|>",
