@@ -29,7 +29,7 @@ from pivot_plugin.config import TowerConfig
 from pivot_plugin.data.pairs import PairStream
 from pivot_plugin.data.rows import OnBadRow, RowDataset
 from pivot_plugin.data.split import hold_out
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.models.find import check_processor, check_tower, find_adapter
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.checkpoints import last_checkpoint
@@ -227,12 +227,30 @@ def begin(
     check_tower(adapter)
     training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
     rows, held_out = load_rows()
+    if isinstance(rows, RowDataset):
+        _check_images(rows, training_plan)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
         rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
     if held_out is None:
         # of a stream or of very few rows none can be held out, and that shows only now
         unwatched(config)
     return Run(base, model, processor, adapter, training_plan, rows, held_out, options)
+
+
+def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
+    """Refuse rows without any image where nothing trains but what sees images.
+
+    Raises:
+        DataError: if no row has one.
+    """
+    parts = training_plan.parts
+    if "language_model" in parts or any(rows.plain(position).get("images") for position in range(len(rows))):
+        return
+    raise DataError(
+        f"None of the {len(rows)} rows of {rows.name} has an image, and only the {' and the '.join(parts)} "
+        "would train, which no text reaches.",
+        "Give rows about images, or train the language model.",
+    )
 
 
 def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
+from pivot_plugin.testing import zoo
 from tests.helpers import Tiny, picture
 
 TWO_SETS = [[picture(60, 60, 1)], [picture(120, 50, 2), picture(40, 80, 3)]]
@@ -99,3 +101,11 @@ def test_a_processor_of_another_model_is_refused(llava: Tiny) -> None:
     other = ImageTokens(llava[1]).image_token_id + 1
     with pytest.raises(ModelError, match=f"makes no token {other}, the model's image token, of"):
         ImageTokens(llava[1], other).process_images([TWO_SETS[0]])
+
+
+def test_images_that_a_processor_can_put_into_no_batch_are_refused_with_their_sizes() -> None:
+    if missing := zoo.missing_packages("perception_lm"):
+        pytest.skip(f"needs {', '.join(missing)}")
+    _, processor = zoo.build("perception_lm")
+    with pytest.raises(ModelError, match="cannot put images of 240x96, 384x384 px into one batch"):
+        ImageTokens(processor).process_images([[Image.new("RGB", (240, 96))], [Image.new("RGB", (384, 384))]])

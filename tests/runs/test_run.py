@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import pivot_plugin as pivot
 from pivot_plugin.data.pairs import PairDataset
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.files import read_record
 from pivot_plugin.runs.run import Run, RunOptions, begin
 from pivot_plugin.runs.settings import configuration
@@ -106,3 +106,23 @@ def test_the_settings_of_a_lora_are_the_same_in_every_process(tmp_path: Path) ->
     """peft keeps module names in a set, whose order differs from process to process; a resumed run compares them."""
     options = options_for(tmp_path, lora=LoraConfig(r=4, target_modules=["v_proj", "q_proj", "k_proj"]))
     assert options.settings["lora"]["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("train", ["encoder", "projector", "encoder+projector"])
+def test_rows_of_which_none_has_an_image_are_refused_where_no_text_reaches_what_trains(
+    train: str, llava: Tiny, tmp_path: Path
+) -> None:
+    model, processor = llava
+    rows = PairDataset([row("say hello", "hello", "good bye")] * 3)
+    config = configuration({"use_cpu": True}, tmp_path / "run", "dpo", train, True, True)
+    options = RunOptions(config, {}, None, 0.0, "raise", False)
+    with pytest.raises(DataError, match="None of the 3 rows of prefs has an image, and only the "):
+        begin(model, processor, options, lambda: (rows, None))
+
+
+def test_rows_without_image_train_the_language_model(llava: Tiny, tmp_path: Path) -> None:
+    model, processor = llava
+    rows = PairDataset([row("say hello", "hello", "good bye")] * 3)
+    config = configuration({"use_cpu": True}, tmp_path / "run", "dpo", "all", True, True)
+    run = begin(model, processor, RunOptions(config, {}, None, 0.0, "raise", False), lambda: (rows, None))
+    assert len(run.rows) == 3
