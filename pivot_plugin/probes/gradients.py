@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.adapters import VisionAdapter
+from pivot_plugin.adapters import ImageFeatures, VisionAdapter
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import load_pairs
 from pivot_plugin.errors import DataError, ModelError, SettingsError
@@ -29,7 +29,7 @@ from pivot_plugin.training.forward import answering
 from pivot_plugin.training.plan import plan
 
 from . import subjects
-from .patch_grid import WIDE, said_of_grid, seen_view
+from .patch_grid import WIDE, prompted, said_of_grid, seen_view
 from .pointing import concentration, energy_inside, mask_shares, points_inside
 from .scores import ProbeResult, Score, score_of
 from .subjects import Subject
@@ -123,7 +123,8 @@ def saliency(
 
     Raises:
         DataError: if no pair has an image, or masks do not fit.
-        ModelError: for an encoder by itself.
+        ModelError: for an encoder by itself, or if its patches do not lie where the adapter says; where that cannot be
+            told, the settings say so.
     """
     subject = subjects.subject(examined)
     model, processor = subject.mllm("Saliency")
@@ -134,9 +135,8 @@ def saliency(
     with_images = [position for position in range(len(rows)) if rows.plain(position)["images"]][:limit]
     if not with_images:
         raise DataError(f"No pair of {rows.name} has an image.", "Give pairs about images.")
-    if at == "encoder":
-        seen = partial(seen_view, subject.adapter, processor)
-        grid = said_of_grid(subject, seen, WIDE)
+    seen = seen_view if at == "encoder" else _seen_tokens
+    grid = said_of_grid(subject, partial(seen, subject.adapter, processor), WIDE)
     reading = read_rows(model, subject.adapter, processor, [rows[with_images[0]]])
     collator = ForestCollator(
         processor, subject.adapter.image_token_id, reading.shared, whole_prompts=reading.whole_prompts
@@ -153,9 +153,8 @@ def saliency(
         "magnitude": "sum of absolute values over channels",
         "steps on the pair": steps,
         "beta": beta,
+        "patch grid": grid,
     }
-    if at == "encoder":
-        settings["patch grid"] = grid
     return ProbeResult("saliency", scores, settings, maps_of_pairs)
 
 
@@ -262,6 +261,15 @@ def _map(subject: Subject, batch: ForestBatch, loss_of: LossOf, at: Place) -> np
         adapter.read_processor(subject.processor)
         first = adapter.on_whole_views(adapter.hidden_state(by_output), inputs, batch.image_tokens)[0]
     return first.values.abs().sum(dim=1).reshape(first.grid).float().cpu().numpy()
+
+
+def _seen_tokens(adapter: VisionAdapter, processor: ProcessorMixin, picture: Image.Image) -> ImageFeatures:
+    """What the language model gets of a picture, on the grid of its image tokens."""
+    inputs, images, count = prompted(adapter, processor, picture)
+    with _recorded(adapter.model, adapter, "projector") as outputs, torch.no_grad():
+        adapter.model(**inputs, use_cache=False)
+    tokens = torch.cat([part.flatten(0, -2) for part in _tensors(outputs[0])])
+    return adapter.tokens_on_grid(tokens[:count], adapter.select_images(images, 0, 1))
 
 
 @contextmanager

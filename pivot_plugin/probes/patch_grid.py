@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -115,6 +115,23 @@ def grid_finding(features: FeaturesOf, box_of: BoxOf, size: tuple[int, int]) -> 
     return GridFinding("not verified", f"{where} {wrong or undecided}", grid)
 
 
+def prompted(
+    adapter: VisionAdapter, processor: ProcessorMixin, picture: Image.Image
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """A question about a picture as an MLLM takes it: all inputs, those about the picture, and its number of tokens.
+
+    Args:
+        adapter: of the MLLM's family.
+        processor: the MLLM's own.
+        picture: any.
+    """
+    image_tokens = ImageTokens(processor, adapter.image_token_id)
+    outputs = image_tokens.processed([[picture]], [image_tokens.image_prompt(1)])
+    inputs = {name: on_model(value, adapter.model) for name, value in outputs.items()}
+    count = int((inputs["input_ids"] == adapter.image_token_id).sum())
+    return inputs, about_images(inputs, processor), count
+
+
 def seen_view(adapter: VisionAdapter, processor: ProcessorMixin, picture: Image.Image) -> ImageFeatures:
     """Patches of the view of the whole picture in the MLLM's own forward pass, which saliency looks at.
 
@@ -126,16 +143,13 @@ def seen_view(adapter: VisionAdapter, processor: ProcessorMixin, picture: Image.
     Raises:
         ModelError: if which view shows the whole, or how its patches lie, is not known.
     """
-    image_tokens = ImageTokens(processor, adapter.image_token_id)
-    outputs = image_tokens.processed([[picture]], [image_tokens.image_prompt(1)])
-    inputs = {name: on_model(value, adapter.model) for name, value in outputs.items()}
-    count = int((inputs["input_ids"] == adapter.image_token_id).sum())
+    inputs, images, count = prompted(adapter, processor, picture)
     with adapter.watched_tower() as passes, torch.no_grad():
         adapter.model(**inputs, use_cache=False)
     adapter.read_processor(processor)
     # what is cut out of the picture may follow in a pass of its own
     hidden = adapter.hidden_state(passes[0].output)
-    return adapter.on_whole_views(hidden, about_images(inputs, processor), [count])[0]
+    return adapter.on_whole_views(hidden, images, [count])[0]
 
 
 def picture_features(

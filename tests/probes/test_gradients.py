@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import logsigmoid
 
+from pivot_plugin.adapters import ImageFeatures, VisionAdapter
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load
@@ -285,3 +286,39 @@ def test_text_only_pairs_are_left_out(llava: Any) -> None:
     found = saliency(subject(*llava), [row("say hello", "hello", "bye"), *PAIRS], limit=1)
     assert found.settings["pairs"] == 1
     assert found.artefacts[0].question == "what is it?"
+
+
+@pytest.mark.parametrize(("at", "method"), [("encoder", "on_grid"), ("projector", "tokens_on_grid")])
+def test_a_grid_that_the_model_does_not_see_is_refused(
+    llava: Any, at: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = llava
+    right = getattr(VisionAdapter, method)
+
+    def transposed(one: ImageFeatures) -> ImageFeatures:
+        return ImageFeatures(one.values.reshape(*one.grid, -1).transpose(0, 1).flatten(0, 1), one.grid)
+
+    def wrong(*given: Any) -> Any:
+        found = right(*given)
+        return transposed(found) if isinstance(found, ImageFeatures) else [transposed(one) for one in found]
+
+    examined = subject(model, processor)
+    assert saliency(examined, PAIRS[:1], at=at).settings["patch grid"] == "verified"
+    monkeypatch.setattr(VisionAdapter, method, wrong)
+    with pytest.raises(ModelError, match="patches show another place, such as patch"):
+        saliency(examined, PAIRS[:1], at=at)
+
+
+def test_a_grid_that_cannot_be_verified_is_said_with_the_maps(
+    llava: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = llava
+    on_grid = VisionAdapter.on_grid
+    monkeypatch.setattr(
+        VisionAdapter,
+        "on_grid",
+        lambda *given: [ImageFeatures(one.values.mean(0).expand_as(one.values), one.grid) for one in on_grid(*given)],
+    )
+    result = saliency(subject(model, processor), PAIRS[:1])
+    assert str(result.settings["patch grid"]).startswith("not verified: on the 4x4 grid of a picture of 240x96 px")
+    assert "is not verified" in caplog.text
