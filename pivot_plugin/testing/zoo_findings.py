@@ -103,8 +103,14 @@ def summary(model: PreTrainedModel, checks: Sequence[Check]) -> FamilyFinding:
     if "not verified" in places.values():
         limits.append("the tiny model mixes its patches too much to verify the grid: ask `pivot check` on yours")
     encoder = "refused" if any(by_name[name].result == "failed" for name in ENCODER) else "yes"
-    limits += list(dict.fromkeys(_first_sentence(one.reason) for one in checks if one.result == "failed"))
+    limits += list(dict.fromkeys(_said(one) for one in checks if one.result == "failed"))
     return FamilyFinding(kind, training, places[PATCHES], places[SALIENCY], encoder, tuple(limits))
+
+
+def _said(check: Check) -> str:
+    """Why a check failed, without what differs from machine to machine."""
+    is_seen = check.name in (PATCHES, SALIENCY) and check.reason.startswith("on the ")
+    return f"{check.name}: no" if is_seen else _first_sentence(check.reason)
 
 
 def _of_grid(check: Check) -> str:
