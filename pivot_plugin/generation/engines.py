@@ -1,7 +1,6 @@
 """Where completions come from: transformers in this process, or a vLLM server."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,8 +10,9 @@ from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.models.evaluating import evaluating, undisturbed
-from pivot_plugin.models.image_features import repeated_features
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
+
+from .shared_prefill import PromptImages, SharedPrefill
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """Generates with transformers; the images of a question are encoded once for its n completions.
+    """Generates with transformers; a question, with its images, is prefilled once for its n completions.
 
     Args:
         model: an MLLM, on the device to use.
@@ -62,6 +62,7 @@ class TransformersEngine:
         self.model = model
         self.processor = processor
         self._image_tokens = ImageTokens(processor)
+        self._prefill = SharedPrefill(model)
 
     def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
         completions = self.processor.tokenizer.batch_decode(
@@ -113,21 +114,12 @@ class TransformersEngine:
             name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in outputs.items()
         }
         counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1)
-        once = self._encoded_once(counts[counts > 0].tolist(), sampling.n, about_images(inputs, self.processor))
-        with evaluating(self.model), undisturbed(seed), once:
+        token_counts = counts[counts > 0].tolist()
+        shown = PromptImages(token_counts, range(len(token_counts)), about_images(inputs, self.processor))
+        with evaluating(self.model), undisturbed(seed), self._prefill.of(sampling.n, shown):
             generated = self.model.generate(**inputs, **self._settings(sampling), return_dict_in_generate=True, **more)
         generated.sequences = generated.sequences[:, inputs["input_ids"].shape[1] :]
         return generated
-
-    def _encoded_once(
-        self, token_counts: list[int], n: int, image_inputs: dict[str, torch.Tensor]
-    ) -> AbstractContextManager[None]:
-        """Have the images of each question encoded once for its n completions."""
-        # a recent `generate` encodes before it repeats the questions, and reads the signature of what would be wrapped
-        if getattr(self.model, "_supports_mm_encoder_outputs", lambda: False)():
-            return nullcontext()
-        shown_by = [index for index in range(len(token_counts)) for _ in range(n)]
-        return repeated_features(self.model, token_counts, shown_by, image_inputs)
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
