@@ -18,7 +18,7 @@ differs, and one that has no cache, answers by plain `generate`, and a line of t
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,9 @@ class PromptImages:
             model: whose `get_image_features` is wrapped meanwhile.
             repeats: rows of each prompt that the model is given.
         """
+        # some families mix pictures into their layers otherwise
+        if not hasattr(model.base_model, "get_image_features"):
+            return nullcontext()
         shown = [number for number in self.shown for _ in range(repeats)]
         # the model is given each set once anyway
         as_given = shown == list(range(len(self.token_counts)))
@@ -182,7 +185,7 @@ def _without_cache(model: PreTrainedModel, settings: Mapping[str, Any]) -> str |
 
 def _encodes_before_it_repeats(model: PreTrainedModel) -> bool:
     """Whether `generate` encodes images before it repeats prompts, as it does for a growing number of families."""
-    return bool(getattr(model, "_supports_mm_encoder_outputs", lambda: False)())
+    return model.config.is_encoder_decoder or bool(getattr(model, "_supports_mm_encoder_outputs", lambda: False)())
 
 
 @contextmanager
