@@ -1,6 +1,6 @@
 """Where completions come from: transformers in this process, or a vLLM server."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,17 +109,49 @@ class TransformersEngine:
             padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
-        ).to(self.model.device)
-        inputs = {
-            name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in outputs.items()
-        }
-        counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1)
-        token_counts = counts[counts > 0].tolist()
-        shown = PromptImages(token_counts, range(len(token_counts)), about_images(inputs, self.processor))
+        )
+        inputs = self._on_model(outputs)
+        shown = self._distinct_images(questions, texts, inputs)
         with evaluating(self.model), undisturbed(seed), self._prefill.of(sampling.n, shown):
             generated = self.model.generate(**inputs, **self._settings(sampling), return_dict_in_generate=True, **more)
         generated.sequences = generated.sequences[:, inputs["input_ids"].shape[1] :]
         return generated
+
+    def _distinct_images(
+        self, questions: Sequence[dict[str, Any]], texts: Sequence[str], inputs: dict[str, torch.Tensor]
+    ) -> PromptImages:
+        """The images of some questions, which may be about the same.
+
+        Args:
+            questions: rows of one batch; those of equal `image_key` show the same images.
+            texts: of their prompts.
+            inputs: the processor's outputs about them.
+        """
+        counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1).tolist()
+        shows = [index for index, count in enumerate(counts) if count]
+        keys = [questions[index].get("image_key", index) for index in shows]
+        first = {key: index for key, index in reversed(list(zip(keys, shows, strict=True)))}
+        distinct = sorted(first.values())
+        if len(distinct) < len(shows):
+            images = self._image_tokens.process_images(
+                [questions[index]["images"] for index in distinct], [texts[index] for index in distinct]
+            )
+            token_counts = [sum(of_set) for of_set in images.counts]
+            number = {key: distinct.index(index) for key, index in first.items()}
+            shown = [number[key] for key in keys]
+            # a processor may make something else of the same images among others
+            if [token_counts[image_set] for image_set in shown] == [counts[index] for index in shows]:
+                return PromptImages(token_counts, shown, self._on_model(images.inputs))
+        own = [counts[index] for index in shows]
+        return PromptImages(own, range(len(own)), about_images(inputs, self.processor))
+
+    def _on_model(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Processor outputs on the model's device, numbers in its precision."""
+        model = self.model
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer

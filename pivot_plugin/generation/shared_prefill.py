@@ -1,30 +1,38 @@
-"""Each distinct prompt is prefilled once, and what that leaves is branched to its completions.
+"""Each distinct prompt is prefilled once, and its completions branch from what that leaves.
 
 transformers' `generate` repeats prompts for `num_return_sequences` and then prefills every copy. While `SharedPrefill` is
 in force, two of its methods are wrapped on the model:
 
     _expand_inputs_for_generation   the prompts are kept as they are before they are repeated
-    _prefill                        prefills these; then each row of the cache and of the logits is repeated instead
+    _prefill                        prefills these; the logits behind each prompt are those behind all of its completions
 
-All else is transformers' own: positions, masks, logits processors, draws, when to stop. A row's logits do not depend on
-the rows beside it, and the draws come from the same generator in the same order, so that the completions are those of a
-plain `generate`. The cache that is decoded from is no smaller than a plain one: a copy for each completion. What shrinks
-is the computation of the prefill, and its activations.
+From there the completions go on in one of two layouts:
 
-A model can keep something of its prompts outside of its cache, and a cache can be of a kind that cannot be branched.
-So each model is tried once, on the first prompts that it is given: a few tokens by itself, and branched in two. One that
-differs, and one that has no cache, answers by plain `generate`, and a line of the log says so.
+    TREE     the cache stays as it is. A step gives the model a row per prompt with a token of each of its completions,
+             and a mask in which a completion sees the prompt and itself: the prompt is in memory once, and read once
+    COPIES   each row of the cache is repeated, as a plain `generate` has it: for sliding windows, linear attention,
+             static caches, and attention that takes no mask of one's own
+
+All else is transformers' own: positions, logits processors, draws, when to stop. A row's logits do not depend on the rows
+beside it, and the draws come from the same generator in the same order, so that the completions are those of a plain
+`generate`.
+
+A model can keep something of its prompts outside of its cache. So each model is tried once, on the first prompts that it
+is given: a few tokens in each layout, against plain ones. The first layout that gives the same is taken; a model that
+has none answers by plain `generate`, and a line of the log says so.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import utils as generation_utils
 
 from pivot_plugin.models.evaluating import undisturbed
@@ -32,16 +40,24 @@ from pivot_plugin.models.image_features import repeated_features
 
 logger = logging.getLogger(__name__)
 
-# tokens of the trial: the first is of the prefill, the second reads the branched cache, the third what it became
-TRIED_TOKENS = 3
+# tokens of the trial: the first is of the prefill, the second reads what it left, the others what that became
+TRIED_TOKENS = 4
 # how far logits may be apart, as a share of their spread: in float32, and in half precision, where sums round
-EXACT, ROUNDED = 1e-3, 0.1
+EXACT, ROUNDED = 1e-4, 0.1
 # what `generate` hands on to the prefill alone
 OF_PREFILL = frozenset(generation_utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
 
+class Layout(Enum):
+    """How completions go on from a prompt that was prefilled once; PLAIN where each has a prefill of its own."""
+
+    TREE = "tree"
+    COPIES = "copies"
+    PLAIN = "plain"
+
+
 class _CannotBranch(Exception):
-    """What a prefill left cannot be repeated."""
+    """Completions cannot go on in a layout; its text says why, as a clause."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class SharedPrefill:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         # by whether the model is in training mode, in which dropout may draw for every row anew
-        self._shares: dict[bool, bool] = {}
+        self._layouts: dict[bool, Layout] = {}
 
     @contextmanager
     def of(self, repeats: int, images: PromptImages) -> Iterator[None]:
@@ -97,85 +113,107 @@ class SharedPrefill:
         plain = self.model.generate
 
         def generate(*args: Any, **settings: Any) -> Any:
-            if self._can_share(plain, args, settings, repeats, images):
-                with images.encoded_once(self.model), _branching(self.model):
-                    return plain(*args, **settings)
-            with images.encoded_once(self.model, 1 if _encodes_before_it_repeats(self.model) else repeats):
+            layout = Layout.PLAIN
+            if repeats > 1:
+                training = self.model.training
+                if training not in self._layouts:
+                    self._layouts[training] = self._first_that_agrees(plain, args, settings, images)
+                layout = self._layouts[training]
+            with self._in_layout(layout, repeats, images):
                 return plain(*args, **settings)
 
         with _replaced(self.model, generate=generate):
             yield
 
-    def _can_share(
-        self, plain: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any], repeats: int, images: PromptImages
-    ) -> bool:
-        if repeats == 1:
-            return False
-        training = self.model.training
-        if training not in self._shares:
-            reason = _without_cache(self.model, settings) or self._difference(plain, args, settings, images)
-            self._shares[training] = reason is None
-            if reason is not None:
-                logger.warning(
-                    "%s prefills every prompt once for each of its %d completions, as transformers does: %s.",
-                    type(self.model).__name__,
-                    repeats,
-                    reason,
-                )
-        return self._shares[training]
+    @contextmanager
+    def _in_layout(self, layout: Layout, repeats: int, images: PromptImages) -> Iterator[None]:
+        if layout is not Layout.PLAIN:
+            with images.encoded_once(self.model), _Branches(self.model, as_tree=layout is Layout.TREE).taken():
+                yield
+        elif repeats > 1 and _encodes_before_it_repeats(self.model):
+            # it repeats the features of the prompts' own images, in the form in which the tower gave them
+            yield
+        else:
+            with images.encoded_once(self.model, repeats):
+                yield
 
-    def _difference(
+    def _first_that_agrees(
         self, plain: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any], images: PromptImages
-    ) -> str | None:
-        """In which way the first prompts are answered differently when branched; None for the same answers."""
-        tried = settings | {
-            # of each distribution the most probable token; `generate` gives several completions only where it draws
-            "do_sample": True,
-            "top_k": 1,
-            "top_p": 1.0,
-            "temperature": 1.0,
-            "max_new_tokens": TRIED_TOKENS,
-            "min_new_tokens": TRIED_TOKENS,
-            "return_dict_in_generate": True,
-            "output_logits": True,
-        }
-        with undisturbed():
-            with images.encoded_once(self.model):
-                alone = plain(*args, **tried | {"num_return_sequences": 1})
-            try:
-                with images.encoded_once(self.model), _branching(self.model):
-                    branched = plain(*args, **tried | {"num_return_sequences": 2})
-            # what a foreign model or cache raises of rows that it did not prefill
-            except Exception as error:
-                return f"what its prefill leaves cannot be branched ({type(error).__name__}: {error})"
-        tolerance = EXACT if self.model.dtype == torch.float32 else ROUNDED
-        same_so_far = torch.ones(len(alone.sequences), dtype=torch.bool, device=alone.sequences.device)
-        start = alone.sequences.shape[1] - len(alone.logits)
-        for position, expected in enumerate(alone.logits):
-            drawn = branched.logits[position].unflatten(0, (-1, 2))
-            spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
-            apart = (drawn - expected[:, None]).norm(dim=-1).amax(dim=1) / spread.clamp(min=1e-12)
-            # a not a number is no agreement
-            if not bool((apart[same_so_far] <= tolerance).all()):
-                return (
-                    f"token {position + 1} behind a branched prompt has logits {float(apart[same_so_far].max()):.2g} of "
-                    "their spread away from those behind the prompt by itself"
-                )
-            # rounding may choose the other of two tokens; what follows is then another text
-            tokens = branched.sequences[:, start + position].unflatten(0, (-1, 2))
-            same_so_far &= (tokens == alone.sequences[:, start + position, None]).all(dim=1)
-        return None
+    ) -> Layout:
+        """The first layout in which a few completions of some prompts are those of a plain `generate`."""
+        reason = _without_cache(self.model, settings)
+        if reason is None:
+            tried: dict[str, Any] = {
+                # two completions of each prompt that soon differ
+                "num_return_sequences": 2,
+                "do_sample": True,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "max_new_tokens": TRIED_TOKENS,
+                "min_new_tokens": TRIED_TOKENS,
+                "return_dict_in_generate": True,
+                "output_logits": True,
+            }
+            if (config := settings.get("generation_config")) is not None:
+                config = copy.deepcopy(config)
+                config.update(**tried)
+                tried = {"generation_config": config}
+
+            def drawn(layout: Layout) -> Any:
+                with undisturbed(0), self._in_layout(layout, 2, images):
+                    return plain(*args, **settings | tried)
+
+            expected = drawn(Layout.PLAIN)
+            for layout in (Layout.TREE, Layout.COPIES):
+                try:
+                    reason = _difference(expected, drawn(layout), EXACT if self.model.dtype == torch.float32 else ROUNDED)
+                # what a foreign model or cache raises of rows that it did not prefill
+                except Exception as error:
+                    reason = f"completions cannot branch from its prefill ({type(error).__name__}: {error})"
+                if reason is None:
+                    return layout
+                logger.debug("%s: %s: %s", type(self.model).__name__, layout.value, reason)
+        logger.warning(
+            "%s prefills every prompt once for each of its completions, as transformers does: %s.",
+            type(self.model).__name__,
+            reason,
+        )
+        return Layout.PLAIN
+
+
+def _difference(expected: Any, found: Any, tolerance: float) -> str | None:
+    """In which way completions differ from those expected, as a clause; None for the same.
+
+    Args:
+        expected, found: outputs of `generate`, with logits.
+        tolerance: how far logits may be apart, as a share of their spread.
+    """
+    start = expected.sequences.shape[1] - len(expected.logits)
+    same_so_far = torch.ones(len(expected.sequences), dtype=torch.bool, device=expected.sequences.device)
+    for position, (logits, others) in enumerate(zip(expected.logits, found.logits, strict=True)):
+        spread = (logits - logits.mean(dim=-1, keepdim=True)).norm(dim=-1).clamp(min=1e-12)
+        apart = ((others - logits).norm(dim=-1) / spread)[same_so_far]
+        # what is not a number agrees with nothing
+        if not bool((apart <= tolerance).all()):
+            return (
+                f"token {position + 1} behind a prompt that was prefilled once has logits {float(apart.max()):.2g} of "
+                "their spread away from those behind a prompt of its own"
+            )
+        # rounding may choose the other of two tokens; what follows is then another text
+        same_so_far &= found.sequences[:, start + position] == expected.sequences[:, start + position]
+    return None
 
 
 def _without_cache(model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
-    """Why `generate` with some settings has no cache of the prompt to branch."""
+    """Why `generate` with some settings leaves no cache of a prompt from which completions could branch."""
     config = settings.get("generation_config") or model.generation_config
     wanted = {
         name: settings.get(name, getattr(config, name, None))
         for name in ("use_cache", "num_beams", "output_attentions", "output_hidden_states")
     }
     if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder model, whose prompt is encoded once anyway"
+        return "it is an encoder-decoder model, which encodes a prompt once anyway"
     if wanted["use_cache"] is False:
         return "use_cache is False in its generation config"
     if (wanted["num_beams"] or 1) > 1 or wanted["output_attentions"] or wanted["output_hidden_states"]:
@@ -188,43 +226,140 @@ def _encodes_before_it_repeats(model: PreTrainedModel) -> bool:
     return model.config.is_encoder_decoder or bool(getattr(model, "_supports_mm_encoder_outputs", lambda: False)())
 
 
-@contextmanager
-def _branching(model: PreTrainedModel) -> Iterator[None]:
-    """Have `generate` prefill prompts before they are repeated, and repeat what that leaves."""
-    expand, prefill = model._expand_inputs_for_generation, model._prefill
-    distinct: dict[str, Any] = {}
-    repeats = 1
+class _Branches:
+    """Prompts of one `generate`, each prefilled once, and their completions.
 
-    def expand_inputs(
-        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **inputs: Any
+    Args:
+        model: that generates.
+        as_tree: whether completions share the cache of their prompt, else each has a copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, as_tree: bool) -> None:
+        self.model = model
+        self.as_tree = as_tree
+        self._expand, self._prefill = model._expand_inputs_for_generation, model._prefill
+        self._distinct: dict[str, Any] = {}
+        self._repeats = 1
+        # tokens of the prompt in the cache, padding included, as long as a tree grows behind them
+        self._prompt_length: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Meanwhile the model generates this way."""
+        hooks = (
+            [
+                self.model.register_forward_pre_hook(self._step_in_tree, with_kwargs=True),
+                self.model.register_forward_hook(self._step_in_rows),
+            ]
+            if self.as_tree
+            else []
+        )
+        try:
+            with _replaced(self.model, _expand_inputs_for_generation=self._expand_inputs, _prefill=self._prefill_once):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _expand_inputs(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **inputs: Any
     ) -> Any:
-        nonlocal distinct, repeats
-        repeats = expand_size
-        distinct = {"input_ids": input_ids, **inputs}
-        # read by the prefill alone, which is given them as they are here
+        self._repeats = expand_size
+        self._distinct = {"input_ids": input_ids, **inputs}
+        # what the prefill alone reads need not be repeated
         followed = {name: value for name, value in inputs.items() if name not in OF_PREFILL}
-        return expand(
+        return self._expand(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **followed
         )
 
-    def prefill_once(
-        input_ids: torch.Tensor, generation_config: Any, inputs: dict[str, Any], *args: Any, **settings: Any
+    def _prefill_once(
+        self, input_ids: torch.Tensor, generation_config: Any, inputs: dict[str, Any], *args: Any, **settings: Any
     ) -> Any:
         # the cache, and what else `generate` adds once prompts are repeated
-        added = {name: value for name, value in inputs.items() if name not in distinct}
-        own = distinct | added
-        outputs = prefill(own.pop("input_ids"), generation_config, own, *args, **settings)
-        cache = outputs.get("cache", outputs.get("past_key_values"))
+        added = {name: value for name, value in inputs.items() if name not in self._distinct}
+        distinct = self._distinct | added
+        outputs = self._prefill(distinct.pop("input_ids"), generation_config, distinct, *args, **settings)
+        cache = _cache_of(outputs)
         if not isinstance(cache, Cache):
             raise _CannotBranch(f"its cache is of type {type(cache).__name__}")
-        rows = torch.arange(len(outputs.logits), device=outputs.logits.device).repeat_interleave(repeats)
-        # what beam search does with a cache, so that every kind of layer has it; `batch_repeat_interleave` they have not
-        cache.reorder_cache(rows)
+        rows = torch.arange(len(outputs.logits), device=outputs.logits.device).repeat_interleave(self._repeats)
+        if self.as_tree:
+            self._prompt_length = self._length_of_trunk(cache)
+        else:
+            # what beam search does with a cache, so that every kind of layer has it, unlike `batch_repeat_interleave`
+            cache.reorder_cache(rows)
         outputs.logits = outputs.logits[:, -1:].index_select(0, rows)
         return outputs
 
-    with _replaced(model, _expand_inputs_for_generation=expand_inputs, _prefill=prefill_once):
-        yield
+    def _length_of_trunk(self, cache: Cache) -> int:
+        """Tokens of the prompts in a cache from which trees can grow."""
+        model = self.model
+        if not type(model).__module__.startswith("transformers."):
+            raise _CannotBranch("who knows which masks a model takes that is not of transformers")
+        if model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"):
+            raise _CannotBranch("its attention takes no mask of one's own")
+        # all others forget, or sum up, what they are given
+        if kinds := {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}:
+            raise _CannotBranch(f"its cache has layers of type {', '.join(sorted(kinds))}")
+        length = cache.get_seq_length()
+        mask = self._distinct.get("attention_mask")
+        if mask is not None and mask.shape[1] != length:
+            raise _CannotBranch(f"its cache has {length} tokens of prompts of {mask.shape[1]}")
+        return length
+
+    def _step_in_tree(self, model: Any, args: Any, inputs: dict[str, Any]) -> Any:
+        """A step of the decoding, a row per completion, as a row per prompt."""
+        if self._prompt_length is None:
+            return None
+        completions = len(inputs["input_ids"])
+        taken = {
+            name: self._as_prompts(name, value, completions)
+            for name, value in inputs.items()
+            if name not in ("attention_mask", "logits_to_keep")
+        }
+        taken["attention_mask"] = self._tree_mask(_cache_of(inputs).get_seq_length(), inputs["input_ids"].device)
+        return args, taken
+
+    def _as_prompts(self, name: str, value: Any, completions: int) -> Any:
+        """An input with a token per completion (..., B * G, 1) as one of (..., B, G)."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.shape[-2:] != (completions, 1) or (value.ndim > 2 and name != "position_ids"):
+            raise _CannotBranch(f"it is given {name} of shape {tuple(value.shape)} with each token")
+        return value.reshape(*value.shape[:-2], -1, self._repeats)
+
+    def _tree_mask(self, cached: int, device: torch.device) -> torch.Tensor:
+        """(B, 1, G, K): whether the next token of each completion sees what is in the cache then."""
+        assert self._prompt_length is not None
+        repeats = self._repeats
+        prompts = len(self._distinct["input_ids"])
+        steps = (cached - self._prompt_length) // repeats + 1
+        padding = self._distinct.get("attention_mask")
+        trunk = (
+            torch.ones(prompts, self._prompt_length, dtype=torch.bool, device=device)
+            if padding is None
+            else padding.to(device).bool()
+        )
+        # a step puts one token of each completion into the cache
+        own = torch.eye(repeats, dtype=torch.bool, device=device).repeat(1, steps)
+        sees = torch.cat(
+            [trunk[:, None, :].expand(-1, repeats, -1), own[None].expand(prompts, -1, -1)], dim=-1
+        )[:, None]
+        if self.model.config.get_text_config()._attn_implementation == "sdpa":
+            return sees
+        lowest = torch.finfo(self.model.dtype).min
+        return torch.zeros(sees.shape, dtype=self.model.dtype, device=device).masked_fill(~sees, lowest)
+
+    def _step_in_rows(self, model: Any, args: Any, outputs: Any) -> Any:
+        """What the model answers a row per prompt, a row per completion."""
+        if self._prompt_length is not None:
+            outputs.logits = outputs.logits.reshape(-1, 1, outputs.logits.shape[-1])
+        return outputs
+
+
+def _cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among a model's inputs or outputs, under its name of today or of releases before."""
+    return values["cache"] if "cache" in values else values.get("past_key_values")
 
 
 @contextmanager
