@@ -130,14 +130,15 @@ class TransformersEngine:
         counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1).tolist()
         shows = [index for index, count in enumerate(counts) if count]
         keys = [questions[index].get("image_key", index) for index in shows]
-        first = {key: index for key, index in reversed(list(zip(keys, shows, strict=True)))}
-        distinct = sorted(first.values())
-        if len(distinct) < len(shows):
+        first: dict[object, int] = {}
+        for key, index in zip(keys, shows, strict=True):
+            first.setdefault(key, index)
+        if len(first) < len(shows):
             images = self._image_tokens.process_images(
-                [questions[index]["images"] for index in distinct], [texts[index] for index in distinct]
+                [questions[index]["images"] for index in first.values()], [texts[index] for index in first.values()]
             )
             token_counts = [sum(of_set) for of_set in images.counts]
-            number = {key: distinct.index(index) for key, index in first.items()}
+            number = {key: image_set for image_set, key in enumerate(first)}
             shown = [number[key] for key in keys]
             # a processor may make something else of the same images among others
             if [token_counts[image_set] for image_set in shown] == [counts[index] for index in shows]:

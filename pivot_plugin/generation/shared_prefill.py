@@ -1,10 +1,10 @@
 """Each distinct prompt is prefilled once, and its completions branch from what that leaves.
 
-transformers' `generate` repeats prompts for `num_return_sequences` and then prefills every copy. While `SharedPrefill` is
-in force, two of its methods are wrapped on the model:
+transformers' `generate` repeats prompts for `num_return_sequences` and then prefills every copy. While `SharedPrefill`
+is in force, two of its methods are wrapped on the model:
 
     _expand_inputs_for_generation   the prompts are kept as they are before they are repeated
-    _prefill                        prefills these; the logits behind each prompt are those behind all of its completions
+    _prefill                        prefills these; their logits are those before the first token of each completion
 
 From there the completions go on in one of two layouts:
 
@@ -13,13 +13,14 @@ From there the completions go on in one of two layouts:
     COPIES   each row of the cache is repeated, as a plain `generate` has it: for sliding windows, linear attention,
              static caches, and attention that takes no mask of one's own
 
-All else is transformers' own: positions, logits processors, draws, when to stop. A row's logits do not depend on the rows
-beside it, and the draws come from the same generator in the same order, so that the completions are those of a plain
-`generate`.
+All else is transformers' own: positions, logits processors, draws, when to stop. A row's logits do not depend on the
+rows beside it, and the draws come from the same generator in the same order, so that the completions are those of a
+plain `generate`. In half precision a tree sums in another order, as other batch sizes do: logits then differ by
+rounding, and a draw between two tokens can fall the other way.
 
-A model can keep something of its prompts outside of its cache. So each model is tried once, on the first prompts that it
-is given: a few tokens in each layout, against plain ones. The first layout that gives the same is taken; a model that
-has none answers by plain `generate`, and a line of the log says so.
+A model can keep something of its prompts outside of its cache. So each model is tried once, on the first prompts that
+it is given: a few tokens in each layout, against plain ones. The first layout that gives the same is taken; a model
+that has none answers by plain `generate`, and a line of the log says so.
 """
 
 import copy
@@ -165,9 +166,10 @@ class SharedPrefill:
                     return plain(*args, **settings | tried)
 
             expected = drawn(Layout.PLAIN)
+            tolerance = EXACT if self.model.dtype == torch.float32 else ROUNDED
             for layout in (Layout.TREE, Layout.COPIES):
                 try:
-                    reason = _difference(expected, drawn(layout), EXACT if self.model.dtype == torch.float32 else ROUNDED)
+                    reason = _difference(expected, drawn(layout), tolerance)
                 # what a foreign model or cache raises of rows that it did not prefill
                 except Exception as error:
                     reason = f"completions cannot branch from its prefill ({type(error).__name__}: {error})"
@@ -342,9 +344,9 @@ class _Branches:
         )
         # a step puts one token of each completion into the cache
         own = torch.eye(repeats, dtype=torch.bool, device=device).repeat(1, steps)
-        sees = torch.cat(
-            [trunk[:, None, :].expand(-1, repeats, -1), own[None].expand(prompts, -1, -1)], dim=-1
-        )[:, None]
+        sees = torch.cat([trunk[:, None, :].expand(-1, repeats, -1), own[None].expand(prompts, -1, -1)], dim=-1)[
+            :, None
+        ]
         if self.model.config.get_text_config()._attn_implementation == "sdpa":
             return sees
         lowest = torch.finfo(self.model.dtype).min

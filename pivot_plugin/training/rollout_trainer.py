@@ -12,7 +12,7 @@ Overrides, and why each is needed:
     __init__                              rows become checked questions; rewards are guarded; the reference is the model
                                           before training, where TRL would load it anew by name
     _generate_and_score_completions       images are looked up late, and processed once per image set
-    _tokenize_prompts                     each distinct prompt once; one without images may stand beside others with some
+    _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some
     _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
     _prepare_inputs                       the roll-outs of a prompt come in one batch
