@@ -14,6 +14,8 @@ ours, which prefills it once. Peak memory is what a forked process grows by whil
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import multiprocessing
 import platform
@@ -153,6 +155,10 @@ def peak_memory(draw: Callable[[], float]) -> float:
         sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
     process = multiprocessing.get_context("fork").Process(target=measured)
+    # what earlier rounds have freed would be used again unseen
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     process.start()
     grown: float = receiver.recv()
     process.join()
