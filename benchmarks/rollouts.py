@@ -129,8 +129,7 @@ def training(trainer: Any, tokens: int) -> float:
 def generation(trainer: Any, layout: Layout | None = None) -> float:
     """Seconds for drawing one batch of roll-outs; in another layout than the trainer's own, where one is given."""
     if layout is not None:
-        own, trainer._prefill = trainer._prefill, SharedPrefill(trainer._prefill.model)
-        trainer._prefill._layouts = {True: layout, False: layout}
+        own, trainer._prefill = trainer._prefill, SharedPrefill(trainer._prefill.model, layout)
         try:
             return generation(trainer)
         finally:

@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import utils as generation_utils
@@ -50,7 +51,7 @@ OF_PREFILL = frozenset(generation_utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFIL
 
 
 class Layout(Enum):
-    """How completions go on from a prompt that was prefilled once; PLAIN where each has a prefill of its own."""
+    """How completions go on from their prompt, best first; PLAIN where each has a prefill of its own."""
 
     TREE = "tree"
     COPIES = "copies"
@@ -95,13 +96,15 @@ class SharedPrefill:
     """Has a model's `generate` prefill each distinct prompt once for all of its completions.
 
     Args:
-        model: the MLLM.
+        model: the MLLM, or a peft model around it.
+        layout: to take without a trial; one that cannot be taken gives way to the next.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        # by whether the model is in training mode, in which dropout may draw for every row anew
-        self._layouts: dict[bool, Layout] = {}
+    def __init__(self, model: PreTrainedModel | PeftModel, layout: Layout | None = None) -> None:
+        self.model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._layout = layout
+        # in training mode dropout may draw for every row anew, and pictures may leave more than a cache
+        self._agreed: dict[tuple[bool, bool], Layout] = {}
 
     @contextmanager
     def of(self, repeats: int, images: PromptImages) -> Iterator[None]:
@@ -114,17 +117,31 @@ class SharedPrefill:
         plain = self.model.generate
 
         def generate(*args: Any, **settings: Any) -> Any:
-            layout = Layout.PLAIN
+            first = Layout.PLAIN
             if repeats > 1:
-                training = self.model.training
-                if training not in self._layouts:
-                    self._layouts[training] = self._first_that_agrees(plain, args, settings, images)
-                layout = self._layouts[training]
-            with self._in_layout(layout, repeats, images):
+                first = self._layout or self._agreed_on(plain, args, settings, images)
+            for layout in list(Layout)[list(Layout).index(first) : -1]:
+                drawn_before = _random_states()
+                try:
+                    with self._in_layout(layout, repeats, images):
+                        return plain(*args, **settings)
+                # prompts of another kind than those of the trial
+                except _CannotBranch as error:
+                    logger.info("%s: not as %s: %s.", type(self.model).__name__, layout.value, error)
+                    _put_back(drawn_before)
+            with self._in_layout(Layout.PLAIN, repeats, images):
                 return plain(*args, **settings)
 
         with _replaced(self.model, generate=generate):
             yield
+
+    def _agreed_on(
+        self, plain: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any], images: PromptImages
+    ) -> Layout:
+        kind = self.model.training, bool(images.shown)
+        if kind not in self._agreed:
+            self._agreed[kind] = self._first_that_agrees(plain, args, settings, images)
+        return self._agreed[kind]
 
     @contextmanager
     def _in_layout(self, layout: Layout, repeats: int, images: PromptImages) -> Iterator[None]:
@@ -142,46 +159,56 @@ class SharedPrefill:
         self, plain: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any], images: PromptImages
     ) -> Layout:
         """The first layout in which a few completions of some prompts are those of a plain `generate`."""
+        tried: dict[str, Any] = {
+            # two completions of each prompt that soon differ
+            "num_return_sequences": 2,
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "max_new_tokens": TRIED_TOKENS,
+            "min_new_tokens": TRIED_TOKENS,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
+        if (config := settings.get("generation_config")) is not None:
+            config = copy.deepcopy(config)
+            config.update(**tried)
+            tried = {"generation_config": config}
+
+        def drawn(layout: Layout) -> Any:
+            with undisturbed(0), self._in_layout(layout, 2, images):
+                return plain(*args, **settings | tried)
+
+        tolerance = EXACT if self.model.dtype == torch.float32 else ROUNDED
         reason = _without_cache(self.model, settings)
-        if reason is None:
-            tried: dict[str, Any] = {
-                # two completions of each prompt that soon differ
-                "num_return_sequences": 2,
-                "do_sample": True,
-                "temperature": 1.0,
-                "top_k": 0,
-                "top_p": 1.0,
-                "max_new_tokens": TRIED_TOKENS,
-                "min_new_tokens": TRIED_TOKENS,
-                "return_dict_in_generate": True,
-                "output_logits": True,
-            }
-            if (config := settings.get("generation_config")) is not None:
-                config = copy.deepcopy(config)
-                config.update(**tried)
-                tried = {"generation_config": config}
-
-            def drawn(layout: Layout) -> Any:
-                with undisturbed(0), self._in_layout(layout, 2, images):
-                    return plain(*args, **settings | tried)
-
-            expected = drawn(Layout.PLAIN)
-            tolerance = EXACT if self.model.dtype == torch.float32 else ROUNDED
-            for layout in (Layout.TREE, Layout.COPIES):
-                try:
-                    reason = _difference(expected, drawn(layout), tolerance)
-                # what a foreign model or cache raises of rows that it did not prefill
-                except Exception as error:
-                    reason = f"completions cannot branch from its prefill ({type(error).__name__}: {error})"
-                if reason is None:
-                    return layout
-                logger.debug("%s: %s: %s", type(self.model).__name__, layout.value, reason)
+        expected = None
+        for layout in () if reason else (Layout.TREE, Layout.COPIES):
+            try:
+                expected = expected or drawn(Layout.PLAIN)
+                reason = _difference(expected, drawn(layout), tolerance)
+            # what a foreign model or cache raises of rows that it did not prefill
+            except Exception as error:
+                reason = f"completions cannot branch from its prefill ({type(error).__name__}: {error})"
+            if reason is None:
+                return layout
+            logger.info("%s: not as %s: %s.", type(self.model).__name__, layout.value, reason)
         logger.warning(
             "%s prefills every prompt once for each of its completions, as transformers does: %s.",
             type(self.model).__name__,
             reason,
         )
         return Layout.PLAIN
+
+
+def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _put_back(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
 
 
 def _difference(expected: Any, found: Any, tolerance: float) -> str | None:

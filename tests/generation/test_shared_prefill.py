@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.generation.engines import Sampling, TransformersEngine
-from pivot_plugin.generation.shared_prefill import Layout
+from pivot_plugin.generation.shared_prefill import Layout, SharedPrefill
 from pivot_plugin.preferences import load_questions
 from pivot_plugin.testing import zoo
 from tests.helpers import Tiny, picture
@@ -68,9 +69,9 @@ def shared(tiny: Tiny, questions: list[dict[str, Any]], sampling: Sampling, seed
     """The engine's completions, in a layout or in the one that it finds."""
     engine = TransformersEngine(*tiny)
     if layout is not None:
-        engine._prefill._layouts[False] = layout
+        engine._prefill = SharedPrefill(tiny[0], layout)
     generated = engine._generated(rows(questions), sampling, seed, output_logits=True)
-    generated.layout = engine._prefill._layouts.get(False)
+    (generated.layout,) = engine._prefill._agreed.values() or [None]
     return generated
 
 
@@ -88,7 +89,7 @@ def with_many_ends(model: PreTrainedModel) -> list[int]:
     return ends
 
 
-@pytest.mark.parametrize("layout", [*SHARING, Layout.PLAIN])
+@pytest.mark.parametrize("layout", Layout)
 def test_logits_and_draws_are_those_of_plain_generation(layout: Layout, tiny: Tiny) -> None:
     """Prompts of different lengths, with one picture, several, none, and one that another question shows too."""
     ends = with_many_ends(tiny[0])
@@ -173,7 +174,7 @@ def test_every_kind_of_cache_branches(name: str, layers: str) -> None:
     assert_the_same(found, expected)
 
 
-@pytest.mark.parametrize("layout", [*SHARING, Layout.PLAIN])
+@pytest.mark.parametrize("layout", Layout)
 def test_a_prompt_goes_through_the_language_model_once(layout: Layout, make: Callable[[str], Tiny]) -> None:
     """Prefilled and cached: rows of the prompts, not of their completions; as a tree they stay so."""
     tiny = make("qwen2_5_vl")
@@ -231,7 +232,7 @@ def test_a_model_that_differs_is_found_out_and_answers_plainly(llava: Tiny, capl
     engine = TransformersEngine(*llava)
     with caplog.at_level(logging.WARNING):
         found = [engine._generated(rows(QUESTIONS), DRAWN, 5, output_logits=True) for _ in range(2)]
-    assert engine._prefill._layouts[False] is Layout.PLAIN
+    assert set(engine._prefill._agreed.values()) == {Layout.PLAIN}
     assert caplog.text.count("prefills every prompt once for each of its completions, as transformers does") == 1
     assert "of their spread away" in caplog.text
     for generated in found:
@@ -267,7 +268,7 @@ def test_the_trial_draws_nothing_and_leaves_nothing(llava: Tiny) -> None:
     model = llava[0]
     before = set(vars(model)), len(model._forward_hooks), len(model._forward_pre_hooks)
     first, state = shared(llava, QUESTIONS, DRAWN, 5, None), torch.get_rng_state()
-    again = shared(llava, QUESTIONS, DRAWN, 5, first.layout)
+    again = shared(llava, QUESTIONS, DRAWN, 5, Layout.PLAIN)
     assert torch.equal(first.sequences, again.sequences)
     assert torch.equal(torch.get_rng_state(), state)
     assert (set(vars(model)), len(model._forward_hooks), len(model._forward_pre_hooks)) == before
@@ -286,3 +287,46 @@ def test_what_fails_while_it_generates_leaves_nothing(llava: Tiny) -> None:
         shared(llava, QUESTIONS, DRAWN, 5, Layout.TREE)
     hook.remove()
     assert (set(vars(model)), len(model._forward_hooks), len(model._forward_pre_hooks)) == before
+
+
+@pytest.mark.slow
+def test_prompts_of_another_kind_than_the_first_go_another_way() -> None:
+    """Words alone grow as a tree; a picture that is attended to across does not, and nothing is drawn twice."""
+    if "mllama" not in zoo.FAMILIES:
+        pytest.skip("this transformers cannot build it")
+    tiny = zoo.build("mllama")
+    words = [{"question": "hello"}, {"question": "and a longer one?"}]
+    assert shared(tiny, words, DRAWN, 5, None).layout is Layout.TREE
+    expected = shared(tiny, ONE_PICTURE, DRAWN, 5, Layout.PLAIN)
+    found = shared(tiny, ONE_PICTURE, DRAWN, 5, Layout.TREE)
+    assert len(found.cache.layers[0].keys) == DRAWN.n * len(ONE_PICTURE)
+    assert_the_same(found, expected)
+
+
+def test_a_peft_model_shares_too(llava: Tiny) -> None:
+    model, processor = llava
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    wrapped = get_peft_model(model, lora)
+    found = shared((wrapped, processor), QUESTIONS, DRAWN, 5, None)
+    assert found.layout is Layout.TREE
+    assert len(found.cache.layers[0].keys) == len(QUESTIONS)
+    assert_the_same(found, plain((wrapped, processor), QUESTIONS, 3, 5, **AS_DRAWN))
+
+
+def test_a_generate_of_a_model_s_own_is_left_alone(llava: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    """It knows no prefill apart, and some of the settings of the trial it does not take."""
+    model = llava[0]
+    generate = model.generate
+    expected = plain(llava, QUESTIONS, 3, 5, **AS_DRAWN)
+
+    def own(*args: Any, **settings: Any) -> Any:
+        assert "min_new_tokens" not in settings, "unknown setting"
+        return generate(*args, **settings)
+
+    model.generate = own
+    with caplog.at_level(logging.WARNING):
+        found = shared(llava, QUESTIONS, DRAWN, 5, None)
+    assert found.layout is Layout.PLAIN
+    assert "unknown setting" in caplog.text
+    assert model.generate is own
+    assert_the_same(found, expected)

@@ -12,7 +12,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig
 from pivot_plugin.errors import DataError, SettingsError, TrainingError
-from pivot_plugin.generation.shared_prefill import Layout
+from pivot_plugin.generation.shared_prefill import Layout, SharedPrefill
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_questions
 from pivot_plugin.training.plan import plan
@@ -222,7 +222,7 @@ def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -
         lambda module, args, output: sizes.append(output.last_hidden_state.numel())
     )
     # the trial before the first answer has tests of its own
-    trainer._prefill._layouts = {True: Layout.TREE}
+    trainer._prefill = SharedPrefill(model, Layout.TREE)
     asked = load_questions(QUESTIONS)
     images = trainer._forest_collator.image_tokens.process_images([asked[number]["images"] for number in (0, 1, 3)])
     sizes.clear()
@@ -236,7 +236,7 @@ def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_a_batch_draws_in_every_layout_what_trl_draws(layout: Layout, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_batch_draws_in_every_layout_what_plain_generation_draws(layout: Layout, tiny: Tiny, tmp_path: Path) -> None:
     """Questions with and without images, and a group of which a process has only a part."""
     questions = [QUESTIONS[0], {"question": "hello", "answer": "z"}, *QUESTIONS[2:]]
     trainer = trainer_of(tiny, tmp_path, questions=questions, temperature=1.0)
@@ -257,7 +257,7 @@ def test_a_batch_draws_in_every_layout_what_trl_draws(layout: Layout, tiny: Tiny
     )
     torch.manual_seed(1)
     expected = model.generate(**inputs, generation_config=trainer.generation_config)
-    trainer._prefill._layouts = {True: layout}
+    trainer._prefill = SharedPrefill(model, layout)
     torch.manual_seed(1)
     made = trainer._generate(messages)[1]
     ends = torch.tensor(trainer.eos_token_ids)
