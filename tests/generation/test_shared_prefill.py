@@ -295,8 +295,10 @@ def test_prompts_of_another_kind_than_the_first_go_another_way() -> None:
     if "mllama" not in zoo.FAMILIES:
         pytest.skip("this transformers cannot build it")
     tiny = zoo.build("mllama")
-    words = [{"question": "hello"}, {"question": "and a longer one?"}]
-    assert shared(tiny, words, DRAWN, 5, None).layout is Layout.TREE
+    engine = TransformersEngine(*tiny)
+    for questions in ([{"question": "hello"}, {"question": "and a longer one?"}], ONE_PICTURE):
+        engine(rows(questions), DRAWN, 5)
+    assert list(engine._prefill._agreed.values()) == [Layout.TREE, Layout.COPIES]
     expected = shared(tiny, ONE_PICTURE, DRAWN, 5, Layout.PLAIN)
     found = shared(tiny, ONE_PICTURE, DRAWN, 5, Layout.TREE)
     assert len(found.cache.layers[0].keys) == DRAWN.n * len(ONE_PICTURE)
