@@ -200,8 +200,10 @@ def main() -> None:
                 results["training"].append(_row(name, spent))
                 print(results["training"][-1], flush=True)
     machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
-    show(results, machine)
-    file.write_text(json.dumps(results | {"machine": machine}, indent=1) + "\n")
+    measured = ["generation"] if asked.generation_only else ["generation", "training"]
+    results["machine"] = results.get("machine", {}) | dict.fromkeys(measured, machine)
+    show(results)
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def drawn(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, Any]]:
@@ -220,15 +222,18 @@ def drawn(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, 
     return made
 
 
-def show(results: dict[str, Any], machine: str) -> None:
+def show(results: dict[str, Any]) -> None:
     """Print the tables."""
-    drawing = Table(title=f"Generation: {PROMPTS} prompts of {GENERATIONS} x 32 tokens, 576 image tokens; {machine}")
+    machine = results["machine"]
+    drawing = Table(
+        title=f"Generation: {PROMPTS} prompts of {GENERATIONS} x 32 tokens, 576 image tokens; {machine['generation']}"
+    )
     for column in ("way", "seconds", "ratio to ours", "peak MiB"):
         drawing.add_column(column, justify="left" if column == "way" else "right")
     ours = next(row["seconds"] for row in results["generation"] if row["way"] == "ours")
     for row in results["generation"]:
         drawing.add_row(row["way"], f"{row['seconds']:.2f}", f"{row['seconds'] / ours:.1f}", f"{row['MiB']:.0f}")
-    after = Table(title=f"After generation: {GENERATIONS} roll-outs a prompt; {machine}")
+    after = Table(title=f"After generation: {GENERATIONS} roll-outs a prompt; {machine['training']}")
     for column in ("case", "TRL s", "ours s", "ratio"):
         after.add_column(column, justify="left" if column == "case" else "right")
     for row in results["training"]:
