@@ -5,17 +5,25 @@
 Two prompts of G=8 roll-outs a batch, an image each, the same fixed roll-outs for both trainers; rounds alternate in one
 process. "Training" is what one batch costs once its roll-outs are there: image processing, log-probabilities of old
 policy and reference where there are any, loss, backward, optimiser. "Plain" has neither (TRL's default: beta 0, one
-update a batch), "KL" both (beta 0.04, two updates a batch). "Generation" is one call of TRL's `_generate` that draws
-32 tokens, with each distinct image encoded once or G times.
+update a batch), "KL" both (beta 0.04, two updates a batch).
+
+"Generation" draws 32 tokens for every roll-out of a batch, three ways: TRL's own, which gives the model a row per
+roll-out; `generate` with `num_return_sequences=8`, which encodes an image once and prefills its prompt eight times; and
+ours, which prefills it once. Peak memory is what a forked process grows by while it draws one batch.
 """
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,7 @@ from rich.table import Table
 from trl import GRPOConfig, GRPOTrainer
 
 from pivot_plugin import PivotGRPOConfig, PivotGRPOTrainer
+from pivot_plugin.generation.shared_prefill import Layout, SharedPrefill
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training.plan import plan
 
@@ -117,8 +126,14 @@ def training(trainer: Any, tokens: int) -> float:
     return spent
 
 
-def generation(trainer: Any) -> float:
-    """Seconds for drawing one batch of roll-outs."""
+def generation(trainer: Any, layout: Layout | None = None) -> float:
+    """Seconds for drawing one batch of roll-outs; in another layout than the trainer's own, where one is given."""
+    if layout is not None:
+        own, trainer._prefill = trainer._prefill, SharedPrefill(trainer._prefill.model, layout)
+        try:
+            return generation(trainer)
+        finally:
+            trainer._prefill = own
     batch = [trainer.train_dataset[number // GENERATIONS] for number in range(PROMPTS * GENERATIONS)]
     score = trainer._get_per_token_logps_and_entropies
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (torch.zeros(16, 32), None, None)
@@ -129,39 +144,102 @@ def generation(trainer: Any) -> float:
     return spent
 
 
+def peak_memory(draw: Callable[[], float]) -> float:
+    """MiB by which a process grows at most while it draws, beside what it had before."""
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def measured() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        draw()
+        sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    process = multiprocessing.get_context("fork").Process(target=measured)
+    # what earlier rounds have freed would be used again unseen
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    process.start()
+    grown: float = receiver.recv()
+    process.join()
+    return grown
+
+
+def ways(pair: dict[str, Any]) -> dict[str, Callable[[], float]]:
+    """The ways of drawing a batch."""
+    return {
+        "trl": lambda: generation(pair["trl"]),
+        "num_return_sequences": lambda: generation(pair["ours"], Layout.PLAIN),
+        "ours": lambda: generation(pair["ours"]),
+        "ours, copies": lambda: generation(pair["ours"], Layout.COPIES),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--generation-only", action="store_true", help="leave out the phases after generation")
     asked = parser.parse_args()
     torch.manual_seed(0)
     base, processor = llava(PRESETS["cpu"]["llava"])
     processor.tokenizer.padding_side = "left"
-    results = []
+    file = RESULTS / "rollouts.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if asked.generation_only else {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, case) in enumerate(CASES.items()):
-            pair = trainers(base, processor, case, Path(folder) / str(number))
-            spent: dict[str, list[float]] = {"trl": [], "ours": []}
-            drawn: dict[str, list[float]] = {"trl": [], "ours": []}
-            for turn in range(asked.rounds + 1):
-                for who, trainer in pair.items():
-                    seconds = training(trainer, case["tokens"])
-                    if turn:
-                        spent[who].append(seconds)
-                    if turn and number == 0:
-                        drawn[who].append(generation(trainer))
-            results.append(_row(name, spent))
-            if number == 0:
-                results.append(_row("generation of 32 tokens", drawn))
-            print(results[-1], flush=True)
-    table = Table(
-        title=f"{GENERATIONS} roll-outs a prompt, 576 image tokens; {platform.machine()}, torch {torch.__version__}"
+        pair = trainers(base, processor, {}, Path(folder) / "generation")
+        results["generation"] = drawn(ways(pair), asked.rounds)
+        if not asked.generation_only:
+            results["training"] = []
+            for number, (name, case) in enumerate(CASES.items()):
+                pair = trainers(base, processor, case, Path(folder) / str(number))
+                spent: dict[str, list[float]] = {"trl": [], "ours": []}
+                for turn in range(asked.rounds + 1):
+                    for who, trainer in pair.items():
+                        seconds = training(trainer, case["tokens"])
+                        if turn:
+                            spent[who].append(seconds)
+                results["training"].append(_row(name, spent))
+                print(results["training"][-1], flush=True)
+    machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
+    measured = ["generation"] if asked.generation_only else ["generation", "training"]
+    results["machine"] = results.get("machine", {}) | dict.fromkeys(measured, machine)
+    show(results)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def drawn(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, Any]]:
+    """Seconds and memory of each way of drawing, rounds interleaved; the first round warms up and is left out."""
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, draw in sides.items():
+            seconds = draw()
+            if turn:
+                spent[name].append(seconds)
+    made = [
+        {"way": name, "seconds": statistics.median(spent[name]), "MiB": peak_memory(draw), "rounds": spent[name]}
+        for name, draw in sides.items()
+    ]
+    print(made, flush=True)
+    return made
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the tables."""
+    machine = results["machine"]
+    drawing = Table(
+        title=f"Generation: {PROMPTS} prompts of {GENERATIONS} x 32 tokens, 576 image tokens; {machine['generation']}"
     )
+    for column in ("way", "seconds", "ratio to ours", "peak MiB"):
+        drawing.add_column(column, justify="left" if column == "way" else "right")
+    ours = next(row["seconds"] for row in results["generation"] if row["way"] == "ours")
+    for row in results["generation"]:
+        drawing.add_row(row["way"], f"{row['seconds']:.2f}", f"{row['seconds'] / ours:.1f}", f"{row['MiB']:.0f}")
+    after = Table(title=f"After generation: {GENERATIONS} roll-outs a prompt; {machine['training']}")
     for column in ("case", "TRL s", "ours s", "ratio"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for row in results:
-        table.add_row(row["case"], f"{row['trl']:.2f}", f"{row['ours']:.2f}", f"{row['ratio']:.1f}")
-    Console(width=110).print(table)
-    (RESULTS / "rollouts.json").write_text(json.dumps(results, indent=1) + "\n")
+        after.add_column(column, justify="left" if column == "case" else "right")
+    for row in results["training"]:
+        after.add_row(row["case"], f"{row['trl']:.2f}", f"{row['ours']:.2f}", f"{row['ratio']:.1f}")
+    Console(width=110).print(drawing)
+    Console(width=110).print(after)
 
 
 def _row(name: str, spent: dict[str, list[float]]) -> dict[str, Any]:

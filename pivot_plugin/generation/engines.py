@@ -1,7 +1,6 @@
 """Where completions come from: transformers in this process, or a vLLM server."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,8 +10,9 @@ from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.models.evaluating import evaluating, undisturbed
-from pivot_plugin.models.image_features import repeated_features
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
+
+from .shared_prefill import PromptImages, SharedPrefill
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """Generates with transformers; the images of a question are encoded once for its n completions.
+    """Generates with transformers; a question, with its images, is prefilled once for its n completions.
 
     Args:
         model: an MLLM, on the device to use.
@@ -62,6 +62,7 @@ class TransformersEngine:
         self.model = model
         self.processor = processor
         self._image_tokens = ImageTokens(processor)
+        self._prefill = SharedPrefill(model)
 
     def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
         completions = self.processor.tokenizer.batch_decode(
@@ -108,26 +109,50 @@ class TransformersEngine:
             padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
-        ).to(self.model.device)
-        inputs = {
-            name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in outputs.items()
-        }
-        counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1)
-        once = self._encoded_once(counts[counts > 0].tolist(), sampling.n, about_images(inputs, self.processor))
-        with evaluating(self.model), undisturbed(seed), once:
+        )
+        inputs = self._on_model(outputs)
+        shown = self._distinct_images(questions, texts, inputs)
+        with evaluating(self.model), undisturbed(seed), self._prefill.of(sampling.n, shown):
             generated = self.model.generate(**inputs, **self._settings(sampling), return_dict_in_generate=True, **more)
         generated.sequences = generated.sequences[:, inputs["input_ids"].shape[1] :]
         return generated
 
-    def _encoded_once(
-        self, token_counts: list[int], n: int, image_inputs: dict[str, torch.Tensor]
-    ) -> AbstractContextManager[None]:
-        """Have the images of each question encoded once for its n completions."""
-        # a recent `generate` encodes before it repeats the questions, and reads the signature of what would be wrapped
-        if getattr(self.model, "_supports_mm_encoder_outputs", lambda: False)():
-            return nullcontext()
-        shown_by = [index for index in range(len(token_counts)) for _ in range(n)]
-        return repeated_features(self.model, token_counts, shown_by, image_inputs)
+    def _distinct_images(
+        self, questions: Sequence[dict[str, Any]], texts: Sequence[str], inputs: dict[str, torch.Tensor]
+    ) -> PromptImages:
+        """The images of some questions, which may be about the same.
+
+        Args:
+            questions: rows of one batch; those of equal `image_key` show the same images.
+            texts: of their prompts.
+            inputs: the processor's outputs about them.
+        """
+        counts = (inputs["input_ids"] == self._image_tokens.image_token_id).sum(dim=1).tolist()
+        shows = [index for index, count in enumerate(counts) if count]
+        keys = [questions[index].get("image_key", index) for index in shows]
+        first: dict[object, int] = {}
+        for key, index in zip(keys, shows, strict=True):
+            first.setdefault(key, index)
+        if len(first) < len(shows):
+            images = self._image_tokens.process_images(
+                [questions[index]["images"] for index in first.values()], [texts[index] for index in first.values()]
+            )
+            token_counts = [sum(of_set) for of_set in images.counts]
+            number = {key: image_set for image_set, key in enumerate(first)}
+            shown = [number[key] for key in keys]
+            # a processor may make something else of the same images among others
+            if [token_counts[image_set] for image_set in shown] == [counts[index] for index in shows]:
+                return PromptImages(token_counts, shown, self._on_model(images.inputs))
+        own = [counts[index] for index in shows]
+        return PromptImages(own, range(len(own)), about_images(inputs, self.processor))
+
+    def _on_model(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Processor outputs on the model's device, numbers in its precision."""
+        model = self.model
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer

@@ -1,7 +1,7 @@
 """`PivotGRPOTrainer` and `PivotRLOOTrainer`: TRL's trainers on a model's own roll-outs, over the prefix forest.
 
-The G roll-outs of a prompt share its image encoding and its tokens, in generation (the image) and in the policy's, the
-old policy's and the reference's log-probabilities.
+The G roll-outs of a prompt share its image encoding and its tokens, in generation and in the policy's, the old policy's
+and the reference's log-probabilities.
 
 TRL's constructors call, in this order: `get_peft_model`, where LoRA trains; transformers' constructor, with a collator
 that hands rows on as they are; the loading of a reference model, unless `beta` is 0 or LoRA trains; and
@@ -12,8 +12,8 @@ Overrides, and why each is needed:
     __init__                              rows become checked questions; rewards are guarded; the reference is the model
                                           before training, where TRL would load it anew by name
     _generate_and_score_completions       images are looked up late, and processed once per image set
-    _tokenize_prompts                     a prompt without images may stand beside others with some
-    _generate_single_turn                 the tower encodes each distinct image once
+    _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some
+    _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
     _prepare_inputs                       the roll-outs of a prompt come in one batch
     compute_loss                          a non-finite loss names its questions
@@ -22,9 +22,11 @@ Sampling, rewards, advantages, losses, metrics, checkpoints and distribution are
 """
 
 import copy
+import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +43,8 @@ from pivot_plugin.config import RolloutConfig
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.generation.engines import TransformersEngine
 from pivot_plugin.generation.grading import graded
+from pivot_plugin.generation.shared_prefill import PromptImages, SharedPrefill
 from pivot_plugin.models.evaluating import evaluating, undisturbed
-from pivot_plugin.models.image_features import repeated_features
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
 from . import forward
@@ -166,6 +168,7 @@ class Rollouts(TowerTraining):
         self.beta = args.beta = beta
         if reference is not None:
             self.ref_model = self._prepared_reference(reference)
+        self._prefill = SharedPrefill(unwrapped(self.accelerator.unwrap_model(self.model)))
         self._answer_from_forest()
         self._watch_training()
 
@@ -253,19 +256,48 @@ class Rollouts(TowerTraining):
         return rows
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        # of each question once; its images are processed with it
+        repeats = self._repeats()
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts[::repeats])
         # processors take no None for a prompt without images beside others with some
-        return prompt_ids, images and [of_prompt or [] for of_prompt in images], fields
+        images = images and [of_prompt or [] for of_prompt in images]
+        return _repeated(prompt_ids, repeats), images and _repeated(images, repeats), fields
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-        shown = self._shown[self._mode]
-        sets = [number for number in shown.sets if number >= 0]
-        model = unwrapped(self.accelerator.unwrap_model(self.model))
-        inputs, tokens = shown.processed(range(len(shown.images)))
-        image_inputs = {name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()}
-        once = repeated_features(model, [sum(counts) for counts in tokens], sets, image_inputs)
-        with once if sets and not self.use_vllm else nullcontext():
+        shown, repeats = self._shown[self._mode], self._repeats()
+        # an answer to a tool is about other prompts
+        if not self._generates_here or len(prompt_ids) != len(shown.sets):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        model = self._prefill.model
+        inputs, tokens = shown.processed(range(len(shown.images)))
+        prompt_images = PromptImages(
+            token_counts=[sum(counts) for counts in tokens],
+            shown=[number for number in shown.sets[::repeats] if number >= 0],
+            inputs={name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()},
+        )
+        before = self.generation_config.num_return_sequences
+        self.generation_config.num_return_sequences = repeats
+        try:
+            with self._prefill.of(repeats, prompt_images):
+                return super()._generate_single_turn(
+                    prompt_ids[::repeats], images and images[::repeats], *args, **kwargs
+                )
+        finally:
+            self.generation_config.num_return_sequences = before
+
+    @property
+    def _generates_here(self) -> bool:
+        """Whether roll-outs come from `generate` of the model itself."""
+        return not (self.use_vllm or self.use_transformers_continuous_batching)
+
+    def _repeats(self) -> int:
+        """Roll-outs of a prompt that can be drawn together: a divisor of the length of every group of this batch.
+
+        TRL's batches have a row for each roll-out, those of a question in a row. A process can have part of a group.
+        """
+        if not self._generates_here or getattr(self, "tools", None):
+            return 1
+        return math.gcd(*(len(list(group)) for _, group in itertools.groupby(self._shown[self._mode].questions)))
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -382,6 +414,10 @@ class PivotRLOOTrainer(Rollouts, RLOOTrainer):
 def _guarded(function: object, time_limit: float) -> object:
     is_model = isinstance(function, str | nn.Module)
     return function if is_model or not callable(function) else GuardedReward(function, time_limit)
+
+
+def _repeated(values: Sequence[Any], repeats: int) -> list[Any]:
+    return [value for value in values for _ in range(repeats)]
 
 
 def _padded_to(width: int, values: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.config import PivotGRPOConfig, PivotRLOOConfig
 from pivot_plugin.errors import DataError, SettingsError, TrainingError
+from pivot_plugin.generation.shared_prefill import Layout, SharedPrefill
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_questions
 from pivot_plugin.training.plan import plan
@@ -219,6 +221,8 @@ def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -
     model.get_encoder(modality="image").register_forward_hook(
         lambda module, args, output: sizes.append(output.last_hidden_state.numel())
     )
+    # the trial before the first answer has tests of its own
+    trainer._prefill = SharedPrefill(model, Layout.TREE)
     asked = load_questions(QUESTIONS)
     images = trainer._forest_collator.image_tokens.process_images([asked[number]["images"] for number in (0, 1, 3)])
     sizes.clear()
@@ -229,6 +233,38 @@ def test_the_tower_sees_each_image_of_a_batch_once(tiny: Tiny, tmp_path: Path) -
     trainer.train()
     assert len(sizes) >= 3
     assert set(sizes) == {once}
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_batch_draws_in_every_layout_what_plain_generation_draws(layout: Layout, tiny: Tiny, tmp_path: Path) -> None:
+    """Questions with and without images, and a group of which a process has only a part."""
+    questions = [QUESTIONS[0], {"question": "hello", "answer": "z"}, *QUESTIONS[2:]]
+    trainer = trainer_of(tiny, tmp_path, questions=questions, temperature=1.0)
+    model, processor = tiny
+    counts = [4, 2, 4, 2]
+    batch = [trainer.train_dataset[number] for number, count in enumerate(counts) for _ in range(count)]
+    trainer.model.train()
+    looked_up = trainer._looked_up(batch)
+    assert trainer._repeats() == 2
+    messages = [prepare_multimodal_messages(row["prompt"], images=list(row["images"])) for row in looked_up]
+    inputs = processor(
+        images=[row["images"] for row in looked_up],
+        text=[processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages],
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    torch.manual_seed(1)
+    expected = model.generate(**inputs, generation_config=trainer.generation_config)
+    trainer._prefill = SharedPrefill(model, layout)
+    torch.manual_seed(1)
+    made = trainer._generate(messages)[1]
+    ends = torch.tensor(trainer.eos_token_ids)
+    for found, tokens in zip(made, expected[:, inputs["input_ids"].shape[1] :], strict=True):
+        end = torch.isin(tokens, ends).nonzero()
+        assert found == tokens[: int(end[0]) + 1 if len(end) else None].tolist()
+    assert trainer.generation_config.num_return_sequences in (None, 1)
 
 
 @pytest.mark.training

@@ -9,6 +9,9 @@ import pytest
 import torch
 import transformers
 import trl
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, GenerationMixin
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -150,3 +153,78 @@ def test_trl_keeps_what_a_processor_gives_about_images_and_two_counts(trainer: A
     assert {"pixel_values", "image_grid_thw", "mm_token_type_ids"} <= handed_on, VERSIONS
     counts = set(re.findall(r'output\["(num_\w+)"\]', source))
     assert counts == IMAGE_COUNTS, VERSIONS
+
+
+@ROLLOUTS
+def test_trl_draws_from_what_it_tokenized_by_generate_of_the_model(trainer: Any) -> None:
+    """Each distinct prompt is tokenized once and handed on once, with `num_return_sequences` for the rest."""
+    in_order(
+        inspect.getsource(trainer._generate),
+        "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)",
+        "self._generate_single_turn(",
+    )
+    source = inspect.getsource(trainer._generate_single_turn)
+    in_order(
+        source,
+        "if self.use_vllm:",
+        "elif self.use_transformers_continuous_batching:",
+        "for k, v in multimodal_fields.items():",
+        "unwrapped_model.generate(",
+        "**generate_inputs, generation_config=self.generation_config",
+        'prompt_length = generate_inputs["input_ids"].size(1)',
+    )
+    # rows are counted by the completions, of which there are more than prompts
+    assert "is_eos.size(0)" in source, VERSIONS
+    assert "multimodal_fields" not in inspect.getsource(trainer._generate_and_score_completions), VERSIONS
+
+
+def test_generate_prefills_by_a_method_behind_one_that_repeats_prompts() -> None:
+    in_order(
+        inspect.getsource(GenerationMixin.generate),
+        "self._prepare_position_ids_for_generation(",
+        "self._expand_inputs_for_generation(",
+        "self._prepare_cache_for_generation(",
+        "self._get_logits_processor(",
+        "decoding_method(",
+    )
+    source = inspect.getsource(GenerationMixin._sample)
+    assert source.count("self._prefill(") == 1, VERSIONS
+    in_order(
+        source,
+        "model_forward = (",
+        "self._prefill(",
+        "self.prepare_inputs_for_generation(",
+        "model_forward(**model_inputs, return_dict=True)",
+        "self._update_model_kwargs_for_generation(",
+        "outputs.logits[:, -1]",
+        "torch.multinomial(probs, num_samples=1)",
+    )
+    assert list(inspect.signature(GenerationMixin._prefill).parameters)[:4] == [
+        "self",
+        "input_ids",
+        "generation_config",
+        "model_kwargs",
+    ], VERSIONS
+    expanded = list(inspect.signature(GenerationMixin._expand_inputs_for_generation).parameters)
+    assert expanded == ["self", "expand_size", "is_encoder_decoder", "input_ids", "model_kwargs"], VERSIONS
+    assert {"pixel_values", "image_sizes"} <= set(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL), VERSIONS
+
+
+def test_a_cache_of_every_kind_repeats_its_rows_by_index() -> None:
+    kinds = {*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()}
+    assert len(kinds) > 8, VERSIONS
+    assert all(hasattr(kind, "reorder_cache") for kind in kinds), VERSIONS
+    for kind in (DynamicLayer, StaticLayer):
+        layer = kind(max_cache_len=4)
+        layer.update(*torch.arange(12.0).reshape(2, 2, 1, 3, 1))
+        layer.reorder_cache(torch.tensor([0, 0, 1, 1, 1]) % len(layer.keys))
+        assert len(layer.keys) == len(layer.values) == 5, VERSIONS
+
+
+def test_a_dynamic_layer_keeps_what_it_is_given_in_order() -> None:
+    """So that the columns of a tree's mask are its prompt, and then a token of each completion a step."""
+    layer = DynamicLayer()
+    steps = [torch.randn(2, 1, length, 4) for length in (5, 3, 3)]
+    for step in steps:
+        layer.update(step, step)
+    assert torch.equal(layer.keys, torch.cat(steps, dim=2)), VERSIONS
