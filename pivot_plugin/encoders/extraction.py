@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.models.loading import load_model
+from pivot_plugin.models.loading import is_mllm, load_model
 from pivot_plugin.models.merging import base_model, base_of, is_lora, merge
 
 from .card import licence_of
@@ -106,15 +106,7 @@ def tower_of(source: str | Path) -> PreTrainedModel:
     Raises:
         ModelError, EncoderError: if there is none.
     """
-    if not is_lora(source):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError):
-            # of another repository, or nothing: whoever loads it says so
-            config = None
-        if config is not None and type(config) not in AutoModelForImageTextToText._model_mapping:
-            return load_encoder(source)
-    return extract_encoder(source)
+    return extract_encoder(source) if is_mllm(source) else load_encoder(source)
 
 
 @torch.no_grad()

@@ -118,6 +118,22 @@ def load_model(
     return model, _own_processor(name)
 
 
+def is_mllm(name: str | Path) -> bool:
+    """Whether a name is that of an MLLM and not of an encoder by itself; true also of one that cannot be read.
+
+    Args:
+        name: folder or Hub id; of another repository's model, or of an adapter, too.
+    """
+    if is_lora(name):
+        return True
+    try:
+        config = AutoConfig.from_pretrained(name)
+    # of another repository, or nothing: whoever loads it says so
+    except (OSError, ValueError):
+        return True
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
 def load_processor(name: str | Path) -> ProcessorMixin:
     """The processor of an MLLM by the MLLM's name; none of its weights are read.
 
