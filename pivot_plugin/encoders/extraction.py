@@ -72,10 +72,12 @@ def extract(
     """Write the vision tower of an MLLM as an encoder's folder.
 
     Args:
-        model: loaded, or a folder or Hub id, whoever trained it; an adapter (LoRA) is merged first, in a copy.
+        model: loaded, or a folder or Hub id, whoever trained it; an adapter (LoRA) is merged first, in a copy. An
+            object of another repository that a plugin knows too.
         folder: to write; an encoder's folder that is there already is replaced, any other must be empty.
         base: folder or Hub id of the MLLM or the encoder from which training began, to compare with.
-        processor: of a loaded model; found by where it comes from where None.
+        processor: of a loaded model, or the tokenizer of another repository's object; found by where the model comes
+            from where None.
 
     Raises:
         ModelError: if the model or its base cannot be loaded, an adapter does not fit, or the tower is quantised.
@@ -86,6 +88,8 @@ def extract(
         encoder_lora = is_lora(model) and _is_of_encoder(model)
         if encoder_lora:
             return _extracted_lora(model, Path(folder), base)
+        loaded, processor = load_model(model, processor)
+    elif not isinstance(model, PeftModel):
         loaded, processor = load_model(model, processor)
     elif processor is None:
         _, processor = load_model(base_model(model), None)
