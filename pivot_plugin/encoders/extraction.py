@@ -171,11 +171,11 @@ def _extracted_lora(source: str | Path, folder: Path, base: str | Path | None) -
             f"The base of the adapter in {str(source)!r} cannot be had: {error.finding}",
             "Download it, or write where it is as base_model_name_or_path into adapter_config.json.",
         ) from error
-    layer = read_provenance(Path(source)).get("feature_layer")
-    encoder.config.vision_feature_layer = layer
-    encoder = merge(encoder, source).eval()
+    record = read_provenance(Path(source))
+    encoder.config.vision_feature_layer = record.get("feature_layer")
+    encoder = merge(encoder, source, (record.get("base") or {}).get("adapted_weights")).eval()
     change = tower_change(encoder, tower_of(base)) if base is not None else None
     processor = SimpleNamespace(image_processor=image_processor)
-    record = _record(plain_name(name), base, change)
-    save_encoder(find_adapter(encoder, encoder=True), processor, folder, record, encoder=encoder)
+    written = _record(plain_name(name), base, change)
+    save_encoder(find_adapter(encoder, encoder=True), processor, folder, written, encoder=encoder)
     return Extraction(folder, encoder, change)
