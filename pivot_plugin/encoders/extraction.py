@@ -31,9 +31,12 @@ class TowerChange:
     Attributes:
         parts: by block, in order, the length of the difference of its weights relative to their length; what stands in
             no block under "embeddings and norms".
+        left_out: how many tensors of the base have no counterpart in the tower, as behind the blocks that an MLLM
+            does not keep.
     """
 
     parts: Mapping[str, float]
+    left_out: int = 0
 
     @property
     def trained(self) -> bool:
@@ -41,10 +44,12 @@ class TowerChange:
         return any(change > 0 for change in self.parts.values())
 
     def __str__(self) -> str:
+        beside = f"{self.left_out} tensors of the base are not in this tower, which keeps fewer blocks or no head."
+        notes = [beside] if self.left_out else []
         if not self.trained:
-            return "This checkpoint's tower was never trained: every weight of it is its base's."
+            return "\n".join(["This checkpoint's tower was never trained: every weight of it is its base's.", *notes])
         lines = [f"  {name:<22} {change:.3g}" for name, change in self.parts.items()]
-        return "\n".join(["Change of the weights, relative to their length:", *lines])
+        return "\n".join(["Change of the weights, relative to their length:", *lines, *notes])
 
 
 @dataclass(frozen=True)
@@ -120,15 +125,16 @@ def tower_change(encoder: PreTrainedModel, base: PreTrainedModel) -> TowerChange
     The base is rounded to the encoder's precision first, so that saving in fewer digits is no change.
 
     Args:
-        encoder, base: stand-alone, of one class and size.
+        encoder, base: stand-alone, of one class and width; the base may have more, as the blocks that LLaVA-NeXT
+            deletes.
 
     Raises:
         EncoderError: if they are not, with what differs.
     """
     ours, theirs = encoder.state_dict(), base.state_dict()
     shapes, expected = ({name: tuple(t.shape) for name, t in state.items()} for state in (ours, theirs))
-    if type(encoder) is not type(base) or shapes != expected:
-        differing = sorted(name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name))
+    differing = sorted(name for name in shapes if shapes[name] != expected.get(name))
+    if type(encoder) is not type(base) or differing:
         first = f", the first {differing[0]!r}" if differing else ""
         raise EncoderError(
             f"The base's tower is another one: a {type(base).__name__} where this is a {type(encoder).__name__}, with "
@@ -142,7 +148,8 @@ def tower_change(encoder: PreTrainedModel, base: PreTrainedModel) -> TowerChange
         before = theirs[name].to(device=tensor.device, dtype=tensor.dtype).double()
         sums[part][0] += (tensor.double() - before).square().sum().item()
         sums[part][1] += before.square().sum().item()
-    return TowerChange({name: (apart / max(length, 1e-300)) ** 0.5 for name, (apart, length) in sums.items()})
+    parts = {name: (apart / max(length, 1e-300)) ** 0.5 for name, (apart, length) in sums.items()}
+    return TowerChange(parts, len(theirs.keys() - ours.keys()))
 
 
 def _name(model: object) -> str:

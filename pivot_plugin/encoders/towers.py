@@ -157,7 +157,7 @@ def image_processor_of(encoder: PreTrainedModel) -> object:
     origin = origin_of(encoder)
     source = str(origin.folder) if origin else encoder.name_or_path
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"No image processor is known for this {type(encoder).__name__}.",

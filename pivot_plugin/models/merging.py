@@ -97,7 +97,7 @@ def load_base(source: str | Path, load: Callable[[str], Any]) -> Any:
     """
     _, base = base_of(source)
     try:
-        settings = AutoConfig.from_pretrained(base)
+        settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     # a base of another repository has no configuration of transformers; whoever loads it knows
     except ValueError:
         settings = None
@@ -232,6 +232,7 @@ def _quantised(name: str) -> ModelError:
 
 
 def _of_another_base(source: str | Path, base: str, problems: list[str]) -> ModelError:
+    problems = list(dict.fromkeys(problems))
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return ModelError(
         f"The adapter in {str(source)!r} is not one of {base!r} as it is now: {'; '.join(problems[:SHOWN])}{more}.",

@@ -25,13 +25,13 @@ def for_internvl(encoder: PreTrainedModel, image_processor: object) -> Form:
     problems = (
         intern_problems(encoder)
         if config.model_type == "internvl_vision"
-        else [f"its InternVisionModel is an InternViT, this is a {config.model_type}"]
+        else [f"its InternVisionModel is an InternViT, this is of type {config.model_type}"]
     )
     refuse_unless(
         "InternVL",
         encoder,
         problems,
-        "Give it the tower of an InternVL; any other encoder goes into an InternVL made by `pivot assemble`.",
+        "Give it the tower of an InternVL; any other encoder goes into a new MLLM by `pivot assemble`.",
     )
     layer = getattr(config, FEATURE_LAYER, None)
     return Form(

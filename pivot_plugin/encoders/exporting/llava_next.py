@@ -16,7 +16,7 @@ def for_llava_next(encoder: PreTrainedModel, image_processor: object) -> Form:
     config, kind = encoder.config, encoder.config.model_type
     problems = []
     if kind not in ("clip_vision_model", "siglip_vision_model"):
-        problems.append(f"its towers are CLIP and SigLIP, this is a {kind}")
+        problems.append(f"its towers are CLIP and SigLIP, this is of type {kind}")
     elif kind == "siglip_vision_model":
         problems += [
             f"its SigLIP class has {name} {expected} built in, this has {edge(getattr(config, name))}"
