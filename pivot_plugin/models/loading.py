@@ -209,9 +209,8 @@ def _damaged_files(folder: Path) -> list[str]:
             continue
         missing = [name for name in wanted if not (folder / name).is_file()]
         if missing:
-            damaged.append(
-                f"{len(missing)} of the {len(wanted)} files that {index.name} names are missing: {missing[0]}"
-            )
+            count = f"{len(missing)} of the {len(wanted)}"
+            damaged.append(f"{count} files that {index.name} names are missing, the first {missing[0]}")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
