@@ -32,7 +32,7 @@ def weights_fingerprint(weights: Iterable[torch.Tensor]) -> str:
     digests = []
     for tensor in weights:
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous().flatten()
-        digests.append(hashlib.sha256(memoryview(rounded.view(torch.uint8).numpy())).digest())
+        digests.append(hashlib.sha256(rounded.view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
