@@ -157,7 +157,7 @@ def _name(model: object) -> str:
 
 
 def _record(name: str, base: str | Path | None, change: TowerChange | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"base": {"mllm": name}, "license": licence_of(name)}
+    record: dict[str, Any] = {"extracted": True, "base": {"mllm": name}, "license": licence_of(name)}
     if base is not None and change is not None:
         record |= {"compared_with": plain_name(base), "change": dict(change.parts)}
     return record

@@ -413,3 +413,23 @@ def test_a_package_that_a_checkpoint_needs_is_named(llava_base: Path) -> None:
     (llava_base / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=r"bitsandbytes.*of a quantised model, give the one before quantisation"):
         load_model(llava_base)
+
+
+def test_the_card_says_that_the_encoder_was_taken_out_and_claims_no_training(llava_base: Path, tmp_path: Path) -> None:
+    with_base = (extract(llava_base, tmp_path / "one", base=llava_base).folder / "README.md").read_text()
+    alone = (extract(llava_base, tmp_path / "two").folder / "README.md").read_text()
+    for text in (with_base, alone):
+        assert "`, taken out with pivot_plugin" in text.replace("`)", "`").replace("(`", "`")
+        for claim in (
+            "made better",
+            "after preference",
+            "was trained through",
+            "## Training",
+            "\n- trl",
+            "## Citation",
+        ):
+            assert claim not in text
+        assert "\n## Limits\n\nHow the model was trained is not known here" in text
+        assert "\n\n\n\n" not in text
+    assert "Nothing: the encoder was taken out as it is." in alone
+    assert "| `encoder.layers.0` | 0 |" in with_base
