@@ -110,7 +110,8 @@ def graft(
     adapter = find_adapter(model)  # type: ignore[arg-type]
     if projector == "keep":
         adapter.graft(encoder)
-        collect("pivot_model_trained", model=adapter.model)
+        if foreign is not None:
+            collect("pivot_model_trained", model=adapter.model)
     else:
         if processor is None:
             raise SettingsError(

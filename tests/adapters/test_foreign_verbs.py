@@ -1,5 +1,6 @@
 """Everything that takes a model takes a folder of another repository."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,49 @@ def test_the_encoder_of_an_object_comes_out_and_goes_in(kind: str, tmp_path: Pat
     # the object itself has it
     assert all(map(torch.equal, tower(load_model(theirs, tokens)[0]).values(), encoder.state_dict().values()))
     assert apart(theirs, model, load_model(theirs, tokens)[1], (120, 50)) < 1e-6
+
+
+class Copying:
+    """A plugin whose model shares nothing with the object it is made of."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    @hooks.hookimpl
+    def pivot_model(self, source: Any) -> Any:
+        if not isinstance(source, Wrapper):
+            return None
+        model = copy.deepcopy(source.inner)
+        model.__dict__["made_of"] = source
+        return model, self.processor
+
+    @hooks.hookimpl
+    def pivot_model_trained(self, model: Any) -> None:
+        if isinstance(origin := getattr(model, "made_of", None), Wrapper):
+            origin.inner.load_state_dict(model.state_dict())
+
+
+class Wrapper(torch.nn.Module):
+    """An object of a repository that only a plugin knows."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_graft_reaches_the_object_behind_a_plugins_copy(llava: Any) -> None:
+    model, processor = llava
+    theirs = Wrapper(model)
+    encoder = pivot.extract_encoder(model)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.1)
+    hooks.manager().register(Copying(processor), "copying")
+    try:
+        pivot.graft(theirs, encoder)
+    finally:
+        hooks.manager().unregister(name="copying")
+    assert all(map(torch.equal, tower(theirs.inner).values(), encoder.state_dict().values()))
 
 
 def tower(model: Any) -> dict[str, torch.Tensor]:

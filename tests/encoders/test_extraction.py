@@ -376,10 +376,13 @@ def test_a_checkpoint_without_weights_is_refused(llava_base: Path) -> None:
 def test_nobody_is_asked_whether_a_bases_code_may_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llava: Any, llava_base: Path
 ) -> None:
-    def asked(prompt: str = "") -> str:
-        raise AssertionError(prompt)
+    questions: list[str] = []
 
-    monkeypatch.setattr("builtins.input", asked)
+    def ask(prompt: str = "") -> str:
+        questions.append(prompt)
+        return "n"
+
+    monkeypatch.setattr("builtins.input", ask)
     mark, remote = tmp_path / "ran", tmp_path / "remote"
     remote.mkdir()
     (remote / "m.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: ...\n")
@@ -391,6 +394,7 @@ def test_nobody_is_asked_whether_a_bases_code_may_run(
         load_model(folder)
     with pytest.raises(ModelError, match=r"auto_map\), which is not run"):
         extract(llava_base, tmp_path / "encoder", base=remote)
+    assert not questions
     assert not mark.exists()
 
 
