@@ -64,10 +64,10 @@ def pivot_model(source: object, processor: object, weights: bool) -> "tuple[PreT
 def pivot_model_trained(model: "PreTrainedModel") -> None:
     """Bring what was trained in a model back into the object of another repository that it was made of.
 
-    Called once after a model has been trained in place, or an encoder was grafted into an object, with the
-    model, whether `pivot_model` made it or not; leave alone what is not yours. Training may have replaced modules and moved weights, so
-    that parameters which were shared when the model was made are shared no more. An exception stops the run and names
-    your distribution, since the object would not be what was trained.
+    Called once after a model has been trained in place, or an encoder was grafted into an object, with the model,
+    whether `pivot_model` made it or not; leave alone what is not yours. Training may have replaced modules and moved
+    weights, so that parameters which were shared when the model was made are shared no more. An exception stops the run
+    and names your distribution, since the object would not be what was trained.
 
     Example:
         import torch
