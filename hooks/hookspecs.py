@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from .markers import hookspec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import typer
     from transformers import PreTrainedModel, ProcessorMixin
 
@@ -44,7 +46,7 @@ def pivot_model(source: object, processor: object, weights: bool) -> "tuple[PreT
     `weights` is False only the structure is wanted, and the model may stay on the meta device. Make the model around
     the same parameters, so that a loaded object is trained in place. The first answer that is not None wins; what
     nobody answers for is loaded by transformers' auto classes. Raise a ModelError for a checkpoint that is yours and
-    cannot be read.
+    cannot be read. What was trained goes back by `pivot_model_trained` (objects) and `pivot_write_model` (folders).
 
     Example:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -55,6 +57,50 @@ def pivot_model(source: object, processor: object, weights: bool) -> "tuple[PreT
             if isinstance(source, str) and source.startswith("mine/"):
                 folder = source.removeprefix("mine/")
                 return LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    """
+
+
+@hookspec
+def pivot_model_trained(model: "PreTrainedModel") -> None:
+    """Bring what was trained in a model back into the object of another repository that it was made of.
+
+    Called once after a model has been trained in place, or an encoder was grafted into an object, with the model,
+    whether `pivot_model` made it or not; leave alone what is not yours. Training may have replaced modules and moved
+    weights, so that parameters which were shared when the model was made are shared no more. An exception stops the run
+    and names your distribution, since the object would not be what was trained.
+
+    Example:
+        import torch
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_model_trained(model):
+            origin = getattr(model, "made_of", None)
+            if origin is not None:
+                with torch.no_grad():
+                    origin.visual.load_state_dict(model.get_encoder(modality="image").state_dict())
+    """
+
+
+@hookspec(firstresult=True)
+def pivot_write_model(model: "PreTrainedModel", template: str, target: str | None, folder: "Path") -> "Path | None":
+    """Write a model as a checkpoint of another repository's form, and return its folder, or None if it is not yours.
+
+    Called where a model is wanted in the form of the checkpoint it came from: `template` is the folder or Hub id of
+    that checkpoint, `target` what the user calls its form (None for whatever form that is), `folder` is to be written,
+    as a whole or not at all. Raise a ModelError for a template that is yours and a model that does not fit it.
+
+    Example:
+        from safetensors.torch import save_file
+        from pivot_plugin.hooks import hookimpl
+
+        @hookimpl
+        def pivot_write_model(model, template, folder):
+            if template.startswith("mine/"):
+                folder.mkdir(parents=True)
+                tensors = {f"mine.{name}": tensor for name, tensor in model.state_dict().items()}
+                save_file(tensors, folder / "mine.safetensors")
+                return folder
     """
 
 

@@ -29,29 +29,31 @@ class BuiltIn:
     """A plugin of this package.
 
     Attributes:
-        hook: the one it implements.
-        module: where it does.
+        module: where it is.
+        hooks: those it implements.
     """
 
-    hook: str
     module: str
+    hooks: tuple[str, ...]
 
 
 BUILT_IN = {
-    "published-layouts": BuiltIn("pivot_preference_layout", "pivot_plugin.data.published"),
-    "stack-layouts": BuiltIn("pivot_preference_layout", "pivot_plugin.data.stacks"),
-    "objectives": BuiltIn("pivot_objectives", "pivot_plugin.objectives"),
-    "rewards": BuiltIn("pivot_rewards", "pivot_plugin.rewards.lookup"),
-    "probes": BuiltIn("pivot_probes", "pivot_plugin.probes.lookup"),
-    "embedded-world": BuiltIn("pivot_sources", "pivot_plugin.quickstart.sources"),
-    "generic": BuiltIn("pivot_adapter", "pivot_plugin.adapters.generic"),
-    "llava": BuiltIn("pivot_adapter", "pivot_plugin.adapters.llava"),
-    "qwen-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.qwen_vl"),
-    "internvl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.internvl"),
-    "granite-vision": BuiltIn("pivot_adapter", "pivot_plugin.adapters.granite_vision"),
-    "minicpm": BuiltIn("pivot_adapter", "pivot_plugin.adapters.minicpm"),
-    "paddleocr-vl": BuiltIn("pivot_adapter", "pivot_plugin.adapters.paddleocr_vl"),
-    "foreign-checkpoints": BuiltIn("pivot_model", "pivot_plugin.adapters.foreign.reading"),
+    "published-layouts": BuiltIn("pivot_plugin.data.published", ("pivot_preference_layout",)),
+    "stack-layouts": BuiltIn("pivot_plugin.data.stacks", ("pivot_preference_layout",)),
+    "objectives": BuiltIn("pivot_plugin.objectives", ("pivot_objectives",)),
+    "rewards": BuiltIn("pivot_plugin.rewards.lookup", ("pivot_rewards",)),
+    "probes": BuiltIn("pivot_plugin.probes.lookup", ("pivot_probes",)),
+    "embedded-world": BuiltIn("pivot_plugin.quickstart.sources", ("pivot_sources",)),
+    "generic": BuiltIn("pivot_plugin.adapters.generic", ("pivot_adapter",)),
+    "llava": BuiltIn("pivot_plugin.adapters.llava", ("pivot_adapter",)),
+    "qwen-vl": BuiltIn("pivot_plugin.adapters.qwen_vl", ("pivot_adapter",)),
+    "internvl": BuiltIn("pivot_plugin.adapters.internvl", ("pivot_adapter",)),
+    "granite-vision": BuiltIn("pivot_plugin.adapters.granite_vision", ("pivot_adapter",)),
+    "minicpm": BuiltIn("pivot_plugin.adapters.minicpm", ("pivot_adapter",)),
+    "paddleocr-vl": BuiltIn("pivot_plugin.adapters.paddleocr_vl", ("pivot_adapter",)),
+    "foreign-checkpoints": BuiltIn(
+        "pivot_plugin.adapters.foreign.plugin", ("pivot_model", "pivot_model_trained", "pivot_write_model")
+    ),
 }
 DISABLE_VARIABLE = "PIVOT_DISABLE_PLUGINS"
 
@@ -95,7 +97,7 @@ def installed() -> tuple[PluginInfo, ...]:
             name,
             "pivot-plugin",
             "built in",
-            () if name in disabled else (plugin.hook,),
+            () if name in disabled else plugin.hooks,
             f"disabled by {DISABLE_VARIABLE}" if name in disabled else None,
         )
         for name, plugin in BUILT_IN.items()
@@ -130,10 +132,10 @@ def _load() -> tuple[pluggy.PluginManager, list[PluginInfo]]:
 
 
 def _register_built_ins(hook: str) -> None:
-    """Import and register the built-in plugins of one hook, where they are not yet."""
+    """Import and register the built-in plugins that implement a hook, where they are not yet."""
     plugins, disabled = manager(), _disabled()
     for name, plugin in BUILT_IN.items():
-        if plugin.hook == hook and name not in disabled and not plugins.has_plugin(name):
+        if hook in plugin.hooks and name not in disabled and not plugins.has_plugin(name):
             plugins.register(import_module(plugin.module), name)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints and objects of other repositories, read as transformers' own classes around the same parameters.
 
-reading.py      the hook: which layout a folder, a Hub id or an object has
+plugin.py       the hooks
+reading.py      which layout a folder, a Hub id or an object has
 weights.py      tensors of a folder or an object, by the repository's names
 names.py        how names and tensors of two forms correspond, in both directions
 building.py     transformers' class around them, on the meta device until every tensor has its place

@@ -27,7 +27,7 @@ from pivot_plugin.errors import ModelError
 
 from .building import Plan
 from .names import THIRDS, NameTable, Rule, grouped, rename
-from .tokens import PromptForm, chatml, name_tokens, ready
+from .tokens import PromptForm, chatml, name_tokens, ready, started_as
 from .weights import Weights
 
 CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -67,7 +67,7 @@ _DECODER = (
     rename("language_model.model.{rest}", "model.language_model.{rest}"),
 )
 _SIDES = {"InternVisionModel", "InternVisionPatchModel"}
-# what InternVL says of itself where nobody else does, by the name of its prompt form
+# what InternVL says of itself where nobody else does, by the name of its prompt form (internvl/conversation.py)
 _EARLY = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
 _LATER = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
 PROMPT_FORMS: dict[str, PromptForm] = {
@@ -199,6 +199,21 @@ def _internlm2(text: PreTrainedConfig) -> tuple[Rule, ...]:
     )
 
 
+def _prompt_form(weights: Weights) -> PromptForm:
+    """The form that the checkpoint names, with the system message that its code would use.
+
+    Raises:
+        ModelError: for a name that is not known.
+    """
+    name = weights.config.get("template")
+    if name not in PROMPT_FORMS:
+        raise ModelError(
+            f"{weights.label!r} writes its prompts by template={name!r}; known are {', '.join(PROMPT_FORMS)}.",
+            "Look whether config.json has its template, or pass processor=, a processor with its chat template.",
+        )
+    return PROMPT_FORMS[str(name)]
+
+
 def processor(weights: Weights, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     """transformers' processor around the checkpoint's tokenizer; the plan's configuration gets its image token.
 
@@ -243,7 +258,7 @@ def processor(weights: Weights, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
     )
     height, width = config.vision_config.image_size
     colours = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
-    form = PROMPT_FORMS.get(str(settings.get("template")), chatml())
+    form = started_as(tokenizer, _prompt_form(weights))
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(
             size={"height": height, "width": width},

@@ -49,7 +49,7 @@ from pivot_plugin.errors import ModelError
 
 from .building import Elsewhere, Plan
 from .names import NameTable, rename
-from .tokens import LLAMA_3, MISTRAL, VICUNA, VIDEO, PromptForm, chatml, image_token, ready
+from .tokens import CHATML_DIRECT, LLAMA_3, MISTRAL, QWEN, VICUNA, VIDEO, PromptForm, image_token, ready, started_as
 from .weights import ObjectWeights, Weights, configuration
 
 DECODERS: dict[str, type[PreTrainedConfig]] = {
@@ -401,11 +401,12 @@ def processor(weights: Weights, plan: Plan, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _prompt_form(text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """The form a decoder was taught, read off its tokens: the checkpoint does not name it."""
     vocabulary = tokenizer.get_vocab()
     if "<|start_header_id|>" in vocabulary:
         return LLAMA_3
     if "<|im_start|>" in vocabulary:
-        return chatml("You are a helpful assistant.")
+        return started_as(tokenizer, QWEN if isinstance(text, Qwen2Config) else CHATML_DIRECT)
     return MISTRAL if isinstance(text, MistralConfig) else VICUNA
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from pivot_plugin.errors import ModelError, PivotError
-from pivot_plugin.hooks import hookimpl
 
 from . import internvl, llava
 from .building import Plan, build
@@ -24,20 +23,22 @@ class Layout:
 
     Attributes:
         name: in words, for errors.
+        target: what `pivot export --for` calls it.
         matches: whether a configuration is of it.
         plan: what a model is in transformers' words.
         processor: made of the plan and the model's tokenizer; completes the plan's configuration.
     """
 
     name: str
+    target: str
     matches: Callable[[Mapping[str, Any]], bool]
     plan: Callable[[Weights], Plan]
     processor: Callable[[Weights, Plan, PreTrainedTokenizerBase], ProcessorMixin]
 
 
 LAYOUTS = (
-    Layout("InternVLChatModel (1.5 to 3.5)", internvl.matches, internvl.plan, internvl.processor),
-    Layout("LLaVA, LLaVA-NeXT and PIVOT", llava.matches, llava.plan, llava.processor),
+    Layout("InternVLChatModel (1.5 to 3.5)", "internvl", internvl.matches, internvl.plan, internvl.processor),
+    Layout("LLaVA, LLaVA-NeXT and PIVOT", "llava-next", llava.matches, llava.plan, llava.processor),
 )
 
 
@@ -84,23 +85,33 @@ def read(
     return model, made
 
 
-def plan_for(folder: Path) -> tuple[FolderWeights, Plan]:
-    """The weights of a checkpoint folder, and what they are in transformers' words.
+def layout_of(source: str | Path) -> Layout | None:
+    """The layout of a checkpoint, None for one that is not known.
 
     Args:
-        folder: of a known layout.
+        source: folder or Hub id.
+    """
+    config = configuration(source)
+    return None if config is None else _layout(config)
+
+
+def plan_for(source: str | Path) -> tuple[FolderWeights, Plan]:
+    """The weights of a checkpoint, and what they are in transformers' words.
+
+    Args:
+        source: folder or Hub id of a known layout.
 
     Raises:
         ModelError: for any other.
     """
-    config = configuration(folder)
+    config = configuration(source)
     layout = None if config is None else _layout(config)
     if config is None or layout is None:
         raise ModelError(
-            f"{str(folder)!r} is no checkpoint of a known layout.",
+            f"{str(source)!r} is no checkpoint of a known layout.",
             f"Known are {'; '.join(layout.name for layout in LAYOUTS)}.",
         )
-    tensors = checkpoint(folder, config, weights=True)
+    tensors = checkpoint(source, config, weights=True)
     tensors.check_whole()
     return tensors, _planned(layout, tensors)
 
@@ -150,8 +161,3 @@ def _refuse_unknown(source: str, config: Mapping[str, Any]) -> None:
         f"Known besides transformers' own are {'; '.join(layout.name for layout in LAYOUTS)}. For another, install or "
         "write a plugin with the hook pivot_model.",
     )
-
-
-@hookimpl
-def pivot_model(source: Any, processor: Any, weights: bool) -> tuple[PreTrainedModel, ProcessorMixin] | None:
-    return read(source, processor, weights)

@@ -1,6 +1,7 @@
 """Tokenizers of other repositories, the token that stands for an image, and their prompts as chat templates."""
 
 import copy
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ class PromptForm:
         default: system message where a conversation has none; "" for none.
         starts: whether the tokenizer's first token comes first.
         before_answer: stands between what asks for an answer and the answer.
+        joined: whether a system message stands inside the first turn of the user.
     """
 
     system: tuple[str, str]
@@ -162,6 +164,7 @@ class PromptForm:
     default: str = ""
     starts: bool = False
     before_answer: str = ""
+    joined: bool = False
 
     def template(self, image: str) -> str:
         """The form as a Jinja template.
@@ -184,7 +187,10 @@ class PromptForm:
         parts.append("{% for message in messages %}{% if message['role'] == 'system' %}")
         parts.append(_literal(self.system[0]) + words + _literal(self.system[1]))
         parts.append("{% elif message['role'] == 'user' %}")
-        parts.append(_literal(self.user[0]) + words + _literal(self.user[1]))
+        opening = _literal(self.user[0])
+        if self.joined:
+            opening = "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}" + opening + "{% endif %}"
+        parts.append(opening + words + _literal(self.user[1]))
         parts.append("{% else %}")
         parts.append(_literal(self.assistant[0] + self.before_answer) + words + _literal(self.assistant[1]))
         parts.append("{% endif %}{% endfor %}{% if add_generation_prompt %}")
@@ -209,6 +215,21 @@ def chatml(default: str = "", after: str = "\n") -> PromptForm:
     )
 
 
+def started_as(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> PromptForm:
+    """A form that starts with the tokenizer's first token where the tokenizer puts it before every text.
+
+    The repositories let the tokenizer decide; here prompts are written by the template alone.
+
+    Args:
+        tokenizer: of the model.
+        form: as the repository has it.
+    """
+    first = tokenizer.bos_token_id
+    adds = first is not None and tokenizer("a")["input_ids"][:1] == [first]
+    return dataclasses.replace(form, starts=form.starts or adds)
+
+
+# LLaVA names its forms by the model's name, in eval/run_llava.py and serve/cli.py; conversation.py has what they are
 VICUNA = PromptForm(
     ("", " "),
     ("USER: ", " "),
@@ -218,7 +239,16 @@ VICUNA = PromptForm(
     starts=True,
     before_answer=" ",
 )
-MISTRAL = PromptForm(("[INST] ", " [/INST]"), ("[INST] ", " [/INST]"), ("", " </s>"), starts=True, before_answer=" ")
+"""vicuna_v1: LLaVA-1.5, LLaVA-NeXT of Vicuna."""
+MISTRAL = PromptForm(
+    ("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
+    ("[INST] ", " [/INST]"),
+    ("", " </s>"),
+    starts=True,
+    before_answer=" ",
+    joined=True,
+)
+"""mistral_instruct: LLaVA-NeXT of Mistral."""
 LLAMA_3 = PromptForm(
     ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
     ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
@@ -227,3 +257,8 @@ LLAMA_3 = PromptForm(
     "provides, and assist the user with a variety of tasks using natural language.",
     starts=True,
 )
+"""llava_llama_3: LLaVA-NeXT of Llama 3."""
+QWEN = chatml("You are a helpful assistant.")
+"""qwen_1_5: LLaVA-NeXT and LLaVA-OneVision of Qwen, PIVOT."""
+CHATML_DIRECT = chatml("Answer the questions.", after="")
+"""chatml_direct, mistral_direct: LLaVA-NeXT of Nous Hermes 2 Yi 34B."""

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from transformers import PreTrainedModel
 
 from pivot_plugin.errors import ModelError
 from pivot_plugin.files import whole_folder
 
+from .building import Plan
 from .names import NameTable
 from .reading import plan_for
-from .weights import CONFIG, some
+from .weights import CONFIG, FolderWeights, some
 
 # the checkpoint's own beside its weights and configuration
 KEPT_FILES = (
@@ -71,16 +72,17 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
 
     Args:
         model: in transformers' form, read from a checkpoint of this form, and trained since.
-        template: folder of that checkpoint, whose configuration and tensor names are kept.
+        template: folder or Hub id of that checkpoint, whose configuration and tensor names are kept.
         folder: to be written, as a whole or not at all.
 
     Raises:
         ModelError: if the template is of no known layout, or the model does not fit it.
     """
-    source, target = Path(template), Path(folder)
+    target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{str(target)!r} exists and is no empty folder.", "Choose another folder, or empty it.")
-    weights, plan = plan_for(source)
+    weights, plan = plan_for(template)
+    _refuse_another_kind(model, plan, weights.label)
     tensors = dict(their_tensors(model, plan.table, weights.names))
     with weights.reading() as get:
         template_names = set(weights.names)
@@ -91,20 +93,42 @@ def write_back(model: PreTrainedModel, template: str | Path, folder: str | Path)
         ]
         if wrong_shapes:
             raise ModelError(
-                f"The model does not fit the form of {str(source)!r}: {len(wrong_shapes)} tensors differ: "
+                f"The model does not fit the form of {weights.label!r}: {len(wrong_shapes)} tensors differ: "
                 f"{some(wrong_shapes)}.",
                 "Write back a model of the same sizes.",
             )
         tensors |= {name: get(name) for name in weights.names if plan.table.is_computed(name)}
     with whole_folder(target) as written:
         for pattern in KEPT_FILES:
-            for file in source.glob(pattern):
+            for file in _kept_folder(weights).glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copyfile(file, written / file.name)
         # split and indexed as transformers does
         save_torch_state_dict(_alone(tensors), written, metadata={"format": "pt"})
         _write_configuration(written / CONFIG, weights.config, {**plan.back, "dtype": model.dtype})
     return target
+
+
+def _refuse_another_kind(model: PreTrainedModel, plan: Plan, label: str) -> None:
+    """Refuse a model that its checkpoint was not read as, of which some tensors might fit all the same.
+
+    Raises:
+        ModelError: if it is of another class.
+    """
+    if type(model) is not plan.model_class:
+        raise ModelError(
+            f"{label!r} is read as a {plan.model_class.__name__}; this is a {type(model).__name__}.",
+            "Give the checkpoint that the model was read from.",
+        )
+
+
+def _kept_folder(weights: FolderWeights) -> Path:
+    """The checkpoint's folder, with its code where it comes from the Hub: copied, never run."""
+    folder = weights.folder
+    if not Path(weights.label).is_dir():
+        folder = Path(snapshot_download(weights.label, allow_patterns=list(KEPT_FILES)))
+    assert folder is not None
+    return folder
 
 
 def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -150,18 +150,26 @@ def extract(
 
 
 def export(
-    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of an encoder.")],
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub id of an encoder; with --like also of an MLLM.")],
     target: Annotated[ExportTarget, typer.Option("--for", help="Who is to read it.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write.")],
+    like: Annotated[
+        str | None, typer.Option(help="A checkpoint of LLaVA-NeXT or InternVL: write the whole of it, in its form.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write an encoder under the names that timm, LLaVA-NeXT, InternVL or transformers 4 read.
 
     pivot export me/siglip2-so400m-pivot --for timm -o timm-encoder
+
+    With --like the whole checkpoint is written, the encoder in place of its tower; or all weights of an MLLM that was
+    trained from it, as `pivot instruct` and `pivot optimize --save-model` leave one.
+
+    pivot export run/encoder --for internvl --like ./InternVL3-2B -o better-internvl
     """
     from pivot_plugin.encoders import export as write_out
 
-    written = write_out(encoder, target, output_dir)
+    written = write_out(encoder, target, output_dir, like=like)
     if as_json:
         told = {"folder": str(written.folder), "settings": written.settings, "notes": list(written.notes)}
         print(json.dumps(told))

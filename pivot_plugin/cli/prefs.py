@@ -128,15 +128,9 @@ def push(
 def _processor(name: str | None) -> object | None:
     if name is None:
         return None
-    from transformers import AutoProcessor
+    from pivot_plugin.models.loading import load_processor
 
-    try:
-        loaded: object = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"No processor could be loaded from {name!r}: {error}", "Give a folder or Hub id."
-        ) from error
-    return loaded
+    return load_processor(name)
 
 
 def _column(text: str) -> tuple[str, str]:

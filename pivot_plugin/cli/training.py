@@ -45,6 +45,9 @@ def optimize(
     image_folder: ImageFolder = None,
     on_bad_row: BadRows = "raise",
     resume: Resume = False,
+    keep_model: Annotated[
+        bool, typer.Option("--save-model", help="Write the whole MLLM too, into `model` in the run's folder.")
+    ] = False,
     settings: DPOSettings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     accelerate_config: AccelerateConfig = None,
@@ -78,6 +81,10 @@ def optimize(
             resume=resume,
             **options,
         )
+    if keep_model:
+        from pivot_plugin.recipes.runs import save_model
+
+        save_model(result.model, result.processor, result.output_dir / "model")
     folder = result.output_dir / "encoder"
     if as_json:
         print(json.dumps({"encoder": str(folder), "metrics": result.metrics, "weight_change": result.weight_change}))
@@ -93,6 +100,8 @@ def optimize(
             table.add_row(name, *(f"{values[name]:.4f}" for values in result.metrics.values()))
         Console().print(table)
     print(f"Encoder: {folder}")
+    if keep_model:
+        print(f"MLLM: {result.output_dir / 'model'}")
 
 
 def _rows(source: str, name: str, image_folder: Path | None, objective: str) -> object:

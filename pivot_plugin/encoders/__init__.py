@@ -4,7 +4,7 @@ towers.py extraction.py              extract and graft, in memory; extract into 
 assemble.py                          an MLLM made of an encoder and a language model
 store.py record.py signature.py      the folder: written, its provenance, and how a copy is known
 compatibility.py                     names and settings that every release of transformers reads
-exporting.py                         the encoder as timm, LLaVA-NeXT and InternVL read it
+exporting/                           the encoder as timm, LLaVA-NeXT and InternVL read it
 card.py                              the model card
 loading.py verification.py           read and checked
 publishing.py hub.py listing.py      the Hub

@@ -41,13 +41,15 @@ def card(
     """
     base, data, metrics = (record.get(name) or {} for name in ("base", "data", "metrics"))
     lora = record.get("weights") == "lora"
-    title = f"{record.get('encoder_class')} after preference optimisation"
+    # taken out of an MLLM that others may have trained: nothing is known of how
+    extracted = bool(record.get("extracted"))
+    title = f"{record.get('encoder_class')} {'of an MLLM' if extracted else 'after preference optimisation'}"
     metadata = ModelCardData(
         base_model=_repo(base.get("encoder")) or _repo(base.get("mllm")),
         library_name="peft" if lora else "transformers",
         license=str(record.get("license") or "other"),
         pipeline_tag="image-feature-extraction",
-        tags=[TAG, "trl", f"{FAMILY_TAG}{record.get('family')}", *(["lora"] if lora else [])],
+        tags=[TAG, *([] if extracted else ["trl"]), f"{FAMILY_TAG}{record.get('family')}", *(["lora"] if lora else [])],
         datasets=[dataset] if (dataset := _repo(data.get("name"))) else None,
         model_name=title,
         eval_results=_results(record) or None,
@@ -58,6 +60,9 @@ def card(
         metadata,
         template_path=str(TEMPLATE),
         title=title,
+        extracted=extracted,
+        compared_with=record.get("compared_with"),
+        change=record.get("change") or {},
         mllm=base.get("mllm") or record.get("mllm_class"),
         mllm_class=record.get("mllm_class"),
         encoder_class=record.get("encoder_class"),

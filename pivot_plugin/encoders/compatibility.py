@@ -75,10 +75,10 @@ def save_model(model: PreTrainedModel, folder: str | Path, **options: Any) -> No
         options: of transformers' `save_pretrained`.
     """
     model.save_pretrained(folder, **options)
-    settle(folder)
+    rewrite_for_every_release(folder)
 
 
-def settle(folder: str | Path) -> None:
+def rewrite_for_every_release(folder: str | Path) -> None:
     """Give a folder that `save_pretrained` wrote the names and settings that every release reads.
 
     Safe to repeat. Only headers of weight files change, so that tensors are copied byte by byte.
@@ -103,9 +103,9 @@ def settle(folder: str | Path) -> None:
             listed = json.loads(index.read_text(encoding="utf-8"))
             listed["weight_map"] = {rename(name): part for name, part in listed["weight_map"].items()}
             _write(index, listed)
-    settled = with_both_rotary_forms(config)
-    if settled != config:
-        _write(file, settled)
+    rewritten = with_both_rotary_forms(config)
+    if rewritten != config:
+        _write(file, rewritten)
 
 
 def renaming(config: dict[str, Any]) -> Callable[[str], str] | None:
@@ -200,24 +200,24 @@ def with_both_rotary_forms(config: dict[str, Any]) -> dict[str, Any]:
     Args:
         config: as `config.json` has it; not changed.
     """
-    settled = {
+    rewritten = {
         name: with_both_rotary_forms(value) if isinstance(value, dict) and name not in _NOT_TEXT else value
         for name, value in config.items()
     }
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
-        return settled
+        return rewritten
     if isinstance(rope.get("full_attention"), dict):
         # Gemma 3's: one set of settings for each kind of layer
         local = rope.get("sliding_attention") or {}
-        settled |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+        rewritten |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
         rope = rope["full_attention"]
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     kind = scaling.get("rope_type", "default")
-    settled |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    rewritten |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     # `type` is what `rope_type` was called at first; without any other setting there is nothing to scale
     more = kind != "default" or len(scaling.keys() - {"rope_type", "type"}) > 0
-    return settled | {"rope_scaling": {**scaling, "rope_type": kind, "type": kind} if more else None}
+    return rewritten | {"rope_scaling": {**scaling, "rope_type": kind, "type": kind} if more else None}
 
 
 def _write(file: Path, value: object) -> None:

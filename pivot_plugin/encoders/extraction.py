@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.models.loading import load_model
+from pivot_plugin.models.loading import is_mllm, load_model
 from pivot_plugin.models.merging import base_model, base_of, is_lora, merge
 
 from .card import licence_of
@@ -31,9 +31,12 @@ class TowerChange:
     Attributes:
         parts: by block, in order, the length of the difference of its weights relative to their length; what stands in
             no block under "embeddings and norms".
+        left_out: how many tensors of the base have no counterpart in the tower, as behind the blocks that an MLLM
+            does not keep.
     """
 
     parts: Mapping[str, float]
+    left_out: int = 0
 
     @property
     def trained(self) -> bool:
@@ -41,10 +44,12 @@ class TowerChange:
         return any(change > 0 for change in self.parts.values())
 
     def __str__(self) -> str:
+        beside = f"{self.left_out} tensors of the base are not in this tower, which keeps fewer blocks or no head."
+        notes = [beside] if self.left_out else []
         if not self.trained:
-            return "This checkpoint's tower was never trained: every weight of it is its base's."
+            return "\n".join(["This checkpoint's tower was never trained: every weight of it is its base's.", *notes])
         lines = [f"  {name:<22} {change:.3g}" for name, change in self.parts.items()]
-        return "\n".join(["Change of the weights, relative to their length:", *lines])
+        return "\n".join(["Change of the weights, relative to their length:", *lines, *notes])
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,12 @@ def extract(
     """Write the vision tower of an MLLM as an encoder's folder.
 
     Args:
-        model: loaded, or a folder or Hub id, whoever trained it; an adapter (LoRA) is merged first, in a copy.
+        model: loaded, or a folder or Hub id, whoever trained it; an adapter (LoRA) is merged first, in a copy. An
+            object of another repository that a plugin knows too.
         folder: to write; an encoder's folder that is there already is replaced, any other must be empty.
         base: folder or Hub id of the MLLM or the encoder from which training began, to compare with.
-        processor: of a loaded model; found by where it comes from where None.
+        processor: of a loaded model, or the tokenizer of another repository's object; found by where the model comes
+            from where None.
 
     Raises:
         ModelError: if the model or its base cannot be loaded, an adapter does not fit, or the tower is quantised.
@@ -86,6 +93,8 @@ def extract(
         encoder_lora = is_lora(model) and _is_of_encoder(model)
         if encoder_lora:
             return _extracted_lora(model, Path(folder), base)
+        loaded, processor = load_model(model, processor)
+    elif not isinstance(model, PeftModel):
         loaded, processor = load_model(model, processor)
     elif processor is None:
         _, processor = load_model(base_model(model), None)
@@ -106,15 +115,7 @@ def tower_of(source: str | Path) -> PreTrainedModel:
     Raises:
         ModelError, EncoderError: if there is none.
     """
-    if not is_lora(source):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError):
-            # of another repository, or nothing: whoever loads it says so
-            config = None
-        if config is not None and type(config) not in AutoModelForImageTextToText._model_mapping:
-            return load_encoder(source)
-    return extract_encoder(source)
+    return extract_encoder(source) if is_mllm(source) else load_encoder(source)
 
 
 @torch.no_grad()
@@ -124,15 +125,16 @@ def tower_change(encoder: PreTrainedModel, base: PreTrainedModel) -> TowerChange
     The base is rounded to the encoder's precision first, so that saving in fewer digits is no change.
 
     Args:
-        encoder, base: stand-alone, of one class and size.
+        encoder, base: stand-alone, of one class and width; the base may have more, as the blocks that LLaVA-NeXT
+            deletes.
 
     Raises:
         EncoderError: if they are not, with what differs.
     """
     ours, theirs = encoder.state_dict(), base.state_dict()
     shapes, expected = ({name: tuple(t.shape) for name, t in state.items()} for state in (ours, theirs))
-    if type(encoder) is not type(base) or shapes != expected:
-        differing = sorted(name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name))
+    differing = sorted(name for name in shapes if shapes[name] != expected.get(name))
+    if type(encoder) is not type(base) or differing:
         first = f", the first {differing[0]!r}" if differing else ""
         raise EncoderError(
             f"The base's tower is another one: a {type(base).__name__} where this is a {type(encoder).__name__}, with "
@@ -146,7 +148,8 @@ def tower_change(encoder: PreTrainedModel, base: PreTrainedModel) -> TowerChange
         before = theirs[name].to(device=tensor.device, dtype=tensor.dtype).double()
         sums[part][0] += (tensor.double() - before).square().sum().item()
         sums[part][1] += before.square().sum().item()
-    return TowerChange({name: (apart / max(length, 1e-300)) ** 0.5 for name, (apart, length) in sums.items()})
+    parts = {name: (apart / max(length, 1e-300)) ** 0.5 for name, (apart, length) in sums.items()}
+    return TowerChange(parts, len(theirs.keys() - ours.keys()))
 
 
 def _name(model: object) -> str:
@@ -154,7 +157,7 @@ def _name(model: object) -> str:
 
 
 def _record(name: str, base: str | Path | None, change: TowerChange | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"base": {"mllm": name}, "license": licence_of(name)}
+    record: dict[str, Any] = {"extracted": True, "base": {"mllm": name}, "license": licence_of(name)}
     if base is not None and change is not None:
         record |= {"compared_with": plain_name(base), "change": dict(change.parts)}
     return record
@@ -175,11 +178,11 @@ def _extracted_lora(source: str | Path, folder: Path, base: str | Path | None) -
             f"The base of the adapter in {str(source)!r} cannot be had: {error.finding}",
             "Download it, or write where it is as base_model_name_or_path into adapter_config.json.",
         ) from error
-    layer = read_provenance(Path(source)).get("feature_layer")
-    encoder.config.vision_feature_layer = layer
-    encoder = merge(encoder, source).eval()
+    record = read_provenance(Path(source))
+    encoder.config.vision_feature_layer = record.get("feature_layer")
+    encoder = merge(encoder, source, (record.get("base") or {}).get("adapted_weights")).eval()
     change = tower_change(encoder, tower_of(base)) if base is not None else None
     processor = SimpleNamespace(image_processor=image_processor)
-    record = _record(plain_name(name), base, change)
-    save_encoder(find_adapter(encoder, encoder=True), processor, folder, record, encoder=encoder)
+    written = _record(plain_name(name), base, change)
+    save_encoder(find_adapter(encoder, encoder=True), processor, folder, written, encoder=encoder)
     return Extraction(folder, encoder, change)

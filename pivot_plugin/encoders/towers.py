@@ -15,6 +15,7 @@ from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import FEATURE_LAYER
 from pivot_plugin.choices import Projector
 from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.hooks import collect
 from pivot_plugin.models.find import find_adapter
 
 from .record import PROJECTOR_FILE, origin_of
@@ -23,24 +24,30 @@ from .record import PROJECTOR_FILE, origin_of
 DEFAULT_FEATURE_LAYER = -2
 
 
-def extract_encoder(model: PreTrainedModel | PeftModel | str | Path) -> PreTrainedModel:
+def extract_encoder(
+    model: PreTrainedModel | PeftModel | nn.Module | str | Path, *, processor: object | None = None
+) -> PreTrainedModel:
     """Copy the vision tower of an MLLM as a stand-alone transformers model.
 
     All its layers are kept, also those behind the one the MLLM reads. An adapter (LoRA) on it is merged in the copy.
 
     Args:
-        model: the MLLM, not changed; loaded, also as a PEFT model, or its folder or Hub id, or that of its adapter.
+        model: the MLLM, not changed; loaded, also as a PEFT model or an object of another repository that a plugin
+            knows; or its folder or Hub id, or that of its adapter.
+        processor: the tokenizer of another repository's object that does not know where it was loaded from.
 
     Raises:
         ModelError: if it cannot be loaded, has no vision tower, no adapter knows it, or its tower is quantised.
     """
     # not at the top: who loads an encoder or grafts one reads no MLLM by name and merges no adapter
-    from pivot_plugin.models.loading import load_model
+    from pivot_plugin.models.loading import from_plugins, load_model
     from pivot_plugin.models.merging import base_model, refuse_quantised, without_adapters
 
     if isinstance(model, str | Path):
         model = load_model(model, None)[0]
-    adapter = find_adapter(base_model(model))
+    elif (foreign := from_plugins(model, processor)) is not None:
+        model = foreign[0]
+    adapter = find_adapter(base_model(model))  # type: ignore[arg-type]
     refuse_quantised(adapter.tower)
     encoder = adapter.extract()
     without_adapters(encoder)
@@ -48,7 +55,7 @@ def extract_encoder(model: PreTrainedModel | PeftModel | str | Path) -> PreTrain
 
 
 def graft(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     encoder: PreTrainedModel,
     projector: Projector = "keep",
     *,
@@ -61,20 +68,23 @@ def graft(
     """Put an encoder into an MLLM. `model.save_pretrained` afterwards writes an ordinary MLLM folder.
 
     Args:
-        model: the MLLM, changed in place; its device and precision stay.
+        model: the MLLM, changed in place; its device and precision stay. An object of another repository that a plugin
+            knows too, whose projector is kept.
         encoder: stand-alone, as `extract_encoder` or `load_encoder` return it; not changed.
         projector: "keep": the encoder has the class and sizes of the tower, its weights take the tower's place. "new":
             any encoder a LLaVA-like model can read, with a new projector, to be trained. "first-layer": the same, but
             the projector begins with the first layer of the one the encoder was trained with, which is frozen (the
             paper's best variant, arXiv 2510.16333, table H, "1+1").
-        processor: the model's, changed in place to prepare images for the encoder; needed unless "keep".
+        processor: the model's, changed in place to prepare images for the encoder; needed unless "keep". Of another
+            repository's object its tokenizer, where it does not know where it was loaded from.
         image_processor: the encoder's; found by where it was loaded from where None.
         feature_layer: hidden state that a new projector reads; what the encoder was trained at where None, else -2.
         projector_weights: `projector.safetensors` of the encoder; beside it where it was loaded from where None.
         seed: of a new projector's weights.
 
     Returns:
-        The model. Its configuration names the encoder and the commit it was read at under `pivot_encoder`.
+        The model in transformers' form. Its configuration names the encoder and the commit it was read at under
+        `pivot_encoder`.
 
     Raises:
         EncoderError: with every mismatch; the model is unchanged then.
@@ -85,9 +95,23 @@ def graft(
         raise SettingsError(
             f"projector is {projector!r}.", f"Choose one of {', '.join(map(repr, get_args(Projector)))}."
         )
-    adapter = find_adapter(model)
+    # not at the top: who grafts into a model of transformers loads none
+    from pivot_plugin.models.loading import from_plugins
+
+    foreign = from_plugins(model, processor)
+    if foreign is not None:
+        model = foreign[0]
+        if projector != "keep":
+            raise SettingsError(
+                f"projector={projector!r} changes the modules of this {type(model).__name__}, and the object it was "
+                "made of would not have them.",
+                'Use projector="keep", or graft into the checkpoint by its folder.',
+            )
+    adapter = find_adapter(model)  # type: ignore[arg-type]
     if projector == "keep":
         adapter.graft(encoder)
+        if foreign is not None:
+            collect("pivot_model_trained", model=adapter.model)
     else:
         if processor is None:
             raise SettingsError(
@@ -98,8 +122,8 @@ def graft(
         images = image_processor or image_processor_of(encoder)
         adapter.replace_tower(copy.deepcopy(encoder), images, processor, _layer(encoder, feature_layer))
         _initialise(adapter, first, seed)
-    note_origin(model, encoder)
-    return model
+    note_origin(adapter.model, encoder)
+    return adapter.model
 
 
 def note_origin(model: PreTrainedModel, encoder: PreTrainedModel) -> None:
@@ -134,7 +158,7 @@ def image_processor_of(encoder: PreTrainedModel) -> object:
     origin = origin_of(encoder)
     source = str(origin.folder) if origin else encoder.name_or_path
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"No image processor is known for this {type(encoder).__name__}.",

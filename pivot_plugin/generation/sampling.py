@@ -15,6 +15,7 @@ from pivot_plugin.data.sources import Source
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import same_settings
 from pivot_plugin.models.fingerprints import model_fingerprint
+from pivot_plugin.models.loading import load_model
 
 from .engines import Engine, Sampling, TransformersEngine, VLLMEngine
 
@@ -41,9 +42,10 @@ def sample(
     """Draw completions for questions, deterministic by seed and batch size.
 
     Args:
-        model: the MLLM to draw from; may be None with an engine that has its own.
+        model: the MLLM to draw from, an object of another repository that a plugin knows too; may be None with an
+            engine that has its own.
         questions: rows with `prompt` or `question`, and `images` or `image`, as `load_questions` takes them.
-        processor: the model's.
+        processor: the model's; of another repository's object its tokenizer.
         n: completions per question.
         temperature, top_p, max_new_tokens: of the sampling; temperature 0 (with n=1) takes the most probable token.
         instruction: put behind the last user turn of every question.
@@ -62,6 +64,9 @@ def sample(
         DataError: for a question that cannot be used.
     """
     dataset = load_questions(questions).verify()
+    if model is not None:
+        # an object of another repository becomes a model of transformers
+        model, processor = load_model(model, processor)
     sampling = Sampling(n, temperature, top_p, max_new_tokens)
     draw = _engine(engine, model, processor)
     settings = {

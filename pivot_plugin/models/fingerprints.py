@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
 from transformers import ProcessorMixin
@@ -20,6 +21,19 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def weights_fingerprint(weights: Iterable[torch.Tensor]) -> str:
+    """A hash of the numbers of some weights, whatever they are called and in which precision they were loaded.
+
+    Args:
+        weights: in any order; rounded to bfloat16 first, which a model in float32 or float16 can be loaded as.
+    """
+    digests = []
+    for tensor in weights:
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous().flatten()
+        digests.append(hashlib.sha256(rounded.view(torch.uint8).numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def processor_fingerprint(processor: ProcessorMixin) -> str:

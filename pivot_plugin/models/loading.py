@@ -1,10 +1,11 @@
 """Models by name: an MLLM and its processor, loaded where they are not."""
 
+import json
 import logging
 from pathlib import Path
 
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -37,9 +38,9 @@ def empty_model(name: str) -> PreTrainedModel:
     if foreign is not None:
         return foreign[0]
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with init_empty_weights():
-            return AutoModelForImageTextToText.from_config(config)
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"No MLLM could be found at {name!r}: {error}", "Give a folder or Hub id of an image-text model."
@@ -93,7 +94,7 @@ def load_model(
     """
     if isinstance(model, str | Path) and is_lora(model):
         base, base_processor = load_base(model, lambda base: load_model(base, processor))
-        return merge(base, model), base_processor
+        return _merged(base, model), base_processor
     foreign = from_plugins(model, processor)
     if foreign is not None:
         return foreign[0], processor if isinstance(processor, ProcessorMixin) else foreign[1]
@@ -102,10 +103,7 @@ def load_model(
         try:
             model = _filled(model)
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise ModelError(
-                f"No MLLM could be loaded from {str(name)!r}: {error}",
-                "Give a folder or Hub id of an image-text model.",
-            ) from error
+            raise _not_loaded(Path(model), error) from error
     elif isinstance(model, PreTrainedModel):
         name = model.name_or_path
     if processor is not None:
@@ -116,6 +114,42 @@ def load_model(
             "Pass processor=AutoProcessor.from_pretrained(...).",
         )
     return model, _own_processor(name)
+
+
+def _merged(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    """A base with an adapter in its weights.
+
+    Raises:
+        ModelError: if it does not fit; with a remedy of its own where the base is of another repository, whose names
+            the adapter has.
+    """
+    try:
+        return merge(base, adapter)
+    except ModelError as error:
+        name = base_of(adapter)[1]
+        if from_plugins(name, None, weights=False) is None:
+            raise
+        raise ModelError(
+            error.finding,
+            f"{name!r} is a checkpoint of another repository, whose names the adapter has: merge it there, by the "
+            "repository's own means, and give the merged checkpoint.",
+        ) from error
+
+
+def is_mllm(name: str | Path) -> bool:
+    """Whether a name is that of an MLLM and not of an encoder by itself; true also of one that cannot be read.
+
+    Args:
+        name: folder or Hub id; of another repository's model, or of an adapter, too.
+    """
+    if is_lora(name):
+        return True
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    # of another repository, or nothing: whoever loads it says so
+    except (OSError, ValueError):
+        return True
+    return type(config) in AutoModelForImageTextToText._model_mapping
 
 
 def load_processor(name: str | Path) -> ProcessorMixin:
@@ -136,7 +170,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
 def _own_processor(name: str | Path) -> ProcessorMixin:
     """The processor that lies with a model of transformers."""
     try:
-        return AutoProcessor.from_pretrained(name)
+        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except ImportError as error:
         raise ModelError(
             f"The processor of {str(name)!r} needs a package that is not installed: {error}",
@@ -148,13 +182,55 @@ def _own_processor(name: str | Path) -> ProcessorMixin:
         ) from error
 
 
+def _not_loaded(folder: Path, error: Exception) -> ModelError:
+    """Why a model could not be loaded, and what is to be done about it."""
+    finding = f"No MLLM could be loaded from {str(folder)!r}: {error}"
+    if isinstance(error, ImportError):
+        return ModelError(finding, "Install the package; or, of a quantised model, give the one before quantisation.")
+    if not (folder / "config.json").is_file():
+        return ModelError(finding, "Give a folder or Hub id of an image-text model.")
+    damaged = _damaged_files(folder)
+    if damaged:
+        return ModelError(
+            f"{str(folder)!r} is half downloaded or half written: {'; '.join(damaged)}.",
+            "Download or save it again, whole: an interrupted download goes on where it stopped.",
+        )
+    return ModelError(finding, "Give the folder of an image-text model, with its weights.")
+
+
+def _damaged_files(folder: Path) -> list[str]:
+    """What is wrong with the weight files of a folder, in words."""
+    damaged = []
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            damaged.append(f"{index.name} cannot be read")
+            continue
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing:
+            count = f"{len(missing)} of the {len(wanted)}"
+            damaged.append(f"{count} files that {index.name} names are missing, the first {missing[0]}")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            damaged.append(f"{file.name} is cut short or no safetensors file ({error})")
+    if not damaged and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        damaged.append("it has a config.json and no weights")
+    return damaged
+
+
 def _filled(name: str | Path) -> PreTrainedModel:
     """An MLLM all of whose weights are in its files.
 
     Raises:
         ModelError: with the number of tensors that are missing or left over, and the first of them.
     """
-    model, loading = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", output_loading_info=True)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        name, dtype="auto", output_loading_info=True, trust_remote_code=False
+    )
     missing = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     left_over = sorted(loading["unexpected_keys"])
     beside = f"{len(left_over)} tensors are left over, the first {left_over[0]!r}" if left_over else ""

@@ -22,6 +22,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pivot_plugin.errors import ModelError
 
+from .fingerprints import weights_fingerprint
+
 SHOWN = 3
 _PREFIX = "base_model.model."
 _WEIGHT = re.compile(r"(.+?)\.(?:lora_\w+|modules_to_save|token_adapter|weight|bias)(?:\..*)?")
@@ -95,7 +97,7 @@ def load_base(source: str | Path, load: Callable[[str], Any]) -> Any:
     """
     _, base = base_of(source)
     try:
-        settings = AutoConfig.from_pretrained(base)
+        settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     # a base of another repository has no configuration of transformers; whoever loads it knows
     except ValueError:
         settings = None
@@ -116,18 +118,21 @@ def load_base(source: str | Path, load: Callable[[str], Any]) -> Any:
     return load(base)
 
 
-def merge(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+def merge(model: PreTrainedModel, source: str | Path, adapted_weights: str | None = None) -> PreTrainedModel:
     """Put an adapter into the weights of its base.
 
     Args:
         model: the base, changed in place.
         source: folder or Hub id of the adapter.
+        adapted_weights: hash of the weights that its LoRA was trained on, where that was recorded: PEFT does not, so
+            that a base that was trained further cannot be told from the right one by an adapter of anybody.
 
     Returns:
         the model, without any layer of PEFT.
 
     Raises:
-        ModelError: if a tensor of the adapter has no place in this model, or one of another size.
+        ModelError: if a tensor of the adapter has no place in this model, or one of another size, or the weights are
+            not those that were recorded.
     """
     config, base = base_of(source)
     expected = (config.auto_mapping or {}).get("base_model_class")
@@ -141,6 +146,10 @@ def merge(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
             f"The weights of the adapter in {str(source)!r} cannot be read: {error}", "Save or download it again."
         ) from error
     renamed, targets, problems = _placed(model, weights)
+    if not problems and adapted_weights is not None:
+        here = weights_fingerprint(model.get_submodule(path).weight for path in targets)  # type: ignore[misc]
+        if here != adapted_weights:
+            problems.append("the weights it was trained on are others, by the hash that was recorded of them")
     if problems:
         raise _of_another_base(source, base, problems)
     if not getattr(config, "target_parameters", None) and targets:
@@ -223,6 +232,7 @@ def _quantised(name: str) -> ModelError:
 
 
 def _of_another_base(source: str | Path, base: str, problems: list[str]) -> ModelError:
+    problems = list(dict.fromkeys(problems))
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return ModelError(
         f"The adapter in {str(source)!r} is not one of {base!r} as it is now: {'; '.join(problems[:SHOWN])}{more}.",

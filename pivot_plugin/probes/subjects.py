@@ -151,7 +151,7 @@ def _is_encoder(folder: Path) -> bool:
 
 def _image_processor(name: str, encoder: PreTrainedModel) -> object:
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"No image processor was given for {type(encoder).__name__}, and none could be loaded from {name!r}.",

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.data.conversations import ConversationDataset
-from pivot_plugin.encoders.compatibility import settle
+from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.files import read_record, whole_folder
 from pivot_plugin.runs.instruct import MODEL_FOLDER
 from pivot_plugin.runs.optimize import optimize
@@ -32,7 +32,7 @@ def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     if state.is_main_process:
         with whole_folder(folder) as aside:
             model.save_pretrained(aside)
-            settle(aside)
+            rewrite_for_every_release(aside)
             processor.save_pretrained(aside)
     state.wait_for_everyone()
 

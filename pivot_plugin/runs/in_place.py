@@ -10,8 +10,8 @@ import torch
 from transformers import set_seed
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.adapters.foreign import bring_back
 from pivot_plugin.errors import PivotError, TrainingError
+from pivot_plugin.hooks import collect
 from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost, metered
@@ -66,5 +66,5 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
         raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", remedy) from error
     snapshot.settle()
     # where the model was built around an object of another repository, that object is the caller's
-    bring_back(adapter.model)
+    collect("pivot_model_trained", model=adapter.model)
     adapter.model.eval()

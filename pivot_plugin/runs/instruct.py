@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_plugin.config import Train
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
 from pivot_plugin.data.rows import OnBadRow
-from pivot_plugin.encoders.compatibility import settle
+from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
 
@@ -200,7 +200,7 @@ def _save_model(run: Run, trainer: InstructTrainer) -> None:
     elif run.keeper:
         run.model.save_pretrained(folder)
     if run.keeper:
-        settle(folder)
+        rewrite_for_every_release(folder)
         # a pickle of the settings, which run.json has in words
         (folder / "training_args.bin").unlink(missing_ok=True)
         run.processor.save_pretrained(folder)

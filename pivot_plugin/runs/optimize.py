@@ -137,7 +137,7 @@ def optimize(
         settings=run.settings,
         adapter=run.adapter,
         cost=training.cost,
-        origin=optimized_origin(run, training.cost),
+        origin=optimized_origin(run, training, lora_weights[1] if lora_weights else ()),
         _lora=lora_weights,
     )
     if run.keeper:

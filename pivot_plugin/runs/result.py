@@ -11,11 +11,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import Publication, publish, save_encoder, save_lora
+from pivot_plugin.encoders.compatibility import save_model
 from pivot_plugin.encoders.publishing import PublishOptions
 from pivot_plugin.encoders.record import versions
 from pivot_plugin.encoders.store import SHARD
 from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.files import whole_folder
 from pivot_plugin.hooks import collect
+from pivot_plugin.models.writing import write_like
 from pivot_plugin.probes.comparison import Comparison
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.storage import saved_results
@@ -120,6 +123,28 @@ class PivotResult:
         if self._lora is None:
             raise EncoderError("This run trained the weights themselves.", 'Save the encoder: weights="encoder".')
         return save_lora(self.adapter, *self._lora, folder, record, sections=sections, picture=shown)
+
+    def save_model(self, folder: str | Path, *, like: str | Path | None = None) -> Path:
+        """Write the whole MLLM, in transformers' form, or in that of the checkpoint it was read from.
+
+        Args:
+            folder: to write; must be empty or absent.
+            like: folder or Hub id of the checkpoint of another repository that training began with, whose form is
+                wanted again.
+
+        Raises:
+            SettingsError: if the folder holds something.
+            ModelError: if the checkpoint is of no known form, or of another than this model.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise SettingsError(f"Folder {str(target)!r} is not empty.", "Choose another folder, or empty it.")
+        if like is not None:
+            return write_like(self.model, like, target)
+        with whole_folder(target) as aside:
+            save_model(self.model, aside)
+            self.processor.save_pretrained(aside)
+        return target
 
     def push_to_hub(
         self,

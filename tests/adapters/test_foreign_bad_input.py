@@ -246,8 +246,11 @@ class TestWritingBack:
         _, folder = internvl_made(tmp_path, "Qwen2")
         _, other = internvl_made(tmp_path / "wider", "Qwen2", vision={"intermediate_size": 44})
         wider, _ = load_model(other, None)
+        more, _ = load_model(folder, None)
+        more.another = torch.nn.Parameter(torch.ones(1))
         for model, message in (
-            (make("llava")[0], "have no place in the repository's form"),
+            (make("llava")[0], r"is read as a InternVLFor\w+; this is a LlavaForConditionalGeneration"),
+            (more, r"1 tensors of .* have no place in the repository's form: another"),
             (make("internvl")[0], r"lacks .*q_proj.bias, .* which .*attn.qkv.bias .* holds"),
             (wider, r"does not fit the form of .*: 9 tensors differ"),
         ):

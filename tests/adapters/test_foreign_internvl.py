@@ -118,16 +118,6 @@ def test_only_the_structure_is_read_where_no_weights_are_wanted(tmp_path: Path) 
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("case", INTERNVL_CASES)
-def test_a_conversation_is_written_in_the_repositorys_form(case: str, tmp_path: Path) -> None:
-    _, folder = internvl_made(tmp_path, case, template="Hermes-2")
-    _, processor = load_model(folder, None)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert text.startswith("<|im_start|>system\n你是由")
-    assert text.endswith("<|im_start|>user\n<IMG_CONTEXT>\nwhat?<|im_end|><|im_start|>assistant\n")
-
-
 def test_the_structure_of_the_published_8b_is_that_of_its_settings(tmp_path: Path) -> None:
     vision = {
         "hidden_size": 1024,

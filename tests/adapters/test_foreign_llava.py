@@ -14,7 +14,6 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pivot_plugin.adapters.foreign import read, write_back
 from pivot_plugin.adapters.foreign.llava import pinpoints
-from pivot_plugin.adapters.foreign.tokens import LLAMA_3, MISTRAL, VICUNA, chatml
 from pivot_plugin.errors import ModelError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import empty_model, load_model
@@ -113,50 +112,6 @@ def test_pytorch_files_are_read_without_code(tmp_path: Path) -> None:
     torch.save(repo.stored(theirs), folder / "pytorch_model.bin")
     model, processor = load_model(folder, None)
     assert llava_apart(theirs, model, processor, (56, 56)) < 1e-6
-
-
-FORMS = {
-    "vicuna": (
-        VICUNA,
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: a cat</s>"
-        "USER: sure? ASSISTANT:",
-    ),
-    "mistral": (MISTRAL, "[INST] <image>\nwhat? [/INST] a cat </s>[INST] sure? [/INST]"),
-    "llama 3": (
-        LLAMA_3,
-        "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able "
-        "to understand the visual content that the user provides, and assist the user with a variety of tasks using "
-        "natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nwhat?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\na cat<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nsure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    "qwen": (
-        chatml("You are a helpful assistant."),
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nwhat?<|im_end|>\n"
-        "<|im_start|>assistant\na cat<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_conversations_are_written_in_the_repositorys_form(name: str) -> None:
-    form, expected = FORMS[name]
-    tokens = repo.tokenizer("<s>")
-    tokens.bos_token = "<s>"
-    template = form.template("<image>")
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
-        {"role": "assistant", "content": "a cat"},
-        {"role": "user", "content": "sure?"},
-    ]
-    text = tokens.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-    assert text == ("<s>" if form.starts else "") + expected
-    # what asks for an answer is the beginning of the conversation with the answer
-    asked = tokens.apply_chat_template(messages[:1], chat_template=template, add_generation_prompt=True, tokenize=False)
-    assert text.startswith(asked)
-    own = [{"role": "system", "content": "Be brief."}, *messages]
-    assert "helpful" not in tokens.apply_chat_template(own, chat_template=template, tokenize=False)
 
 
 class TestImageToken:

@@ -29,7 +29,10 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python_of(release: str, environments: Path) -> str:
-    """Python that imports a release; made where it is not there yet, skipped where pip cannot."""
+    """Python that imports a release; made where it is not there yet, skipped where pip cannot.
+
+    With $PIVOT_REQUIRE_RELEASES it is a failure that pip cannot.
+    """
     if release == transformers.__version__:
         return sys.executable
     folder = environments / f"transformers-{release}"
@@ -39,7 +42,8 @@ def python_of(release: str, environments: Path) -> str:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         installed = subprocess.run([*pip, f"transformers=={release}"], capture_output=True, text=True, check=False)
         if installed.returncode:
-            pytest.skip(f"pip cannot install transformers {release}: {installed.stderr[-300:]}")
+            give_up = pytest.fail if os.environ.get("PIVOT_REQUIRE_RELEASES") else pytest.skip
+            give_up(f"pip cannot install transformers {release}: {installed.stderr[-300:]}")
         site = subprocess.run(
             [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
             capture_output=True,

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
-from pivot_plugin.encoders.compatibility import renaming, save_model, settle, with_both_rotary_forms
+from pivot_plugin.encoders.compatibility import renaming, rewrite_for_every_release, save_model, with_both_rotary_forms
 from pivot_plugin.errors import EncoderError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -40,19 +40,19 @@ def test_an_encoder_has_its_old_names_and_its_own_bytes(size: str, dtype: torch.
 def test_settling_twice_changes_nothing(llava: Any, tmp_path: Path) -> None:
     save_model(llava[0], tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    settle(tmp_path)
+    rewrite_for_every_release(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_an_mllm_keeps_all_but_the_names_of_its_tower(llava: Any, tmp_path: Path) -> None:
     model, _ = llava
     model.save_pretrained(tmp_path / "plain")
-    save_model(model, tmp_path / "settled")
-    plain, settled = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "settled"))
+    save_model(model, tmp_path / "rewritten")
+    plain, rewritten = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "rewritten"))
     moved = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in plain}
-    assert set(moved.values()) == settled.keys()
-    assert all(torch.equal(plain[old], settled[new]) for old, new in moved.items())
-    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "settled")
+    assert set(moved.values()) == rewritten.keys()
+    assert all(torch.equal(plain[old], rewritten[new]) for old, new in moved.items())
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "rewritten")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
@@ -108,10 +108,10 @@ def test_rotary_settings_are_written_in_both_forms(rope: dict[str, Any], old: di
     text = {"model_type": "llama", "rope_parameters": rope}
     vision = {"model_type": "qwen2_5_vl_vision", "rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}
     config = {"model_type": "llava", "text_config": text, "vision_config": vision}
-    settled = with_both_rotary_forms(config)
-    assert settled["text_config"] == {**text, **old}
-    assert settled["vision_config"] == vision
-    assert settled["text_config"]["rope_parameters"] == rope
+    rewritten = with_both_rotary_forms(config)
+    assert rewritten["text_config"] == {**text, **old}
+    assert rewritten["vision_config"] == vision
+    assert rewritten["text_config"]["rope_parameters"] == rope
 
 
 def test_this_release_reads_both_forms_as_the_one_it_wrote(family: str, tiny: Any, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_half_a_weight_file_is_refused(tmp_path: Path) -> None:
     for length in (4, 100, len(whole) - 8):
         file.write_bytes(whole[:length])
         with pytest.raises(EncoderError, match=r"cut off|no whole safetensors"):
-            settle(tmp_path)
+            rewrite_for_every_release(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(EncoderError, match=r"no config\.json"):
-        settle(tmp_path)
+        rewrite_for_every_release(tmp_path)

@@ -224,9 +224,9 @@ def test_transformers_4_gets_its_names(tmp_path: Path) -> None:
         (lambda: clip(hidden_act="relu"), "timm", "activation 'relu'"),
         (lambda: intern(use_mean_pooling=False), "timm", "norm behind its last block"),
         (lambda: intern(use_qk_norm=True), "timm", "queries and keys are normed"),
-        (clip, "internvl", "this is a clip_vision_model"),
+        (clip, "internvl", "this is of type clip_vision_model"),
         (lambda: intern(use_mean_pooling=False), "internvl", "norm behind its last block"),
-        (intern, "llava-next", "this is a internvl_vision"),
+        (intern, "llava-next", "this is of type internvl_vision"),
         (siglip, "llava-next", "hidden_size 1152 built in, this has 32"),
     ],
 )

@@ -17,6 +17,7 @@ from pivot_plugin.encoders.extraction import tower_change
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.loading import load_model
+from tests.helpers.foreign import internvl_made
 
 
 def saved(tiny: Any, folder: Path) -> Path:
@@ -321,12 +322,14 @@ def test_half_a_download_and_missing_tensors_are_refused(llava: Any, tmp_path: P
     processor.save_pretrained(tmp_path / "parts")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     next(iter(sorted((tmp_path / "parts").glob("*.safetensors")))).unlink()
-    with pytest.raises(ModelError, match="No MLLM could be loaded"):
+    with pytest.raises(
+        ModelError, match=r"half downloaded .*1 of the \d+ files .* are missing, the first model-00001-"
+    ):
         extract(tmp_path / "parts", tmp_path / "encoder")
     file = saved(llava, tmp_path / "cut") / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="No MLLM could be loaded"):
+    with pytest.raises(ModelError, match=r"half downloaded .*model\.safetensors is cut short"):
         extract(tmp_path / "cut", tmp_path / "encoder")
     file.write_bytes(whole)
     tensors = load_file(file)
@@ -344,3 +347,93 @@ def test_tensors_left_over_are_told(llava: Any, tmp_path: Path, caplog: pytest.L
     with caplog.at_level("WARNING"):
         load_model(tmp_path / "model")
     assert "1 tensors are left over, the first 'another.weight'" in caplog.text
+
+
+def test_a_base_with_more_blocks_is_compared_where_both_have_weights(llava: Any, tmp_path: Path) -> None:
+    base = pivot.extract_encoder(llava[0])
+    settings = base.config.to_dict() | {"num_hidden_layers": base.config.num_hidden_layers - 1}
+    shorter = type(base)(type(base.config)(**settings))
+    shorter.load_state_dict(base.state_dict(), strict=False)
+    change = tower_change(shorter, base)
+    assert not change.trained
+    assert change.left_out == sum("layers.2." in name for name in base.state_dict()) > 0
+    assert f"{change.left_out} tensors of the base are not in this tower" in str(change)
+    with torch.no_grad():
+        shorter.encoder.layers[0].mlp.fc1.weight.mul_(1.5)
+    changed = [name for name, amount in tower_change(shorter, base).parts.items() if amount]
+    assert changed == ["encoder.layers.0"]
+    # but what the base lacks is no part of it
+    with pytest.raises(EncoderError, match=r"tower is another one: .* \d+ tensors of another name or size"):
+        tower_change(base, shorter)
+
+
+def test_a_checkpoint_without_weights_is_refused(llava_base: Path) -> None:
+    (llava_base / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"half downloaded .*it has a config\.json and no weights"):
+        load_model(llava_base)
+
+
+def test_nobody_is_asked_whether_a_bases_code_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llava: Any, llava_base: Path
+) -> None:
+    questions: list[str] = []
+
+    def ask(prompt: str = "") -> str:
+        questions.append(prompt)
+        return "n"
+
+    monkeypatch.setattr("builtins.input", ask)
+    mark, remote = tmp_path / "ran", tmp_path / "remote"
+    remote.mkdir()
+    (remote / "m.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: ...\n")
+    settings = {"model_type": "x", "architectures": ["X"], "auto_map": {"AutoConfig": "m.C", "AutoModel": "m.C"}}
+    (remote / "config.json").write_text(json.dumps(settings))
+    folder = adapter_folder(llava[0], llava_base, tmp_path / "lora")
+    edit(folder, base_model_name_or_path=str(remote))
+    with pytest.raises(ModelError, match=r"auto_map\), which is not run"):
+        load_model(folder)
+    with pytest.raises(ModelError, match=r"auto_map\), which is not run"):
+        extract(llava_base, tmp_path / "encoder", base=remote)
+    assert not questions
+    assert not mark.exists()
+
+
+def test_an_adapter_by_another_repositorys_names_is_to_be_merged_there(tmp_path: Path) -> None:
+    _, base = internvl_made(tmp_path, "Qwen2")
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    path = "base_model.model.vision_model.encoder.layers.0.attn.qkv"
+    weights = {f"{path}.lora_A.weight": torch.ones(2, 24), f"{path}.lora_B.weight": torch.ones(72, 2)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["qkv"], "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"attn.qkv', which this InternVL\w+ has not\. .*merge it there, by the repos"):
+        load_model(folder)
+
+
+def test_a_package_that_a_checkpoint_needs_is_named(llava_base: Path) -> None:
+    settings = json.loads((llava_base / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (llava_base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"bitsandbytes.*of a quantised model, give the one before quantisation"):
+        load_model(llava_base)
+
+
+def test_the_card_says_that_the_encoder_was_taken_out_and_claims_no_training(llava_base: Path, tmp_path: Path) -> None:
+    with_base = (extract(llava_base, tmp_path / "one", base=llava_base).folder / "README.md").read_text()
+    alone = (extract(llava_base, tmp_path / "two").folder / "README.md").read_text()
+    for text in (with_base, alone):
+        assert "`, taken out with pivot_plugin" in text.replace("`)", "`").replace("(`", "`")
+        for claim in (
+            "made better",
+            "after preference",
+            "was trained through",
+            "## Training",
+            "\n- trl",
+            "## Citation",
+        ):
+            assert claim not in text
+        assert "\n## Limits\n\nHow the model was trained is not known here" in text
+        assert "\n\n\n\n" not in text
+    assert "Nothing: the encoder was taken out as it is." in alone
+    assert "| `encoder.layers.0` | 0 |" in with_base

@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pivot_plugin as pivot
-from pivot_plugin.encoders import save_encoder
+from pivot_plugin.encoders import extract, save_encoder
 from pivot_plugin.encoders.card import licence_of
-from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.errors import EncoderError, ModelError, SettingsError
 from pivot_plugin.hooks import hookimpl, manager
 from pivot_plugin.models.find import find_adapter
 from tests.helpers import picture, row
@@ -60,6 +61,29 @@ def test_the_lora_alone_gives_the_trained_encoder(family: str, tiny: Any, fast: 
     assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
     with pytest.raises(EncoderError, match="holds the LoRA of an encoder"):
         pivot.load_encoder(folder)
+
+
+def test_the_lora_goes_onto_the_weights_it_was_trained_on_and_onto_no_others(run: Any, tmp_path: Path) -> None:
+    result, before = run
+    folder = result.save(tmp_path / "lora", "lora")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for precision in (torch.float32, torch.bfloat16):
+        base = tmp_path / str(precision)
+        result.processor.image_processor.save_pretrained(base)
+        before.to(precision).save_pretrained(base)
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+        taken = extract(folder, tmp_path / f"merged-{precision}")
+        close = 1e-6 if precision is torch.float32 else 2e-2
+        for name, tensor in taken.encoder.state_dict().items():
+            torch.testing.assert_close(tensor.float(), result.encoder.state_dict()[name], rtol=close, atol=close)
+        before.to(torch.float32)
+    # one weight of one layer that the LoRA is on
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.self_attn.q_proj.weight"))
+    weights[name][0, 0] += 0.1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"is not one of .*the weights it was trained on are others, by the hash"):
+        extract(folder, tmp_path / "other")
 
 
 def test_the_lora_loads_without_this_package(run: Any, tmp_path: Path) -> None:

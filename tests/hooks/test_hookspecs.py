@@ -16,6 +16,8 @@ def test_the_hooks_are_those_of_the_design() -> None:
     assert set(HOOKS) == {
         "pivot_adapter",
         "pivot_model",
+        "pivot_model_trained",
+        "pivot_write_model",
         "pivot_preference_layout",
         "pivot_rewards",
         "pivot_objectives",

@@ -44,7 +44,7 @@ def test_a_processor_that_cannot_be_loaded_without_a_package_names_it(
     model, _ = llava
     monkeypatch.setattr(model, "name_or_path", "some/model")
 
-    def needs(name: str) -> None:
+    def needs(name: str, **options: object) -> None:
         raise ImportError("`num2words` is required to run SmolVLM processor")
 
     monkeypatch.setattr("pivot_plugin.models.loading.AutoProcessor.from_pretrained", needs)
