@@ -11,9 +11,9 @@ import jinja2
 from pivot_plugin import __version__
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import write_whole
-from pivot_plugin.probes.comparison import COMPARISON_FILE, Comparison
+from pivot_plugin.probes.comparison import COMPARISON_FILE, WORDS_MARK, WORDS_NOTE, Comparison
 from pivot_plugin.probes.gradients import PairSaliency
-from pivot_plugin.probes.scores import apart
+from pivot_plugin.probes.scores import SEEN, apart
 
 from .pictures import as_address, fitted, overlay
 from .plots import Series, curve
@@ -204,13 +204,18 @@ def _maps(run: RunFacts) -> list[dict[str, Any]]:
 def _rows(compared: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison as a table: rows of (label, score), a cell per compared."""
     every = compared["compared"]
-    beyond = {(c["probe"], c["score"], c["name"]): c for c in compared["contrasts"]}
+    # comparisons that were saved before questions were asked blind do not say it
+    contrasts = [{"survives_blind": False, **contrast} for contrast in compared["contrasts"]]
+    beyond = {(c["probe"], c["score"], c["name"]): c for c in contrasts}
     rows = dict.fromkeys(
         (label, score) for results in every.values() for label, result in results.items() for score in result["scores"]
     )
     return {
         "names": list(every),
         "against": compared["against"],
+        "asked_blind": any(score.endswith(f"/{SEEN}") for _, score in rows),
+        "words_mark": WORDS_MARK,
+        "words_note": WORDS_NOTE,
         "rows": [
             {
                 "probe": label,
