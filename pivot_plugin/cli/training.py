@@ -234,7 +234,7 @@ def instruct(
 def demo(
     output_dir: RunFolder = Path("pivot-demo"),
 ) -> None:
-    """Run the whole job on a small built-in world: no network, two minutes on a laptop's CPU.
+    """Run the whole job on a small built-in world: no network, under four minutes on two CPU cores.
 
     pivot demo
     """
