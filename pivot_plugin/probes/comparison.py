@@ -200,7 +200,7 @@ def compare(
         examined: what to compare, the one the others are held against first: models, encoders, folders or Hub ids of
             either, folders of runs, results; or a mapping that names them.
         probes: by label a `probes.ProbeTask`; or data, the label naming the probe ("linear", "prototype",
-            "segmentation", "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a
+            "segmentation", "saliency", "pointing", "alignment", "ravel", "vqa", or a plugin's); or a function of a
             `probes.Subject`.
         processor: of loaded models that have no name.
         mllm: an MLLM into a copy of which encoders are grafted, for probes that need one.
