@@ -45,11 +45,13 @@ class WithoutPicture:
         row = self._rows[position]
         if not row["images"]:
             return row
+        # rows that show the same images go on doing so, and may go on sharing them
+        key = f"{row['image_key']} without"
         if self._how == "mean":
-            return row | {"images": [_mean_colour(image) for image in row["images"]]}
-        taken = self._rows[self._other[position]]["images"]
+            return row | {"images": [_mean_colour(image) for image in row["images"]], "image_key": key}
+        taken = self._rows[self._other[row["image_key"].encode()]]["images"]
         shown = [taken[number % len(taken)].resize(image.size) for number, image in enumerate(row["images"])]
-        return row | {"images": shown}
+        return row | {"images": shown, "image_key": key}
 
 
 def _mean_colour(image: Image.Image) -> Image.Image:
@@ -58,20 +60,17 @@ def _mean_colour(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, (red, green, blue))
 
 
-def _others(rows: RowDataset, seed: int) -> dict[int, int]:
-    """For each row with pictures the position of one that shows others: the next different one of a shuffled circle."""
-    keys = rows.image_keys
-    order = [position for position in range(len(rows)) if keys[position]]
-    random.Random(seed).shuffle(order)
-    other: dict[int, int] = {}
-    if len({keys[position] for position in order}) < 2:
+def _others(rows: RowDataset, seed: int) -> dict[bytes, int]:
+    """For each set of images a row that shows another: the next one of a shuffled circle."""
+    first: dict[bytes, int] = {}
+    for position, key in enumerate(rows.image_keys.tolist()):
+        if key:
+            first.setdefault(key, position)
+    if len(first) < 2:
         raise DataError(
             f"The rows of {rows.name} show no two different pictures, so that none can be taken for another.",
             "Give rows about several pictures, or replace pictures by their mean colour alone.",
         )
-    for place, position in enumerate(order):
-        step = 1
-        while keys[order[(place + step) % len(order)]] == keys[position]:
-            step += 1
-        other[position] = order[(place + step) % len(order)]
-    return other
+    circle = sorted(first)
+    random.Random(seed).shuffle(circle)
+    return {key: first[following] for key, following in zip(circle, circle[1:] + circle[:1], strict=True)}
