@@ -60,8 +60,11 @@ def report(
     comparison: Annotated[
         Path | None, typer.Option(help="JSON of `pivot compare -o`; by default comparison.json in the first run.")
     ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="JSON of `pivot prefs audit -o`; by default audit.json in the first run.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page about runs: curves, probes, saliency, cost, provenance.
+    """Write one self-contained HTML page about runs: pairs, curves, probes, saliency, cost, provenance.
 
     pivot report run -o report.html
     """
@@ -73,9 +76,11 @@ def report(
             raise SettingsError(
                 f"{str(comparison)!r} is no comparison: {error}", "Give what `pivot compare -o` wrote."
             ) from error
+    from pivot_plugin.preferences import AuditReport
     from pivot_plugin.report import write_report
 
-    print(f"Report: {write_report(output, runs, results)}")
+    audited = None if audit is None else AuditReport.load(audit)
+    print(f"Report: {write_report(output, runs, results, audited)}")
 
 
 def benchmark(

@@ -4,11 +4,11 @@ A few forest passes tell of every pair
 
     margin                 log p(chosen) - log p(rejected), with the picture
     blind margins          the same with another row's picture, and with the picture's mean colour
-    picture's share        how far the picture moves the margin: the margin less the greater of the blind ones
+    picture's share        how far the picture moves the margin: the margin less the mean of the blind ones
     gap to own answers     how much less probable, per token, an answer is than what the model says itself
 
-All in nats (natural logarithm). A pair with a high margin is told apart already; one with a high blind margin can be
-guessed; answers far from the model's own are another model's words.
+All in nats (natural logarithm). A pair with a high margin is told apart already; one that both blind margins tell apart
+can be guessed; answers far from the model's own are another model's words.
 """
 
 import json
@@ -64,10 +64,18 @@ class PairAudit:
     own_answer: str
 
     @property
+    def _blind(self) -> list[float]:
+        return [margin for margin in (self.margin_other, self.margin_mean) if margin is not None]
+
+    @property
     def blind_margin(self) -> float | None:
-        """The greater of the margins without the picture."""
-        blind = [margin for margin in (self.margin_other, self.margin_mean) if margin is not None]
-        return max(blind, default=None)
+        """The mean of the margins without the picture, None for a pair without pictures."""
+        return float(np.mean(self._blind)) if self._blind else None
+
+    @property
+    def guessable(self) -> bool | None:
+        """Whether the pair is told apart without its picture, whatever replaces it; None for one without pictures."""
+        return min(self._blind) > 0 if self._blind else None
 
     @property
     def picture_share(self) -> float | None:
@@ -106,16 +114,16 @@ class AuditReport:
 
     def summary(self) -> dict[str, float]:
         """Shares of the pairs and medians; of pictures where there are any."""
-        margin, blind, share = (self.column(name) for name in ("margin", "blind_margin", "picture_share"))
+        margin, guessable, share = (self.column(name) for name in ("margin", "guessable", "picture_share"))
         numbers = {
             "pairs": float(len(self.pairs)),
             "with pictures": float(self.column("pictures").sum()),
             "told apart": float((margin > 0).mean()),
             "median margin": float(np.median(margin)),
         }
-        if len(blind):
+        if len(guessable):
             numbers |= {
-                "guessed without the picture": float((blind > 0).mean()),
+                "guessed without the picture": float(guessable.mean()),
                 "moved up by the picture": float((share > 0).mean()),
                 "median share of the picture": float(np.median(share)),
             }
@@ -162,14 +170,14 @@ class AuditReport:
         told = self.summary()
         count = len(self.pairs)
         lines = [
-            f"{count} pairs of {self.name}, {int(told['with pictures'])} with pictures.",
+            f"{count} pairs ({self.name}), {int(told['with pictures'])} with pictures.",
             f"{100 * told['told apart']:.0f} % are told apart already (margin above 0; median "
             f"{told['median margin']:+.2f} nats).",
         ]
         if "median share of the picture" in told:
             lines += [
                 f"{100 * told['guessed without the picture']:.0f} % of those with pictures are told apart without "
-                "theirs, by another row's or by its mean colour: these can be guessed.",
+                "theirs, both by another row's and by the mean colour: these can be guessed.",
                 f"The picture moves the margin up in {100 * told['moved up by the picture']:.0f} % (median "
                 f"{told['median share of the picture']:+.2f} nats).",
             ]
@@ -177,8 +185,8 @@ class AuditReport:
             lines.append("Without pictures nothing here can teach a vision tower.")
         return [
             *lines,
-            f"Per token, chosen answers are {told['median gap of the chosen answer']:+.2f} nats less probable than the "
-            f"model's own, rejected ones {told['median gap of the rejected answer']:+.2f} (medians).",
+            f"Per token, chosen answers are {told['median gap of the chosen answer']:.2f} nats less probable than the "
+            f"model's own, rejected ones {told['median gap of the rejected answer']:.2f} (medians).",
         ]
 
     def __str__(self) -> str:

@@ -68,6 +68,10 @@ def test_every_number_is_that_of_a_plain_pass(tiny: Tiny) -> None:
                 assert of_pair.rejected == pytest.approx(bad / second, abs=1e-3)
         own, length = plain(tiny, rows[position], of_pair.own_answer)
         assert of_pair.own == pytest.approx(own / length, abs=1e-3)
+        if of_pair.pictures:
+            blind = (of_pair.margin_other, of_pair.margin_mean)
+            assert of_pair.picture_share == pytest.approx(of_pair.margin - sum(blind) / 2)
+            assert of_pair.guessable == (min(blind) > 0)
     assert [of_pair.pictures for of_pair in report.pairs] == [True, True, True, False]
 
 
