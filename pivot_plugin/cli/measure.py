@@ -95,6 +95,7 @@ def benchmark(
     limit: Annotated[int | None, typer.Option(help="Questions of each benchmark.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 1,
     python: Annotated[str, typer.Option(help="Interpreter of the environment that has lmms-eval.")] = sys.executable,
+    blind: Annotated[bool, typer.Option("--blind", help="Run them again with every picture one grey.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")] = False,
 ) -> None:
     """Run the paper's sixteen benchmarks by lmms-eval.
@@ -111,7 +112,7 @@ def benchmark(
             shlex.join(benchmark_command(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python))
         )
         return
-    metrics = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python)
+    metrics = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python, blind=blind)
     print(json.dumps(metrics, indent=1))
 
 
