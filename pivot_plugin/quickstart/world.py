@@ -212,7 +212,7 @@ def vqa_accuracy(
     with_scenes: list[tuple[scenes.Scene, scenes.Question]],
 ) -> dict[str, float]:
     """Share of questions whose greedy answer is exactly right, by kind and in all (`"all"`)."""
-    result = vqa(subject(model, processor), question_rows(with_scenes), **VQA_OPTIONS)
+    result = vqa(subject(model, processor), question_rows(with_scenes), **VQA_OPTIONS, without=())
     return {kind: score.value for kind, score in result.scores.items()}
 
 

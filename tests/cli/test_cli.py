@@ -261,6 +261,20 @@ def test_optimize_on_questions_trains_on_the_model_s_own_answers(world: Path, tm
     assert "are preference pairs" in both.stderr
 
 
+def test_an_audit_is_printed_and_kept(world: Path, tmp_path: Path) -> None:
+    pairs = ["prefs", "audit", world / "model", world / "pairs", "--max-new-tokens", "4"]
+    run = pivot(*pairs, "-o", "audit.json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "pairs (" in run.stdout
+    assert "are told apart already (margin above 0" in run.stdout
+    assert "Audit: audit.json" in run.stdout
+    few = json.loads(pivot(*pairs, "--limit", "2", "--json", folder=tmp_path).stdout)
+    every = json.loads((tmp_path / "audit.json").read_text())
+    assert [pair["id"] for pair in few["pairs"]] == [pair["id"] for pair in every["pairs"][:2]]
+    nothing = pivot(*pairs, "--limit", "0", folder=tmp_path)
+    assert "limit 0. Give 1 or more" in nothing.stderr
+
+
 @pytest.mark.training
 def test_a_recipe_s_stages_are_set_one_by_one(world: Path, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text('{"question": "what?", "answer": "1"}\n' * 4)
