@@ -27,7 +27,7 @@ def dpo() -> ObjectivePreset:
 def sft() -> ObjectivePreset:
     """Supervised fine-tuning on the chosen answers alone: their mean negative log-likelihood per token of the batch.
 
-    When: chosen answers are nearly right (with 87 % of the facts, and with an oracle's, it was ahead of dpo); and as the
+    When: chosen answers are nearly right (at 87 % of the facts, and with an oracle's, it was ahead of dpo); and as the
     fair baseline, on the same pairs in the same order. It learns what is wrong in the chosen answers too. The rejected
     answers are measured, not trained on.
     Source: arXiv 2510.16333, section 3.1. TRL averages over the batch's tokens, so long answers weigh more, alone and
