@@ -110,6 +110,8 @@ def optimize(
     if rewards is None and "reward_weights" not in settings and online:
         rewards, settings = list(SPECS_WEIGHTS), settings | {"reward_weights": list(SPECS_WEIGHTS.values())}
     answers, trainer_settings = own_answers(settings, objective, rewards, online)
+    if answers is not None:
+        refuse_pairs(prefs)
     watched = eval_prefs is not None or eval_fraction > 0
     config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
     functions = _reward_functions(rewards, config, objective)
@@ -258,8 +260,6 @@ def _load_questions(
 ) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
     """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
     rewards = source.rewards or ()
-    if source.answers is not None:
-        refuse_pairs(source.prefs)
     questions = load_questions(source.prefs)
     if source.answers is not None:
         refuse_pairs(questions)

@@ -94,7 +94,7 @@ def own_answers(
 
 
 def refuse_pairs(rows: object, name: str = "prefs") -> None:
-    """Refuse rows that are pairs already where rewards are to make them.
+    """Refuse rows that are pairs already where rewards are to make them, as far as can be told without opening them.
 
     Args:
         rows: as given, or questions that were read from them.
@@ -106,8 +106,8 @@ def refuse_pairs(rows: object, name: str = "prefs") -> None:
     finding = ""
     if isinstance(rows, PairDataset | PairStream):
         finding = f"{name} holds preference pairs"
-    elif isinstance(rows, QuestionDataset) and is_of_pairs(rows):
-        finding = f"The rows of {name} are preference pairs (columns {', '.join(sorted(rows.plain(0)))})"
+    elif (first := _first_row(rows)) is not None and _is_pair(first, name):
+        finding = f"The rows of {name} are preference pairs (columns {', '.join(sorted(map(str, first)))})"
     if finding:
         raise SettingsError(
             f"{finding}, and rewards are given, which make pairs of the model's own answers.",
@@ -117,8 +117,19 @@ def refuse_pairs(rows: object, name: str = "prefs") -> None:
 
 def is_of_pairs(questions: QuestionDataset) -> bool:
     """Whether rows that were read as questions are preference pairs, in any layout that is known."""
+    return _is_pair(questions.plain(0), questions.name)
+
+
+def _first_row(rows: object) -> Mapping[str, Any] | None:
+    if isinstance(rows, QuestionDataset):
+        return rows.plain(0)
+    first = rows[0] if isinstance(rows, Sequence) and not isinstance(rows, str) and rows else None
+    return first if isinstance(first, Mapping) else None
+
+
+def _is_pair(row: Mapping[str, Any], name: str) -> bool:
     try:
-        recognise(questions.plain(0), questions.name)
+        recognise(row, name)
     except DataError:
         return False
     return True
