@@ -106,7 +106,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
 
 
 def test_rewards_and_pairs_exclude_each_other(fast: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    with pytest.raises(SettingsError, match="rows of prefs are preference pairs .* and rewards are given"):
+    with pytest.raises(SettingsError, match=r"rows of prefs are preference pairs .* and rewards are given"):
         pivot.optimize("no-such-model", rows, rewards="accuracy", **fast)
 
 
