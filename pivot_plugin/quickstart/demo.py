@@ -121,9 +121,9 @@ def run(output_dir: Path, described: int = 2000, steps: int = 300) -> None:
     )
     console.print(table(comparison))
     console.print(
-        "What this is: dusk had made a tower unreadable to its language model, and the model's own answers, scored, "
-        "brought it back. What this is not: a finding that the encoder sees more, which a probe or a transplant into "
-        "another language model must show; nor about models ten thousand times larger."
+        "What this is: dusk had made a tower unreadable to its language model, and a score of the model's own answers "
+        "brought it back, without a label. What this is not: an encoder that sees more, which a probe or a transplant "
+        "into another language model must show; nor a finding about models ten thousand times larger."
     )
     console.print(f"Encoder: {dpo.output_dir / 'encoder'} (AutoModel.from_pretrained loads it)")
     console.print(f"Report: {write_report(output_dir / 'report.html', [sft.output_dir, dpo.output_dir], comparison)}")
