@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters.foreign import bring_back
+from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.layout import recognise
 from pivot_plugin.data.pairs import PairDataset, PairStream
 from pivot_plugin.data.questions import QuestionDataset
 from pivot_plugin.data.rows import RowDataset
-from pivot_plugin.errors import DataError, SettingsError, TrainingError
+from pivot_plugin.errors import DataError, SettingsError, TrainingError, unknown
 from pivot_plugin.files import read_record, write_whole
 from pivot_plugin.generation.own_answers import OPTION_NAMES, AnswerSummary, OwnAnswers, pairs_of_own_answers
 from pivot_plugin.models.evaluating import evaluating
@@ -80,7 +81,12 @@ def own_answers(
     """
     if rewards is not None and not online:
         own = {name: value for name, value in settings.items() if name in OPTION_NAMES}
-        return OwnAnswers(**own), {name: value for name, value in settings.items() if name not in own}
+        left = {name: value for name, value in settings.items() if name not in own}
+        trainer = {field.name for field in fields(PivotConfig)}
+        if absent := [name for name in left if name not in trainer]:
+            names = [*OPTION_NAMES, *trainer]
+            raise unknown("option", absent[0], names, f"optimize on own answers has no option {absent[0]!r}.")
+        return OwnAnswers(**own), left
     # the trainers have some of these names themselves
     only_own = ("samples", "instruction", "sampling_batch_size", "engine", "pair_up", "margin", "rounds", "reference")
     if given := [name for name in only_own if name in settings]:

@@ -268,6 +268,7 @@ BAD = [
     (questions(), {"rewards": "numeric", "redraw": -1}, SettingsError, "redraw is -1. Give 0 or more"),
     (questions(), {"rewards": "numeric", "reference": "last"}, SettingsError, "reference is 'last'"),
     (questions(), {"rewards": "numeric", "temperature": 0}, SettingsError, "temperature is 0"),
+    (questions(), {"rewards": "numeric", "sample": 4}, SettingsError, "no option 'sample'. Did you mean samples"),
     (questions(), {"rewards": "numerik"}, SettingsError, "no reward 'numerik'"),
     (questions(), {"rewards": ["numeric"], "reward_weights": [1.0, 2.0]}, SettingsError, "1 rewards and 2 weights"),
     (PAIRS, {"rewards": "numeric"}, SettingsError, "are preference pairs .*rewards are given"),
