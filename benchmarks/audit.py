@@ -65,6 +65,7 @@ KINDS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "can be guessed": guessable,
 }
 PREDICTED = (
+    "told apart by words",
     "told apart",
     "guessed without the picture",
     "median share of the picture",

@@ -6,12 +6,17 @@ A few forest passes tell of every pair
     blind margins          the same with another row's picture, and with the picture's mean colour
     picture's share        how far the picture moves the margin: the margin less the mean of the blind ones
     gap to own answers     how much less probable, per token, an answer is than what the model says itself
+    word margin            what the words of the other pairs' answers say: log-odds of being chosen, by counting alone
+
+The last asks no model. What it tells apart can be learnt without looking, though the model does not guess it yet.
 
 All in nats (natural logarithm). A pair with a high margin is told apart already; one that both blind margins tell apart
 can be guessed; answers far from the model's own are another model's words.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +29,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.data.blind import Without, WithoutPicture
+from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.files import write_whole
@@ -37,6 +43,7 @@ from pivot_plugin.training.forward import ForestReading, answering
 AUDIT_FILE = "audit.json"
 BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 BINS = 24
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class PairAudit:
             pair without pictures, and `margin_other` where all pairs show one picture.
         chosen, rejected, own: log-probability per token of both answers and of the model's own, most probable one.
         own_answer: that one.
+        word_margin: log-odds of the chosen answer's words less those of the rejected one's, by how often each stands in
+            chosen and in rejected answers of all other pairs.
     """
 
     id: str
@@ -62,6 +71,7 @@ class PairAudit:
     rejected: float
     own: float
     own_answer: str
+    word_margin: float
 
     @property
     def _blind(self) -> list[float]:
@@ -120,6 +130,7 @@ class AuditReport:
             "with pictures": float(self.column("pictures").sum()),
             "told apart": float((margin > 0).mean()),
             "median margin": float(np.median(margin)),
+            "told apart by words": float((self.column("word_margin") > 0).mean()),
         }
         if len(guessable):
             numbers |= {
@@ -185,6 +196,8 @@ class AuditReport:
             lines.append("Without pictures nothing here can teach a vision tower.")
         return [
             *lines,
+            f"{100 * told['told apart by words']:.0f} % are told apart by the words of the other pairs' answers alone "
+            "(half of them would be by chance): that much can be learnt without looking.",
             f"Per token, chosen answers are {told['median gap of the chosen answer']:.2f} nats less probable than the "
             f"model's own, rejected ones {told['median gap of the rejected answer']:.2f} (medians).",
         ]
@@ -269,6 +282,9 @@ def audit(
     finally:
         model.to(was_on)
     shows = [bool(key) for key in rows.image_keys]
+    words = word_margins(
+        [(text_of(row["chosen"]), text_of(row["rejected"])) for row in map(rows.plain, range(len(rows)))]
+    )
     margins = {how: scores.margins for how, scores in blind.items()}
     audits = [
         PairAudit(
@@ -281,10 +297,34 @@ def audit(
             rejected=float(seen.per_token[1, position]),
             own=float(own.per_token[0, position]),
             own_answer=own_answers[position],
+            word_margin=float(words[position]),
         )
         for position in range(len(rows))
     ]
     return AuditReport(audits, rows.fingerprint(), rows.name)
+
+
+def word_margins(answers: Sequence[tuple[str, str]]) -> np.ndarray:
+    """(n,) log-odds of being chosen, chosen less rejected, by the words of all other pairs.
+
+    Naive Bayes over counts of words, each plus one.
+
+    Args:
+        answers: chosen and rejected of every pair.
+    """
+    words = [tuple(Counter(WORD.findall(text.casefold())) for text in pair) for pair in answers]
+    totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for pair in words:
+        for total, counted in zip(totals, pair, strict=True):
+            total.update(counted)
+    margins = []
+    for chosen, rejected in words:
+        odds = {
+            word: np.log((totals[0][word] - chosen[word] + 1) / (totals[1][word] - rejected[word] + 1))
+            for word in chosen | rejected
+        }
+        margins.append(sum(odds[word] * (chosen[word] - rejected[word]) for word in odds))
+    return np.array(margins, dtype=np.float64)
 
 
 def keep(
@@ -296,6 +336,7 @@ def keep(
     blind_margin_below: float | None = None,
     picture_share_above: float | None = None,
     chosen_gap_below: float | None = None,
+    word_margin_below: float | None = None,
 ) -> PairDataset:
     """The pairs that an audit finds fit.
 
@@ -308,6 +349,7 @@ def keep(
         picture_share_above: leave out those whose picture moves the margin by no more.
         chosen_gap_below: leave out those whose chosen answer is, per token, by as much less probable than the model's
             own answer.
+        word_margin_below: leave out those that words alone tell apart by as much.
 
     Raises:
         DataError: if the audit is of other pairs, or nothing is left, with what each bound leaves.
@@ -325,6 +367,7 @@ def keep(
         "blind_margin_below": (blind_margin_below, "blind_margin", -1),
         "picture_share_above": (picture_share_above, "picture_share", 1),
         "chosen_gap_below": (chosen_gap_below, "chosen_gap", -1),
+        "word_margin_below": (word_margin_below, "word_margin", -1),
     }
     given = {name: bound for name, bound in bounds.items() if bound[0] is not None}
     if not given:

@@ -11,6 +11,7 @@ from trl.data_utils import prepare_multimodal_messages
 from pivot_plugin.data.blind import WithoutPicture
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.preferences import AuditReport, audit, keep, load
+from pivot_plugin.preferences.auditing import word_margins
 from pivot_plugin.quickstart import scenes, world
 from tests.helpers import Tiny, picture, row
 
@@ -103,6 +104,20 @@ def test_pairs_that_can_be_guessed_are_told_from_those_that_must_be_seen() -> No
     printed = str(by_form)
     assert "100 % of those with pictures are told apart without theirs" in printed
     assert printed.splitlines()[-4].startswith("  with the picture")
+
+
+def test_words_alone_tell_apart_what_can_be_learnt_without_looking() -> None:
+    rng = np.random.default_rng(0)
+    colours = ["red", "green", "blue", "grey"]
+    fair = [tuple(rng.permutation(colours)[:2]) for _ in range(400)]
+    assert (word_margins(fair) > 0).mean() < 0.6
+    biased = [(chosen, "no") for chosen, _ in fair]
+    assert (word_margins(biased) > 0).all()
+    # by hand: of the other two pairs "yes" is chosen twice, "no" rejected once, "maybe" rejected once
+    by_hand = word_margins([("yes", "no"), ("yes", "no"), ("yes yes", "maybe")])
+    assert by_hand == pytest.approx([np.log(4 / 1) - np.log(1 / 2), np.log(4) + np.log(2), 2 * np.log(3) - np.log(1)])
+    # a pair does not testify for itself
+    assert word_margins([("yes", "no")]).tolist() == [0.0]
 
 
 def test_an_audit_goes_to_disk_and_back(llava: Tiny, tmp_path: Path) -> None:
