@@ -7,4 +7,5 @@ TRAIN_CHOICES: tuple[Train, ...] = get_args(Train)
 OnBadRow = Literal["raise", "skip"]
 Projector = Literal["keep", "new", "first-layer"]
 PairUp = Literal["best-worst", "best-each", "all"]
+Reference = Literal["previous", "first"]
 ExportTarget = Literal["timm", "llava-next", "internvl", "transformers-4"]

@@ -116,11 +116,36 @@ class RolloutConfig(TowerConfig):
         group_rollouts: keep the roll-outs of a prompt in one batch, so that they share its tokens; which batch they
             come in is drawn as TRL draws it.
         reward_time_limit: seconds that one call of a reward function may take.
+        redraw: how many times a generation batch asks other questions in place of those whose roll-outs all scored
+            alike, which teach nothing (arXiv 2503.14476); those that stay silent are kept then.
+
+    Raises:
+        SettingsError: as `TowerConfig`; for a redraw in several processes, or with advantages that are scaled over the
+            whole batch.
     """
 
+    redraw: int = field(default=0, metadata={"help": "Times to ask others in place of questions without spread."})
     group_rollouts: bool = field(default=True, metadata={"help": "Batch the roll-outs of a prompt together."})
     reward_time_limit: float = field(default=TIME_LIMIT_S, metadata={"help": "Seconds for one call of a reward."})
     num_generations_eval: int | None = field(default=1, metadata={"help": "Roll-outs of a held-out question."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.redraw, bool) or not isinstance(self.redraw, int) or self.redraw < 0:
+            raise SettingsError(f"redraw is {self.redraw!r}.", "Give 0 or more times.")
+        super().__post_init__()
+        over_the_batch = (
+            getattr(self, "scale_rewards", "group") == "batch"
+            or getattr(self, "multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize"
+            or getattr(self, "normalize_advantages", False)
+        )
+        if self.redraw and (over_the_batch or self.world_size > 1):
+            what = (
+                "advantages are scaled over the whole batch" if over_the_batch else f"{self.world_size} processes train"
+            )
+            raise SettingsError(
+                f"redraw is {self.redraw}, and {what}.",
+                "Leave redraw out, or scale by group, in one process.",
+            )
 
 
 @dataclass

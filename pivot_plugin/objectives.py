@@ -16,7 +16,9 @@ from pivot_plugin.hooks.types import ObjectivePreset
 def dpo() -> ObjectivePreset:
     """Direct preference optimisation: -log s(beta (r(w) - r(l))), beta 0.1.
 
-    When: pairs whose two answers differ in something visual; the paper's own arm for better encoders.
+    When: pairs of the model's own answers whose better ones are far from right (43 % of the facts right: 0.56 of unseen
+    questions against SFT's 0.27, benchmarks/README.md), and the paper's own arm for better encoders. Not where chosen
+    answers are nearly right or an oracle's: there SFT was as good or better. Hold rows out: answers drift in length.
     Source: Rafailov et al. 2023; arXiv 2510.16333, equation 1 (summed log-probabilities, no SFT term).
     """
     return {"loss_type": ["sigmoid"]}
@@ -25,7 +27,9 @@ def dpo() -> ObjectivePreset:
 def sft() -> ObjectivePreset:
     """Supervised fine-tuning on the chosen answers alone: their mean negative log-likelihood per token of the batch.
 
-    When: as the fair baseline, on the same pairs in the same order; the rejected answers are measured, not trained on.
+    When: chosen answers are nearly right (at 87 % of the facts, and with an oracle's, it was ahead of dpo); and as the
+    fair baseline, on the same pairs in the same order. It learns what is wrong in the chosen answers too. The rejected
+    answers are measured, not trained on.
     Source: arXiv 2510.16333, section 3.1. TRL averages over the batch's tokens, so long answers weigh more, alone and
     in a mix; `sft_average="sequence"` averages per answer first, as LLaMA-Factory does.
     """
@@ -35,7 +39,8 @@ def sft() -> ObjectivePreset:
 def mpo() -> ObjectivePreset:
     """Mixed preference optimisation: 0.8 dpo + 0.2 quality (BCO) + 1.0 sft.
 
-    When: pure DPO lets the chosen log-probability fall; the SFT term holds it up.
+    When: pure DPO lets the chosen log-probability fall; the SFT term holds it up. Not on own answers that are far from
+    right, where that term pulls back to SFT (0.30 of unseen questions, dpo 0.56).
     Source: Wang et al. 2024 (MPO); arXiv 2510.16333, appendix B.1.
     Relations: mpo = 0.8 sigmoid + 0.2 bco_pair + 1.0 sft.
     """
@@ -76,7 +81,8 @@ def grpo() -> ObjectivePreset:
 
     Each of G roll-outs of a question has the advantage (reward - mean of the group) / spread of the group; clipped
     importance ratios, no KL term. Default rewards: format (0.5) and accuracy (1.0).
-    When: questions with answers that can be checked, and no pairs.
+    When: questions with answers that can be checked, and no pairs. Where many roll-outs of a question score alike,
+    `redraw=` asks others in their place.
     Source: Shao et al. 2024; rewards of arXiv 2510.25801. TRL's GRPOConfig has all settings.
     """
     return {"trainer": "grpo"}
@@ -101,7 +107,8 @@ WEIGHTS_LEARNING_RATES: Mapping[str, float] = {"sft": 5e-6}
 WEIGHTS_LEARNING_RATE = 1e-6
 # Learning rates of LoRA: a fifth of what is best on the embedded world (benchmarks/README.md, the arms), a model of
 # 0.6 M parameters, where large ones want smaller steps: sft 3e-3; mpo and specs 1e-3. dpo and grpo are as good at 1e-3
-# as at 3e-3 within noise, and collapse at 1e-2; they get a fifth of the smaller.
+# as at 3e-3 within noise, and collapse at 1e-2; they get a fifth of the smaller. On a model's own answers dpo is as
+# good at 1e-4 as at 3e-4, and loses a little from 1e-3 on.
 LORA_LEARNING_RATES: Mapping[str, float] = {"sft": 6e-4}
 LORA_LEARNING_RATE = 2e-4
 

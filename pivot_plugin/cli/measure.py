@@ -60,8 +60,11 @@ def report(
     comparison: Annotated[
         Path | None, typer.Option(help="JSON of `pivot compare -o`; by default comparison.json in the first run.")
     ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="JSON of `pivot prefs audit -o`; by default audit.json in the first run.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page about runs: curves, probes, saliency, cost, provenance.
+    """Write one self-contained HTML page about runs: pairs, curves, probes, saliency, cost, provenance.
 
     pivot report run -o report.html
     """
@@ -73,9 +76,11 @@ def report(
             raise SettingsError(
                 f"{str(comparison)!r} is no comparison: {error}", "Give what `pivot compare -o` wrote."
             ) from error
+    from pivot_plugin.preferences import AuditReport
     from pivot_plugin.report import write_report
 
-    print(f"Report: {write_report(output, runs, results)}")
+    audited = None if audit is None else AuditReport.load(audit)
+    print(f"Report: {write_report(output, runs, results, audited)}")
 
 
 def benchmark(
@@ -90,6 +95,7 @@ def benchmark(
     limit: Annotated[int | None, typer.Option(help="Questions of each benchmark.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 1,
     python: Annotated[str, typer.Option(help="Interpreter of the environment that has lmms-eval.")] = sys.executable,
+    blind: Annotated[bool, typer.Option("--blind", help="Run them again with every picture one grey.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")] = False,
 ) -> None:
     """Run the paper's sixteen benchmarks by lmms-eval.
@@ -106,7 +112,7 @@ def benchmark(
             shlex.join(benchmark_command(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python))
         )
         return
-    metrics = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python)
+    metrics = run_benchmarks(model, chosen, output_dir, limit=limit, batch_size=batch_size, python=python, blind=blind)
     print(json.dumps(metrics, indent=1))
 
 

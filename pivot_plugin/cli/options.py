@@ -19,7 +19,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last comp
 ImageFolder = Annotated[Path | None, typer.Option(help="What relative image paths start from.")]
 HeldOutShare = Annotated[float, typer.Option(help="Share of the rows to hold out.")]
 DPOSettings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any field of TRL's DPOConfig, as name=value; repeat it.")
+    list[str] | None,
+    typer.Option("--set", help="Any field of TRL's DPOConfig (GRPOConfig), or of own answers, as name=value."),
 ]
 SFTSettings = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of TRL's SFTConfig, as name=value; repeat it.")

@@ -1,6 +1,8 @@
-"""Commands about preference data: `pivot prefs check`, `pivot prefs build`, `pivot prefs push`."""
+"""Commands about preference data: `pivot prefs check`, `build`, `audit`, `push`."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from pivot_plugin.errors import SettingsError
 
 from .options import ImageFolder, reward_weight
 
-group = typer.Typer(help="Check preference pairs, or make them.", no_args_is_help=True)
+group = typer.Typer(help="Check or audit preference pairs, or make them.", no_args_is_help=True)
 
 
 @group.command("check")
@@ -108,6 +110,36 @@ def build(
         print(json.dumps({"questions": len(dataset), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
     else:
         print(f"{report}\nPairs: {output_dir / 'pairs'}")
+
+
+@group.command("audit")
+def audit(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the MLLM that would be trained.")],
+    pairs: Annotated[str, typer.Argument(help="File, folder, zip or Hub id of pairs.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for the audit, for keep and the report.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Look at the first so many pairs alone.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest own answer of the model.")] = 128,
+    image_folder: ImageFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every pair as JSON.")] = False,
+) -> None:
+    """Tell what a model makes of pairs before it is trained on them: does the picture decide, are they its own words.
+
+    pivot prefs audit llava-hf/llava-1.5-7b-hf ./pairs -o audit.json
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        from pivot_plugin.preferences import audit as look
+        from pivot_plugin.preferences import load
+
+        rows = load(pairs, image_folder=image_folder)
+        report = look(model, rows, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    print(json.dumps(report.as_dict()) if as_json else report)
+    if output is not None:
+        written = report.save(output)
+        if not as_json:
+            print(f"Audit: {written}")
 
 
 @group.command("push")

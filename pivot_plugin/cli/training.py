@@ -32,7 +32,7 @@ from .options import (
 
 def optimize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
-    prefs: Annotated[str, typer.Argument(help="Pairs, or questions for grpo and rloo: a file, folder, zip or Hub id.")],
+    prefs: Annotated[str, typer.Argument(help="Pairs, or questions with --reward: a file, folder, zip or Hub id.")],
     output_dir: RunFolder = Path("pivot-run"),
     objective: Annotated[str, typer.Option(help="dpo, mpo, specs, sft, grpo, rloo, ... or a TRL loss type.")] = "dpo",
     train: TrainedParts = "encoder",
@@ -40,7 +40,8 @@ def optimize(
     eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.")] = 0.02,
     rewards: Annotated[
-        list[str] | None, typer.Option("--reward", help="For grpo and rloo: name, or name=weight; repeat it.")
+        list[str] | None,
+        typer.Option("--reward", help="Of the model's answers to questions: name, or name=weight; repeat it."),
     ] = None,
     image_folder: ImageFolder = None,
     on_bad_row: BadRows = "raise",
@@ -53,9 +54,11 @@ def optimize(
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
 ) -> None:
-    """Make a model's vision encoder better on preference pairs.
+    """Make a model's vision encoder better on preference pairs: given ones, or the model's own answers to questions.
 
     pivot optimize llava-hf/llava-1.5-7b-hf ./pairs -o run --set learning_rate=1e-4 --set max_steps=500
+
+    pivot optimize llava-hf/llava-1.5-7b-hf ./questions --reward accuracy --set samples=8 --set rounds=2
     """
     options = settings_of(settings)
     rank = lora_rank(lora)
@@ -64,18 +67,19 @@ def optimize(
         options |= {"rewards": [name for name, _ in weighted], "reward_weights": [weight for _, weight in weighted]}
     if relaunched(accelerate_config, num_processes):
         return
+    questions = bool(rewards) or objective in ("grpo", "rloo")
     import pivot_plugin as pivot
 
     # the trainer's log goes to standard output, which holds nothing but JSON if JSON is asked for
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = pivot.optimize(
             model,
-            _rows(prefs, "prefs", image_folder, objective),
+            _rows(prefs, "prefs", image_folder, questions),
             output_dir=output_dir,
             objective=objective,
             train=train,
             lora=rank,
-            eval_prefs=None if eval_prefs is None else _rows(eval_prefs, "eval_prefs", image_folder, objective),
+            eval_prefs=None if eval_prefs is None else _rows(eval_prefs, "eval_prefs", image_folder, questions),
             eval_fraction=eval_fraction,
             on_bad_row=on_bad_row,
             resume=resume,
@@ -87,7 +91,8 @@ def optimize(
         save_model(result.model, result.processor, result.output_dir / "model")
     folder = result.output_dir / "encoder"
     if as_json:
-        print(json.dumps({"encoder": str(folder), "metrics": result.metrics, "weight_change": result.weight_change}))
+        told = {"encoder": str(folder), "metrics": result.metrics, "weight_change": result.weight_change}
+        print(json.dumps(told | {"answers": [summary.as_dict() for summary in result.answers]}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -104,13 +109,13 @@ def optimize(
         print(f"MLLM: {result.output_dir / 'model'}")
 
 
-def _rows(source: str, name: str, image_folder: Path | None, objective: str) -> object:
+def _rows(source: str, name: str, image_folder: Path | None, questions: bool) -> object:
     """What is trained on: a path as it is, or the rows whose images lie in another folder."""
     if image_folder is None:
         return source
     from pivot_plugin.preferences import load, load_questions
 
-    if objective in ("grpo", "rloo"):
+    if questions:
         return load_questions(source, name, image_folder=image_folder)
     return load(source, name=name, image_folder=image_folder)
 
@@ -238,7 +243,7 @@ def instruct(
 def demo(
     output_dir: RunFolder = Path("pivot-demo"),
 ) -> None:
-    """Run the whole job on a small built-in world: no network, two minutes on a laptop's CPU.
+    """Run the whole job on a small built-in world: no network, under four minutes on two CPU cores.
 
     pivot demo
     """

@@ -1,15 +1,23 @@
 """Questions asked once, greedily, and their answers judged by rewards."""
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
-from pivot_plugin.data.questions import QuestionDataset
 from pivot_plugin.rewards.guard import Scorer
 
 from .engines import Engine, Sampling
 
 
+class Asked(Protocol):
+    """Questions with random access, with `prompt`, `images` and the columns that rewards need."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> dict[str, Any]: ...
+
+
 def graded(
-    engine: Engine, scorer: Scorer, questions: QuestionDataset, max_new_tokens: int, batch_size: int, seed: int = 0
+    engine: Engine, scorer: Scorer, questions: Asked, max_new_tokens: int, batch_size: int, seed: int = 0
 ) -> Iterator[tuple[int, str, float]]:
     """Ask every question and judge the most probable answer.
 

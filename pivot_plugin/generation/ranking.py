@@ -59,7 +59,7 @@ def rank(
     for start in range(0, len(dataset), ROWS_AT_ONCE):
         questions = [dataset.plain(position) for position in range(start, min(start + ROWS_AT_ONCE, len(dataset)))]
         for offset, scored in enumerate(_scored_completions(questions, dataset, start, score)):
-            made = _pairs_of(questions[offset], scored, pair_up, margin, f"rank by {judges}, {pair_up}")
+            made = pairs_of(questions[offset], scored, pair_up, margin, f"rank by {judges}, {pair_up}")
             silent += not made
             rows += made
     logger.info(
@@ -116,9 +116,17 @@ def _completions(question: Mapping[str, Any], where: str) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text.strip()]
 
 
-def _pairs_of(
+def pairs_of(
     question: Mapping[str, Any], scored: Sequence[tuple[str, float]], pair_up: PairUp, margin: float, source: str
 ) -> list[dict[str, Any]]:
+    """The pairs of one question, in a layout that `load` takes.
+
+    Args:
+        question: with `id`, `images`, `prompt`.
+        scored: distinct completions with their scores.
+        pair_up, margin: as for `rank`.
+        source: what the pairs say they come from.
+    """
     # a stable order: of equal scores the earlier candidate counts as the better
     order = sorted(scored, key=lambda candidate: -candidate[1])
     if len(order) < 2:

@@ -1,7 +1,6 @@
 """Candidates from the model itself: n completions a question, each finished batch on disk."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.sources import Source
-from pivot_plugin.errors import SettingsError
-from pivot_plugin.files import same_settings
+from pivot_plugin.errors import PivotError, SettingsError, TrainingError
 from pivot_plugin.models.fingerprints import model_fingerprint
 from pivot_plugin.models.loading import load_model
 
 from .engines import Engine, Sampling, TransformersEngine, VLLMEngine
+from .kept_lines import KeptLines
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +61,7 @@ def sample(
     Raises:
         SettingsError: for settings that cannot be sampled, or a folder with candidates of other settings.
         DataError: for a question that cannot be used.
+        TrainingError: if the engine fails; the questions that it has answered are kept in `output_dir`.
     """
     dataset = load_questions(questions).verify()
     if model is not None:
@@ -77,23 +77,29 @@ def sample(
         "questions": dataset.fingerprint(),
         "model": None if model is None else model_fingerprint(model),
     }
-    done = _Candidates(None if output_dir is None else Path(output_dir) / CANDIDATES_FILE, settings)
-    bar = tqdm(
-        total=len(dataset), initial=len(done.completions), desc="sampling", disable=len(dataset) < 32, leave=False
-    )
+    path = None if output_dir is None else Path(output_dir) / CANDIDATES_FILE
+    done = KeptLines(path, settings, "completions")
+    if done.values:
+        logger.info("%d questions are sampled already in %s.", len(done.values), path)
+    bar = tqdm(total=len(dataset), initial=len(done.values), desc="sampling", disable=len(dataset) < 32, leave=False)
     with bar, done:
         for batch in _batches(len(dataset), batch_size):
-            missing = [position for position in batch if position not in done.completions]
+            missing = [position for position in batch if position not in done.values]
             if not missing:
                 continue
             # the whole batch, so that what is drawn does not depend on where an earlier run stopped
             rows = [instructed(dataset[position], instruction) for position in batch]
-            completions = draw(rows, sampling, _seed(seed, batch[0]))
+            try:
+                completions = draw(rows, sampling, _seed(seed, batch[0]))
+            except PivotError:
+                raise
+            except Exception as error:
+                raise _engine_failed(error, batch, len(done.values), path) from error
             for position, texts in zip(batch, completions, strict=True):
                 if position in missing:
                     done.add(position, texts)
             bar.update(len(missing))
-    rows = [dataset.plain(position) | {"completions": done.completions[position]} for position in range(len(dataset))]
+    rows = [dataset.plain(position) | {"completions": done.values[position]} for position in range(len(dataset))]
     return QuestionDataset(Source(rows, "candidates", dataset.access))
 
 
@@ -105,6 +111,16 @@ def _engine(engine: Engine | str | None, model: PreTrainedModel | None, processo
     if model is None:
         raise SettingsError("There is neither a model nor an engine to draw from.", "Give model= or engine=.")
     return TransformersEngine(model, processor)
+
+
+def _engine_failed(error: Exception, batch: range, answered: int, path: Path | None) -> TrainingError:
+    asked = f"questions {batch[0]} to {batch[-1]}" if len(batch) > 1 else f"question {batch[0]}"
+    kept = (
+        "Give output_dir= to keep what is answered before a failure."
+        if path is None
+        else f"{answered} answered questions are kept in {str(path)!r}; the same call goes on from there."
+    )
+    return TrainingError(f"The engine failed at {asked} with {type(error).__name__}: {error}.", kept)
 
 
 def _batches(count: int, size: int) -> Iterator[range]:
@@ -124,51 +140,3 @@ def instructed(question: dict[str, Any], instruction: str | None) -> dict[str, A
     content = [*prompt[last]["content"], {"type": "text", "text": f"\n{instruction}"}]
     prompt[last] = {**prompt[last], "content": content}
     return {**question, "prompt": prompt}
-
-
-class _Candidates:
-    """Finished candidates in memory and, where there is a path, on disk: what they depend on, then a line each."""
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.completions: dict[int, list[str]] = {}
-        self._path = path
-        self._file: Any = None
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        # a run that was killed may have left half a line
-        whole = lines[:-1]
-        if whole:
-            same_settings(
-                json.loads(whole[0]),
-                settings,
-                f"The run whose candidates {str(path)!r} holds",
-                "Choose another output_dir, delete this one, or use the same settings.",
-            )
-            for line in whole[1:]:
-                row = json.loads(line)
-                self.completions[row["question"]] = row["completions"]
-            logger.info("%d questions are sampled already in %s.", len(self.completions), path)
-        self._file = path.open("ab")
-        self._file.truncate(sum(len(line) + 1 for line in whole))
-        if not whole:
-            self._file.write(_line(settings))
-            self._file.flush()
-
-    def add(self, position: int, texts: list[str]) -> None:
-        self.completions[position] = texts
-        if self._file is not None:
-            self._file.write(_line({"question": position, "completions": texts}))
-            self._file.flush()
-
-    def __enter__(self) -> "_Candidates":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _line(value: object) -> bytes:
-    return json.dumps(value).encode() + b"\n"

@@ -7,6 +7,7 @@ pairs.py split.py storage.py         data sets of pairs: read, split, saved, put
 conversations.py                      what comes before pairs: captions and conversations for fine-tuning
 engines.py sampling.py               completions drawn from a model
 ranking.py distillation.py           completions into pairs
+auditing.py                          what a model makes of pairs, before it is trained on them
 """
 
 from pivot_plugin.choices import OnBadRow
@@ -20,15 +21,21 @@ from pivot_plugin.generation.distillation import self_distill
 from pivot_plugin.generation.ranking import rank
 from pivot_plugin.generation.sampling import sample
 
+from .auditing import AuditReport, PairAudit, audit, keep
+
 __all__ = [
+    "AuditReport",
     "CheckReport",
     "ConversationDataset",
     "OnBadRow",
+    "PairAudit",
     "PairDataset",
     "PairStream",
     "QuestionDataset",
+    "audit",
     "check",
     "hold_out",
+    "keep",
     "load",
     "load_conversations",
     "load_questions",

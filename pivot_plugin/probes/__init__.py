@@ -4,7 +4,7 @@
     linear_probe, prototype_probe           images with a class each
     segmentation_probe                      images with a class per pixel
     saliency, pointing_game                 the gradient of a pair's loss, as a map over its image
-    alignment                               neighbours shared with a text model
+    alignment, ravel                        neighbours shared with a text model
     vqa                                     questions, with rewards as judges
     run_benchmarks                          the paper's sixteen, by lmms-eval
 
@@ -13,7 +13,7 @@ Each takes what is examined (a model, an encoder, a folder, a Hub id, the result
 
 Probes:
     linear.py segmentation.py            what a small head on frozen features tells
-    neighbours.py                        which things lie near each other, without any head
+    neighbours.py ravel.py               which things lie near each other, without any head
     gradients.py pointing.py             where a loss looks, and whether that is where the object is
     questions.py benchmarks.py           what the whole MLLM answers
     exploration.py generalization.py     measures of roll-outs, and of gains beyond the training distribution
@@ -38,6 +38,7 @@ from .linear import linear_probe, prototype_probe
 from .lookup import ProbeTask
 from .neighbours import Captioned, alignment, mutual_knn
 from .questions import vqa
+from .ravel import ravel
 from .scores import Difference, ProbeResult, Score, difference
 from .segmentation import patch_labels, segmentation_probe
 from .splits import PRESETS
@@ -71,6 +72,7 @@ __all__ = [
     "plot_generalization",
     "pointing_game",
     "prototype_probe",
+    "ravel",
     "rollout_branching_factor",
     "run_benchmarks",
     "saliency",

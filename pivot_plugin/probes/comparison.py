@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from pivot_plugin.files import write_whole
 
 from . import subjects
 from .lookup import needs_mllm, runners
-from .scores import Difference, ProbeResult, apart, difference, holm
+from .scores import BLIND, Difference, ProbeResult, apart, difference, holm
 from .subjects import Subject, name_of
 
 logger = logging.getLogger(__name__)
 
 COMPARISON_FILE = "comparison.json"
 SIGNIFICANT = 0.05
+# of an improvement, without the picture, from which on it is called one of words
+SURVIVES = 0.5
+WORDS_MARK = "\u2020"
+WORDS_NOTE = "An improvement of words: at least half of it is there without the picture."
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class Contrast:
         probe, score: label of the probe and name of the score.
         name: of the subject that is held against the first.
         difference: its score minus the first's.
-        p: of the paired permutation test, adjusted for all tests of the comparison (Holm 1979); None where samples are
-            not paired.
+        p: of the paired test, adjusted for all tests of the comparison (Holm 1979); None where samples are not paired.
         beyond_noise: p below 0.05; where samples are not paired, intervals that do not touch.
+        of_words: of an improvement beyond noise, the share that is there without the picture too, beyond noise; 0 where
+            nothing is. None where nothing improved, or nothing was asked without the picture.
     """
 
     probe: str
@@ -42,6 +47,12 @@ class Contrast:
     difference: Difference
     p: float | None
     beyond_noise: bool
+    of_words: float | None = None
+
+    @property
+    def survives_blind(self) -> bool:
+        """Whether at least half of an improvement is one of words, there without the picture too."""
+        return self.of_words is not None and self.of_words >= SURVIVES
 
 
 @dataclass
@@ -74,10 +85,12 @@ class Comparison:
                 gaps += [(label, s, name, self._difference(label, s, name)) for s in shared]
         tested = [index for index, (*_, gap) in enumerate(gaps) if gap.p is not None]
         adjusted = dict(zip(tested, holm([gaps[i][3].p or 0.0 for i in tested]), strict=True))
-        return [
+        found = [
             Contrast(label, score, name, gap, adjusted.get(i), self._beyond(label, score, name, gap, adjusted.get(i)))
             for i, (label, score, name, gap) in enumerate(gaps)
         ]
+        by_key = {(contrast.probe, contrast.score, contrast.name): contrast for contrast in found}
+        return [replace(contrast, of_words=_of_words(contrast, by_key)) for contrast in found]
 
     def _difference(self, label: str, score: str, name: str) -> Difference:
         """Tested once: a result does not change."""
@@ -94,19 +107,26 @@ class Comparison:
         return apart(first, second)
 
     def table(self) -> str:
-        """Scores by row, the compared by column, as markdown; a star marks a difference beyond noise."""
-        marked = {(c.probe, c.score, c.name) for c in self.contrasts() if c.beyond_noise}
+        """Scores by row, the compared by column, as markdown.
+
+        A star marks a difference beyond noise, a dagger an improvement that is there without the picture too.
+        """
+        contrasts = {(c.probe, c.score, c.name): c for c in self.contrasts()}
         lines = [f"| score | {' | '.join(self.names)} |", "|---" * (len(self.names) + 1) + "|"]
         for label, score in self.rows():
             cells = []
             for name, results in self.results.items():
                 measured = results[label].scores.get(score) if label in results else None
-                star = " *" if (label, score, name) in marked else ""
-                cells.append("" if measured is None else f"{measured}{star}")
+                cells.append("" if measured is None else f"{measured}{mark_of(contrasts.get((label, score, name)))}")
             lines.append(f"| {label} {score} | {' | '.join(cells)} |")
         note = "95 % intervals in brackets."
         if len(self.names) > 1:
-            note += f" * differs from {self.names[0]} beyond noise (paired permutation test, Holm-adjusted p < 0.05)."
+            note += (
+                f" * differs from {self.names[0]} beyond noise (paired test: McNemar's of right and wrong, else by "
+                "permutation; Holm-adjusted p < 0.05)."
+            )
+            if any(contrast.survives_blind for contrast in contrasts.values()):
+                note += f" {WORDS_MARK} {WORDS_NOTE}"
         return "\n".join([*lines, "", note])
 
     def rows(self) -> list[tuple[str, str]]:
@@ -128,7 +148,9 @@ class Comparison:
                 for name, results in self.results.items()
             },
             "against": self.names[0] if self.names else None,
-            "contrasts": [asdict(contrast) for contrast in self.contrasts()],
+            "contrasts": [
+                asdict(contrast) | {"survives_blind": contrast.survives_blind} for contrast in self.contrasts()
+            ],
         }
 
     def save(self, path: str | Path) -> Path:
@@ -143,6 +165,23 @@ class Comparison:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def mark_of(contrast: Contrast | None) -> str:
+    """What stands behind a score in a table."""
+    if contrast is None or not contrast.beyond_noise:
+        return ""
+    return f" *{WORDS_MARK}" if contrast.survives_blind else " *"
+
+
+def _of_words(contrast: Contrast, by_key: Mapping[tuple[str, str, str], Contrast]) -> float | None:
+    """As `Contrast` documents it."""
+    keys = [(contrast.probe, f"{contrast.score}/{suffix}", contrast.name) for suffix in BLIND.values()]
+    blind = [by_key[key] for key in keys if key in by_key]
+    if not blind or not contrast.beyond_noise or contrast.difference.value <= 0:
+        return None
+    gains = [one.difference.value for one in blind if one.beyond_noise and one.difference.value > 0]
+    return max(gains, default=0.0) / contrast.difference.value
 
 
 def compare(
@@ -161,7 +200,7 @@ def compare(
         examined: what to compare, the one the others are held against first: models, encoders, folders or Hub ids of
             either, folders of runs, results; or a mapping that names them.
         probes: by label a `probes.ProbeTask`; or data, the label naming the probe ("linear", "prototype",
-            "segmentation", "saliency", "pointing", "alignment", "vqa", or a plugin's); or a function of a
+            "segmentation", "saliency", "pointing", "alignment", "ravel", "vqa", or a plugin's); or a function of a
             `probes.Subject`.
         processor: of loaded models that have no name.
         mllm: an MLLM into a copy of which encoders are grafted, for probes that need one.

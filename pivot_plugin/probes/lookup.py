@@ -12,6 +12,7 @@ from .gradients import pointing_game, saliency
 from .linear import linear_probe, prototype_probe
 from .neighbours import alignment
 from .questions import vqa
+from .ravel import ravel
 from .scores import ProbeResult, as_result
 from .segmentation import segmentation_probe
 from .subjects import Subject
@@ -46,6 +47,7 @@ def pivot_probes() -> Mapping[str, Probe]:
         "saliency": saliency,
         "pointing": pointing_game,
         "alignment": alignment,
+        "ravel": ravel,
         "vqa": vqa,
     }
 

@@ -70,17 +70,26 @@ def alignment(
     Raises:
         DataError: if images and captions are not equally many, or not more than k.
     """
+    check_captioned(data, k)
+    subject = subjects.subject(examined)
+    seen = features(subject, data.images, pool="mean", projected=projected, **extraction).pooled()
+    overlaps = [mutual_knn(clamped(seen), clamped(layer), k) for layer in text_features(data, batch_size)]
+    best = int(np.argmax([values.mean() for values in overlaps]))
+    settings = {"pairs": len(data.images), "k": k, "text layer": best, "chance": k / (len(data.images) - 1)}
+    return ProbeResult("alignment", {"overlap": score_of(overlaps[best])}, settings)
+
+
+def check_captioned(data: Captioned, k: int) -> None:
+    """Refuse images and captions that are not equally many, or not more than the neighbours asked for.
+
+    Raises:
+        DataError: saying so.
+    """
     if len(data.images) != len(data.captions) or len(data.images) <= k:
         raise DataError(
             f"There are {len(data.images)} images and {len(data.captions)} captions for {k} neighbours.",
             "Give one caption per image, and more images than neighbours.",
         )
-    subject = subjects.subject(examined)
-    seen = features(subject, data.images, pool="mean", projected=projected, **extraction).pooled()
-    overlaps = [mutual_knn(clamped(seen), clamped(layer), k) for layer in _texts(data, batch_size)]
-    best = int(np.argmax([values.mean() for values in overlaps]))
-    settings = {"pairs": len(data.images), "k": k, "text layer": best, "chance": k / (len(data.images) - 1)}
-    return ProbeResult("alignment", {"overlap": score_of(overlaps[best])}, settings)
 
 
 def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
@@ -97,7 +106,8 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
     """
     if len(first) != len(second) or not 1 <= k < len(first):
         raise SettingsError(f"k is {k} for {len(first)} and {len(second)} vectors.", "Give 1 <= k < n, equally many.")
-    one, other = (_neighbours(torch.from_numpy(values), k) for values in (first, second))
+    units = [torch.nn.functional.normalize(torch.from_numpy(values).float(), dim=1) for values in (first, second)]
+    one, other = (nearest(unit @ unit.T, k) for unit in units)
     return np.array([len(set(a) & set(b)) / k for a, b in zip(one, other, strict=True)])
 
 
@@ -108,17 +118,24 @@ def clamped(vectors: np.ndarray) -> np.ndarray:
     return normalised(np.clip(vectors, -limit, limit))
 
 
-def _neighbours(vectors: torch.Tensor, k: int) -> list[list[int]]:
-    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
-    likeness = unit @ unit.T
-    likeness.fill_diagonal_(-torch.inf)
-    nearest: list[list[int]] = likeness.topk(k, dim=1).indices.tolist()
-    return nearest
+def nearest(likeness: torch.Tensor, k: int) -> list[list[int]]:
+    """For each row of (n, n) similarities the k most similar others, most similar first."""
+    others = likeness.clone().fill_diagonal_(-torch.inf)
+    found: list[list[int]] = others.topk(k, dim=1).indices.tolist()
+    return found
 
 
 @torch.no_grad()
-def _texts(data: Captioned, batch_size: int) -> list[np.ndarray]:
-    """Per layer (n, D) mean token vectors of the captions."""
+def text_features(data: Captioned, batch_size: int) -> list[np.ndarray]:
+    """Per layer of the text model, embeddings first, (n, D) mean token vectors of the captions.
+
+    Args:
+        data: captions and the text model.
+        batch_size: captions at once.
+
+    Raises:
+        ModelError: if the text model cannot be loaded, or comes without its tokenizer.
+    """
     model, tokenizer = data.text_model, data.tokenizer
     if isinstance(model, str):
         try:

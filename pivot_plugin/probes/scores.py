@@ -6,12 +6,15 @@ A score is a statistic of sums over samples, so that resampling is a matrix prod
     ratio   samples (n, K, 2): for each of K classes a sum over a sum, averaged over the classes whose second sum is not
             zero, such as hits over patches (macro recall) or intersection over union (mIoU)
 
+`BLIND` are the names of scores without the picture, behind the name of the score itself; `SEEN` is what needs it.
+
 scipy's `bootstrap` and `permutation_test` call a statistic of drawn samples, (R, n, K, 2) numbers for R draws of the
 ratio; here R draws cost one product of (R, n) counts with (n, 2 K) sums, in numpy alone. scipy has no `holm`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,8 @@ from pivot_plugin.errors import PluginError
 RESAMPLES = 1000
 PERMUTATIONS = 5000
 LEVEL = 0.95
+BLIND = {"other": "other-picture", "mean": "mean-colour"}
+SEEN = "needs-picture"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Difference:
     Attributes:
         value: second minus first.
         low, high: 95 % paired bootstrap interval; None where samples are not paired.
-        p: two-sided p-value of the paired permutation test, None where samples are not paired.
+        p: two-sided p-value of the paired test, None where samples are not paired.
     """
 
     value: float
@@ -123,7 +128,8 @@ def difference(first: Score, second: Score, seed: int = 0) -> Difference:
     """How much a second score lies above a first.
 
     Where both have samples of the same data, each sample is compared with itself: a paired bootstrap for the interval,
-    and a permutation test that swaps the two within samples for the p-value.
+    and for the p-value McNemar's exact test where samples are right or wrong, else a permutation test that swaps the
+    two within samples.
 
     Args:
         first, second: of the same probe on the same data.
@@ -137,7 +143,34 @@ def difference(first: Score, second: Score, seed: int = 0) -> Difference:
         return Difference(value, None, None, None)
     resampled_a, resampled_b = _resampled([a, b], seed)
     low, high = _interval(resampled_b - resampled_a)
+    if is_right_or_wrong(a) and is_right_or_wrong(b):
+        return Difference(value, low, high, mcnemar(a, b))
     return Difference(value, low, high, _permutation_p(a, b, value, seed))
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Two-sided p-value that two judges of the same samples are right equally often.
+
+    The exact test: of the samples that one alone got right, each side has half.
+
+    Args:
+        first, second: (n,) of right or wrong.
+
+    Source: McNemar 1947; exact by the binomial distribution, in whole numbers.
+    """
+    only_first = int(((first == 1) & (second == 0)).sum())
+    discordant = only_first + int(((first == 0) & (second == 1)).sum())
+    fewer = min(only_first, discordant - only_first)
+    ways, term = 0, 1
+    for chosen in range(fewer + 1):
+        ways += term
+        term = term * (discordant - chosen) // (chosen + 1)
+    return min(1.0, float(Fraction(2 * ways, 2**discordant)))
+
+
+def is_right_or_wrong(samples: np.ndarray | None) -> bool:
+    """Whether samples are of right and wrong alone."""
+    return samples is not None and samples.ndim == 1 and bool(np.isin(samples, (0, 1)).all())
 
 
 def apart(first: Score, second: Score) -> bool:

@@ -198,3 +198,21 @@ def wrong_caption(scene: Scene, rng: random.Random) -> str:
     values = SHAPES if slot else tuple(COLOURS)
     words[item][slot] = rng.choice([value for value in values if value != words[item][slot]])
     return " and ".join(" ".join(pair) for pair in words)
+
+
+def facts_right(said: str, scene_caption: str) -> float:
+    """Share of the facts of a caption, colour and shape of each object in order, that are right.
+
+    An object too many or too few counts as two facts that are wrong.
+
+    Args:
+        said: a caption to be judged.
+        scene_caption: what the scene shows.
+    """
+    told, true = ([part.split() for part in caption.split(" and ")] for caption in (said, scene_caption))
+    right = sum(
+        one == other
+        for first, second in zip(told, true, strict=False)
+        for one, other in zip(first, second, strict=False)
+    )
+    return right / (2 * max(len(told), len(true)))

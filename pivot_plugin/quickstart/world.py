@@ -6,6 +6,7 @@ data, so that a demonstration starts where the paper's second stage starts.
 """
 
 import random
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -26,11 +27,14 @@ from transformers import (
 )
 
 from pivot_plugin.probes import Masked, subject, vqa
+from pivot_plugin.rewards import completion_text
 
 from . import scenes
 
 # no answer is longer than a word and its end
 VQA_OPTIONS: dict[str, Any] = {"rewards": "exact_match", "max_new_tokens": 3, "batch_size": 64}
+# of a caption of four objects and its end
+CAPTION_TOKENS = 13
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>")
 WORDS = (
     *scenes.COLOURS,
@@ -180,13 +184,35 @@ def question_rows(with_scenes: list[tuple[scenes.Scene, scenes.Question]]) -> li
     ]
 
 
+def caption_questions(count: int, seed: int, dusk: bool = True) -> list[dict[str, Any]]:
+    """Fresh scenes to be described: `images`, `question`, and `caption`, by which `facts_right` judges answers.
+
+    Args:
+        count: number of scenes.
+        seed: the same seed gives the same rows.
+        dusk: show them at dusk.
+    """
+    return [
+        {"images": [scene.image], "question": CAPTION_PROMPT, "caption": scene.caption()}
+        for scene in scenes.render_many(count, seed, dusk)
+    ]
+
+
+def facts_right(
+    prompts: Sequence[object], completions: Sequence[object], caption: Sequence[str], **columns: object
+) -> list[float]:
+    """The reward of descriptions: the share of the scene's facts that is right, see `scenes.facts_right`."""
+    said = [completion_text(completion) for completion in completions]
+    return [scenes.facts_right(text, true) for text, true in zip(said, caption, strict=True)]
+
+
 def vqa_accuracy(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     with_scenes: list[tuple[scenes.Scene, scenes.Question]],
 ) -> dict[str, float]:
     """Share of questions whose greedy answer is exactly right, by kind and in all (`"all"`)."""
-    result = vqa(subject(model, processor), question_rows(with_scenes), **VQA_OPTIONS)
+    result = vqa(subject(model, processor), question_rows(with_scenes), **VQA_OPTIONS, without=())
     return {kind: score.value for kind, score in result.scores.items()}
 
 

@@ -11,12 +11,13 @@ import jinja2
 from pivot_plugin import __version__
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import write_whole
-from pivot_plugin.probes.comparison import COMPARISON_FILE, Comparison
+from pivot_plugin.preferences.auditing import AUDIT_FILE, AuditReport
+from pivot_plugin.probes.comparison import COMPARISON_FILE, WORDS_MARK, WORDS_NOTE, Comparison
 from pivot_plugin.probes.gradients import PairSaliency
-from pivot_plugin.probes.scores import apart
+from pivot_plugin.probes.scores import SEEN, apart
 
 from .pictures import as_address, fitted, overlay
-from .plots import Series, curve
+from .plots import Series, curve, histogram
 from .runs import RunFacts, read_run
 
 # title, names in the log (training, held out), whether zero means something
@@ -39,7 +40,10 @@ READABLE = {
 
 
 def write_report(
-    path: str | Path, runs: Sequence[str | Path], comparison: Comparison | Mapping[str, Any] | None = None
+    path: str | Path,
+    runs: Sequence[str | Path],
+    comparison: Comparison | Mapping[str, Any] | None = None,
+    audit: AuditReport | None = None,
 ) -> Path:
     """Write the page about one run or several.
 
@@ -47,6 +51,7 @@ def write_report(
         path: of the HTML file.
         runs: folders of runs; several are drawn into the same plots.
         comparison: of encoders; where None, what `comparison.json` in the first run's folder holds, if it is there.
+        audit: of pairs; where None, what `audit.json` in the first run's folder holds, if it is there.
 
     Raises:
         SettingsError: if a folder holds no run, or the file cannot be written; before anything is drawn.
@@ -56,7 +61,9 @@ def write_report(
     if not runs:
         raise SettingsError("There is no run to report on.", "Give the folder of at least one.")
     facts = [read_run(folder) for folder in runs]
-    page = render(facts, _compared(comparison, Path(runs[0])))
+    if audit is None and (Path(runs[0]) / AUDIT_FILE).is_file():
+        audit = AuditReport.load(runs[0])
+    page = render(facts, _compared(comparison, Path(runs[0])), audit)
     try:
         write_whole(path, page)
     except OSError as error:
@@ -64,22 +71,27 @@ def write_report(
     return path
 
 
-def render(runs: Sequence[RunFacts], compared: Mapping[str, Any] | None = None) -> str:
+def render(
+    runs: Sequence[RunFacts], compared: Mapping[str, Any] | None = None, audit: AuditReport | None = None
+) -> str:
     """The page as text.
 
     Args:
         runs: at least one.
         compared: a comparison, as `Comparison.as_dict` gives it.
+        audit: of pairs.
     """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["number"] = number
     template = environment.from_string((files(__package__) / "template.html").read_text(encoding="utf-8"))
+    curves = _curves(runs)
     return template.render(
         title=" and ".join(run.name for run in runs),
         runs=runs,
-        curves=_curves(runs),
+        curves=curves,
+        audited=None if audit is None else _audited(audit, len(curves)),
         tables={run.name: _before_after(run) for run in runs},
         readable=READABLE,
         maps=[(run.name, _maps(run)) for run in runs if _saliency(run)],
@@ -201,16 +213,42 @@ def _maps(run: RunFacts) -> list[dict[str, Any]]:
     return shown
 
 
+def _audited(audit: AuditReport, number: int) -> dict[str, Any]:
+    """What an audit says, in sentences and in two histograms."""
+    margins = {
+        title: values
+        for title, name in (
+            ("with the picture", "margin"),
+            ("another picture", "margin_other"),
+            ("mean colour", "margin_mean"),
+        )
+        if len(values := audit.column(name))
+    }
+    gaps = {"chosen": audit.column("chosen_gap"), "rejected": audit.column("rejected_gap")}
+    return {
+        "words": audit.words(),
+        "plots": [
+            histogram("margin, chosen minus rejected (nats)", margins, number),
+            histogram("gap to the model's own answer (nats per token)", gaps, number + 1),
+        ],
+    }
+
+
 def _rows(compared: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison as a table: rows of (label, score), a cell per compared."""
     every = compared["compared"]
-    beyond = {(c["probe"], c["score"], c["name"]): c for c in compared["contrasts"]}
+    # comparisons that were saved before questions were asked blind do not say it
+    contrasts = [{"survives_blind": False, **contrast} for contrast in compared["contrasts"]]
+    beyond = {(c["probe"], c["score"], c["name"]): c for c in contrasts}
     rows = dict.fromkeys(
         (label, score) for results in every.values() for label, result in results.items() for score in result["scores"]
     )
     return {
         "names": list(every),
         "against": compared["against"],
+        "asked_blind": any(score.endswith(f"/{SEEN}") for _, score in rows),
+        "words_mark": WORDS_MARK,
+        "words_note": WORDS_NOTE,
         "rows": [
             {
                 "probe": label,

@@ -3,7 +3,11 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from html import escape
+from typing import Any
+
+import numpy as np
 
 from pivot_plugin.extras import require
 
@@ -12,6 +16,7 @@ _PAGE_COLOUR = "#010203"
 # told apart in light, in dark, in print and without colour vision, together with the markers
 LINES = (("#3b7dd8", "o", "-"), ("#c8641a", "s", "--"), ("#3a9a5b", "^", "-."), ("#a352b8", "D", ":"))
 MARKERS_UP_TO = 40
+BINS = 30
 
 Series = Sequence[tuple[float, float]]
 
@@ -28,6 +33,61 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
     Returns:
         an svg element with a description for those who cannot see it.
     """
+    figure, context = _figure(number)
+    with context:
+        axes = figure.subplots()
+        for index, (name, points) in enumerate(lines.items()):
+            colour, marker, style = LINES[index % len(LINES)]
+            steps, values = zip(*points, strict=True)
+            marks = marker if len(points) <= MARKERS_UP_TO else None
+            axes.plot(steps, values, style, color=colour, marker=marks, markersize=3.5, linewidth=1.4, label=name)
+        if zero:
+            axes.axhline(0, color=_PAGE_COLOUR, linewidth=0.5)
+        axes.set_xlabel("optimiser step")
+        axes.set_title(title, fontsize=10)
+        axes.locator_params(axis="x", nbins=6, integer=True)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        svg = _drawn(figure)
+    return _inline(svg, f"{title} over optimiser steps: {_described(lines)}", number)
+
+
+def histogram(title: str, values: Mapping[str, np.ndarray], number: int) -> str:
+    """How numbers of several kinds are spread, as outlines over one axis.
+
+    Args:
+        title: what is counted, with its unit.
+        values: by name the numbers, at least one each.
+        number: of the figure, unique on its page.
+
+    Returns:
+        an svg element with a description for those who cannot see it.
+    """
+    together = np.concatenate(list(values.values()))
+    # the outermost hundredth would stretch the axis
+    low, high = np.quantile(together, [0.01, 0.99])
+    edges = np.linspace(min(low, 0.0) - 1e-6, max(high, 0.0) + 1e-6, BINS + 1)
+    figure, context = _figure(number)
+    with context:
+        axes = figure.subplots()
+        for index, (name, numbers) in enumerate(values.items()):
+            colour, _, style = LINES[index % len(LINES)]
+            clipped = np.clip(numbers, edges[0], edges[-1])
+            axes.hist(clipped, edges, histtype="step", color=colour, linestyle=style, linewidth=1.4, label=name)
+        axes.axvline(0, color=_PAGE_COLOUR, linewidth=0.5)
+        axes.set_xlabel(title)
+        axes.set_ylabel("pairs")
+        axes.legend(frameon=False, fontsize=8)
+        svg = _drawn(figure)
+    told = "; ".join(
+        f"{name}: median {np.median(numbers):.3g}, {100 * (numbers > 0).mean():.0f} % above 0"
+        for name, numbers in values.items()
+    )
+    return _inline(svg, f"{title}: {told}.", number)
+
+
+def _figure(number: int) -> tuple[Any, AbstractContextManager[Any]]:
+    """An empty figure, and the looks that it is to be drawn with."""
     figure_class = require("matplotlib.figure", "probes", "A report").Figure
     context = require("matplotlib", "probes", "A report").rc_context
     look = {
@@ -43,24 +103,13 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with context(look):
-        figure = figure_class(figsize=(4.2, 2.5), layout="constrained")
-        axes = figure.subplots()
-        for index, (name, points) in enumerate(lines.items()):
-            colour, marker, style = LINES[index % len(LINES)]
-            steps, values = zip(*points, strict=True)
-            marks = marker if len(points) <= MARKERS_UP_TO else None
-            axes.plot(steps, values, style, color=colour, marker=marks, markersize=3.5, linewidth=1.4, label=name)
-        if zero:
-            axes.axhline(0, color=_PAGE_COLOUR, linewidth=0.5)
-        axes.set_xlabel("optimiser step")
-        axes.set_title(title, fontsize=10)
-        axes.locator_params(axis="x", nbins=6, integer=True)
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(svg.getvalue(), f"{title} over optimiser steps: {_described(lines)}", number)
+    return figure_class(figsize=(4.2, 2.5), layout="constrained"), context(look)
+
+
+def _drawn(figure: Any) -> str:
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return svg.getvalue()
 
 
 def _described(lines: Mapping[str, Series]) -> str:

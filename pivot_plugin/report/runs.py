@@ -7,6 +7,7 @@ from typing import Any
 
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import RUN_FILE, read_record
+from pivot_plugin.generation.own_answers import AnswerSummary
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.training.checkpoints import last_checkpoint
@@ -26,6 +27,7 @@ class RunFacts:
         finished: whether it is.
         settings, metrics, weight_change, origin, cost, trained: as `run.json` has them.
         history: log entries, each with its step.
+        answers: what came of asking the model, a round each; empty where it learnt from given pairs or roll-outs.
         probes: results by label and step.
     """
 
@@ -38,6 +40,7 @@ class RunFacts:
     cost: dict[str, Any]
     trained: dict[str, Any]
     history: list[dict[str, Any]]
+    answers: list[AnswerSummary]
     probes: dict[str, dict[int, ProbeResult]] = field(repr=False)
 
     def series(self, name: str, held_out: bool) -> list[tuple[float, float]]:
@@ -108,5 +111,6 @@ def read_run(folder: str | Path) -> RunFacts:
         record.get("cost") or {},
         record.get("trained") or {},
         history,
+        [AnswerSummary.from_dict(summary) for summary in record.get("answers") or []],
         saved_results(folder),
     )

@@ -1,5 +1,6 @@
 """Rewards by name: the built-in ones and those of plugins."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ BUILT_IN: Mapping[str, RewardFunction] = {
     "length_penalty": form.length_penalty,
 }
 NEED_ANSWER = tuple(name for name in BUILT_IN if name not in ("format", "length_penalty"))
+# what TRL's trainers pass to a reward beside the columns of the data
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 # arXiv 2510.25801, final GRPO: 0.5 for the structure, 1.0 for a right answer
 SPECS_WEIGHTS = {"format": 0.5, "accuracy": 1.0}
 
@@ -59,6 +62,20 @@ def resolve_rewards(rewards: str | Callable[..., object] | Sequence[object]) -> 
     ]
 
 
+def _columns_of(reward: object) -> list[str]:
+    """Columns that a reward cannot do without: what its signature names beside what trainers pass by themselves."""
+    if not callable(reward) or hasattr(reward, "state_dict"):
+        # of a reward model nothing is asked by name
+        return []
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [one.name for one in parameters if one.kind in named and one.default is inspect.Parameter.empty]
+    return [name for name in required if name not in PASSED]
+
+
 def _is_model(name: str) -> bool:
     return "/" in name or Path(name).is_dir()
 
@@ -74,15 +91,25 @@ class Questions(Protocol):
 
 
 def needs_answer(rewards: Sequence[object], questions: Questions) -> None:
-    """Make sure, before anything is sampled, that questions have the answers that built-in rewards compare with.
+    """Make sure, before anything is sampled, that questions have what rewards compare with.
 
     Args:
         rewards: functions.
         questions: to be asked.
 
     Raises:
-        DataError: naming the first question without one.
+        DataError: naming the first question without the answer that a built-in reward needs, or the column that another
+            reward asks for by name.
     """
+    present = set(questions.plain(0))
+    for reward in rewards:
+        if absent := [name for name in _columns_of(reward) if name not in present]:
+            raise DataError(
+                f"The reward {getattr(reward, '__name__', type(reward).__name__)!r} needs a column {absent[0]!r}, and "
+                f"{questions.where(0)} has {', '.join(sorted(present))}.",
+                f"Give every question a column {absent[0]!r}, or use another reward.",
+                "no answer",
+            )
     names = [name for name in NEED_ANSWER if any(reward is BUILT_IN[name] for reward in rewards)]
     if not names:
         return

@@ -1,6 +1,7 @@
 """The one verb: a model and preference pairs in, the model with a better vision encoder out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
-from pivot_plugin.rewards import needs_answer, resolve_rewards
+from pivot_plugin.objectives import ONLINE
+from pivot_plugin.rewards import Scorer, needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 
 from .monitoring import Monitoring
+from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
 from .provenance import optimized_origin
 from .result import PivotResult
 from .run import Run, RunOptions, begin, merge_lora
@@ -57,7 +61,7 @@ def optimize(
             failure it is as it was.
         prefs: preference pairs in any form that `pivot_plugin.preferences.load` takes: a list of dicts, a
             `datasets.Dataset`, a file or folder, a Hub id, a stream (then with `max_steps`), or what `load` returned.
-            For "grpo" and "rloo" questions, as `load_questions` takes them, with what the rewards need (`answer`).
+            With rewards questions, as `load_questions` takes them, with what the rewards need (`answer`).
         processor: the model's; found by the model's `name_or_path` where not given.
         eval_prefs: held-out pairs or questions, in the same forms.
         output_dir: folder of the run: checkpoints, log, encoder.
@@ -68,8 +72,10 @@ def optimize(
         eval_fraction: share of the rows to hold out where `eval_prefs` is not given (at least 32 and at most 1000, at
             most a quarter of all, no image on both sides); 0 holds none out. Held-out rows are looked at ten times
             during training: the best checkpoint is kept, and after `patience` looks without a better one the run stops.
-        rewards: for "grpo" and "rloo": names, functions with TRL's signature, reward models or their ids, or a list of
-            these, weighted by `reward_weights=`. Default: format (0.5) and accuracy (1.0).
+        rewards: names, functions with TRL's signature, or a list of these, weighted by `reward_weights=`. With "grpo"
+            and "rloo" also reward models or their ids; default: format (0.5) and accuracy (1.0). With any other
+            objective the model first answers the questions itself, and its better answers are paired with its worse
+            ones: the pairs are kept in `own-answers` in `output_dir`.
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
@@ -83,7 +89,10 @@ def optimize(
             report; 0 for none.
         **settings: any field of `PivotConfig` (`PivotGRPOConfig`, `PivotRLOOConfig`), which has all of TRL's DPOConfig:
             `learning_rate`, `max_steps`, `per_device_train_batch_size` (in pairs; for "grpo" in roll-outs), `beta`,
-            `loss_type`, `use_cpu`, ...
+            `loss_type`, `use_cpu`, ... Where the model learns from its own answers, also any field of
+            `generation.own_answers.OwnAnswers`: `samples=8`, `temperature=1.0`, `max_new_tokens`, `engine`, `redraw=0`
+            (how often questions whose answers all score alike are asked again), `rounds=1` (how often the model answers
+            and is trained), `reference="previous"` (or "first": what a round is held against), ...
 
     Returns:
         The trained model, its encoder, and what was measured.
@@ -97,23 +106,76 @@ def optimize(
         arXiv 2510.16333, section 3.1, stage 2; "grpo": arXiv 2510.25801, stage 3.
     """
     monitoring = Monitoring(probes, tuple(probe_steps), saliency)
-    if rewards is None and "reward_weights" not in settings and objective in ("grpo", "rloo"):
+    online = objective in ONLINE
+    if rewards is None and "reward_weights" not in settings and online:
         rewards, settings = list(SPECS_WEIGHTS), settings | {"reward_weights": list(SPECS_WEIGHTS.values())}
+    answers, trainer_settings = own_answers(settings, objective, rewards, online)
+    if answers is not None:
+        refuse_pairs(prefs)
     watched = eval_prefs is not None or eval_fraction > 0
-    config = configuration(settings, Path(output_dir), objective, train, lora is not None, watched)
+    config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
     functions = _reward_functions(rewards, config, objective)
-    choices = {"objective": objective, **_reward_names(functions), **settings}
+    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers)
+    own = {} if answers is None else answers.as_dict()
+    choices = {"objective": objective, **_reward_names(functions), **settings, **own}
     options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume)
+    if answers is None or answers.rounds == 1:
+        return _optimize(model, processor, options, source, monitoring, Round())
 
-    run = begin(model, processor, options, partial(_load_rows, prefs, eval_prefs, options, functions))
-    monitoring = monitoring.with_outside(ood_prefs, run)
+    def train_round(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, this: Round) -> PivotResult:
+        # a configuration belongs to one trainer, which changes it
+        of_round = configuration(trainer_settings, folder, objective, train, lora is not None, watched)
+        # an earlier round that was cut off goes on where this run does
+        return _optimize(model, processor, replace(options, config=of_round), source, monitoring, this)
+
+    result: PivotResult = in_rounds(model, processor, options, answers, train_round)
+    return result
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the rows of a run come from.
+
+    Attributes:
+        prefs, eval_prefs, ood_prefs: as `optimize` was given them.
+        rewards: that score answers, None for a run on pairs.
+        answers: how own answers become pairs, None where they do not.
+    """
+
+    prefs: object
+    eval_prefs: object | None
+    ood_prefs: object | None
+    rewards: Sequence[Any] | None
+    answers: OwnAnswers | None
+
+    @property
+    def rollout_rewards(self) -> Sequence[Any] | None:
+        """The rewards of a run on roll-outs, None for a run on pairs, whoever made them."""
+        return None if self.answers else self.rewards
+
+
+def _optimize(
+    model: PreTrainedModel | str | Path,
+    processor: ProcessorMixin | None,
+    options: RunOptions,
+    source: _Source,
+    monitoring: Monitoring,
+    this: Round,
+) -> PivotResult:
+    """One run, or one round of several, from options to result."""
+    run = begin(model, processor, options, partial(_load_rows, source, options))
+    answers: tuple[AnswerSummary, ...] = ()
+    if source.answers is not None:
+        run, summary = answered(run, source.rewards or (), source.answers, this.number)
+        answers = (*this.earlier, summary)
+    monitoring = monitoring.with_outside(source.ood_prefs, run)
     run.announce()
     if run.keeper:
         notify("pivot_run_started", run=run)
 
     metrics: dict[str, dict[str, float]] = {}
     with run.in_place() as training:
-        trainer = _trainer(run, functions)
+        trainer = _trainer(run, source.rollout_rewards, this.reference)
         monitoring.add_to(trainer, run)
         trained = trainer.trained_parameters()
         if run.held_out is not None:
@@ -132,34 +194,36 @@ def optimize(
         output_dir=run.output_dir,
         metrics=metrics,
         history=history,
-        weight_change=weight_change(run.adapter, training.before),
+        weight_change=weight_change(run.adapter, dict(this.before or training.before)),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,
         cost=training.cost,
         origin=optimized_origin(run, training, lora_weights[1] if lora_weights else ()),
-        _lora=lora_weights,
+        answers=list(answers),
+        # of several rounds, the last one's LoRA is not what makes the encoder of the base
+        _lora=lora_weights if this.of == 1 else None,
     )
     if run.keeper:
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / "encoder")
-        run.record(result, weight_change=result.weight_change, origin=result.origin)
+        details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}
+        run.record(result, weight_change=result.weight_change, origin=result.origin, **details)
         notify("pivot_run_finished", result=result)
     run.wait()
     return result
 
 
 def _reward_functions(rewards: Rewards | None, config: TowerConfig, objective: str | Sequence[str]) -> list[Any] | None:
-    """The rewards of a run on roll-outs, None for a run on pairs."""
-    if isinstance(config, RolloutConfig):
-        if rewards is None:
-            raise SettingsError(f"objective={objective!r} got no rewards.", 'Give rewards=, such as ["accuracy"].')
-        return resolve_rewards(rewards)  # type: ignore[arg-type]
+    """The rewards of a run on roll-outs or on own answers, None for a run on given pairs."""
     if rewards is not None:
-        raise SettingsError(
-            f"rewards are given with objective={objective!r}, which learns from pairs.",
-            'Use objective="grpo", or make pairs by pivot_plugin.preferences.rank.',
-        )
+        functions = resolve_rewards(rewards)  # type: ignore[arg-type]
+        if not isinstance(config, RolloutConfig):
+            # reward models are the online trainers'
+            Scorer(functions)
+        return functions
+    if isinstance(config, RolloutConfig):
+        raise SettingsError(f"objective={objective!r} got no rewards.", 'Give rewards=, such as ["accuracy"].')
     return None
 
 
@@ -176,39 +240,58 @@ def _reward_names(functions: Sequence[Any] | None) -> dict[str, list[str]]:
 
 
 def _load_rows(
-    prefs: object, eval_prefs: object | None, options: RunOptions, rewards: Sequence[Any] | None
+    source: _Source, options: RunOptions
 ) -> tuple[PairDataset | PairStream | QuestionDataset, PairDataset | QuestionDataset | None]:
     """The rows to train on, and those held out where they are given; looked at, one by one."""
-    skipped, skipped_eval = options.folder / "skipped.jsonl", options.folder / "skipped-eval.jsonl"
-    if rewards is not None:
-        questions = load_questions(prefs).verify(options.on_bad_row, skipped)
-        needs_answer(rewards, questions)
-        if eval_prefs is None:
-            return questions, None
-        held_out_questions = load_questions(eval_prefs, "eval_questions").verify(options.on_bad_row, skipped_eval)
-        needs_answer(rewards, held_out_questions)
-        return questions, held_out_questions
-    pairs = load(prefs, on_bad_row=options.on_bad_row, skipped=skipped)
+    if source.rewards is not None:
+        return _load_questions(source, options)
+    skipped = options.folder / "skipped.jsonl"
+    pairs = load(source.prefs, on_bad_row=options.on_bad_row, skipped=skipped)
     if isinstance(pairs, PairStream):
         if options.config.max_steps <= 0:
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
     else:
         pairs.verify()
-    if eval_prefs is None:
-        return pairs, None
-    held_out = load_pairs(
+    return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options)
+
+
+def _load_questions(
+    source: _Source, options: RunOptions
+) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
+    """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
+    rewards = source.rewards or ()
+    questions = load_questions(source.prefs)
+    if source.answers is not None:
+        refuse_pairs(questions)
+    questions = questions.verify(options.on_bad_row, options.folder / "skipped.jsonl")
+    needs_answer(rewards, questions)
+    if source.eval_prefs is None:
+        return questions, None
+    if source.answers is not None and isinstance(source.eval_prefs, PairDataset):
+        return questions, _held_out_pairs(source.eval_prefs, options)
+    held_out = load_questions(source.eval_prefs, "eval_questions")
+    if source.answers is not None and is_of_pairs(held_out):
+        return questions, _held_out_pairs(source.eval_prefs, options)
+    held_out = held_out.verify(options.on_bad_row, options.folder / "skipped-eval.jsonl")
+    needs_answer(rewards, held_out)
+    return questions, held_out
+
+
+def _held_out_pairs(eval_prefs: object, options: RunOptions) -> PairDataset:
+    return load_pairs(
         eval_prefs,
         "eval_prefs",
         "Give held-out pairs as a list or a datasets.Dataset.",
         on_bad_row=options.on_bad_row,
-        skipped=skipped_eval,
-    )
-    return pairs, held_out.verify()
+        skipped=options.folder / "skipped-eval.jsonl",
+    ).verify()
 
 
-def _trainer(run: Run, rewards: Sequence[Any] | None) -> PivotTrainer | PivotGRPOTrainer | PivotRLOOTrainer:
+def _trainer(
+    run: Run, rewards: Sequence[Any] | None, reference: PreTrainedModel | None
+) -> PivotTrainer | PivotGRPOTrainer | PivotRLOOTrainer:
     if rewards is None:
-        return PivotTrainer(**run.trainer_arguments())
+        return PivotTrainer(**run.trainer_arguments(), ref_model=reference)
     if isinstance(run.config, PivotGRPOConfig):
         return PivotGRPOTrainer(**run.trainer_arguments(), reward_funcs=rewards)
     return PivotRLOOTrainer(**run.trainer_arguments(), reward_funcs=rewards)

@@ -17,6 +17,7 @@ from pivot_plugin.encoders.record import versions
 from pivot_plugin.encoders.store import SHARD
 from pivot_plugin.errors import EncoderError, SettingsError
 from pivot_plugin.files import whole_folder
+from pivot_plugin.generation.own_answers import AnswerSummary
 from pivot_plugin.hooks import collect
 from pivot_plugin.models.writing import write_like
 from pivot_plugin.probes.comparison import Comparison
@@ -45,6 +46,7 @@ class PivotResult:
         adapter: of the model's family.
         cost: time, memory and floating-point operations.
         origin: model, data and versions, as they may be published.
+        answers: what came of asking the model, a summary a round; empty where it learnt from given pairs or roll-outs.
     """
 
     model: PreTrainedModel
@@ -58,6 +60,7 @@ class PivotResult:
     adapter: VisionAdapter
     cost: Cost = field(default_factory=Cost)
     origin: dict[str, Any] = field(default_factory=dict)
+    answers: list[AnswerSummary] = field(default_factory=list)
     _encoder: PreTrainedModel | None = field(default=None, repr=False)
     _lora: tuple[LoraConfig, dict[str, torch.Tensor]] | None = field(default=None, repr=False)
 

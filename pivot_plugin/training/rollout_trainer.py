@@ -11,7 +11,9 @@ done.
 Overrides, and why each is needed:
     __init__                              rows become checked questions; rewards are guarded; the reference is the model
                                           before training, where TRL would load it anew by name
-    _generate_and_score_completions       images are looked up late, and processed once per image set
+    _generate_and_score_completions       images are looked up late, and processed once per image set; groups without
+                                          spread make room for others, where `redraw` asks for it
+    _calculate_rewards                    which groups have spread
     _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some
     _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
@@ -51,6 +53,7 @@ from . import forward
 from .batch import ForestBatch, ForestCollator, ImageSets
 from .forest_check import varied_rows
 from .plan import TrainingPlan, unwrapped
+from .refill import put_together, silent_groups
 from .rows import pointing
 from .tower import TowerTraining
 
@@ -220,16 +223,73 @@ class Rollouts(TowerTraining):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = self._mode
+        inputs = list(inputs)
+        output = self._rolled_out(inputs)
+        share_alike = self._metrics[mode]["frac_reward_zero_std"][-1]
+        if mode == "train" and self.args.redraw:
+            output, share_alike = self._filled_up(inputs, output)
+        output["row"] = torch.arange(len(inputs), device=output["advantages"].device)
+        if mode == "train":
+            self._listen(share_alike)
+        return output
+
+    def _rolled_out(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What TRL makes of the roll-outs of some questions, without what is about images."""
         rows = self._looked_up(inputs)
         with self._computing(list(range(len(rows)))):
             output = super()._generate_and_score_completions(rows)
         # images of a batch are processed from `_shown`, so that no copy for each roll-out need wait for its turn
         for name in self._forest_collator.image_tokens.image_names | IMAGE_COUNTS:
             output.pop(name, None)
-        output["row"] = torch.arange(len(rows), device=output["advantages"].device)
-        if mode == "train":
-            self._listen(self._metrics[mode]["frac_reward_zero_std"][-1])
         return output
+
+    def _filled_up(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """A generation batch with other questions in place of those without spread, and the share still without.
+
+        Args:
+            inputs: its rows, a group of roll-outs after another; changed to the questions that stand in the end.
+            output: what TRL made of them.
+        """
+        size = self.num_generations
+        silent = [group for group, alike in enumerate(self._alike()) if alike]
+        groups = [(0, group) for group in range(len(inputs) // size)]
+        batches = [output]
+        asked = {row["position"] for row in inputs}
+        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
+        for _ in range(self.args.redraw):
+            others = self._others(asked, len(silent), generator)
+            if not silent or not others:
+                break
+            asked |= set(others)
+            fresh = [{"source": 0, "position": position} for position in others for _ in range(size)]
+            batches.append(self._rolled_out(fresh))
+            with_spread = [group for group, alike in enumerate(self._alike()) if not alike]
+            for place, group in zip(list(silent), with_spread, strict=False):
+                groups[place] = (len(batches) - 1, group)
+                inputs[place * size : (place + 1) * size] = fresh[group * size : (group + 1) * size]
+                silent.remove(place)
+        if len(batches) > 1:
+            taken = [(batch, group * size + row) for batch, group in groups for row in range(size)]
+            output = put_together(batches, taken, self._tokenizer.pad_token_id)
+            # images are looked up by the place of a row in the batch
+            self._looked_up(inputs)
+        redrawn = sum(len(batch["advantages"]) for batch in batches[1:]) // size
+        self._metrics["train"]["redrawn_questions"].append(float(redrawn))
+        return output, len(silent) / len(groups)
+
+    def _others(self, asked: set[int], count: int, generator: torch.Generator) -> list[int]:
+        """Positions of questions that the batch has not asked, fewer where there are no more."""
+        free = [position for position in range(len(self._sources[0])) if position not in asked]
+        order = torch.randperm(len(free), generator=generator)[:count].tolist()
+        return [free[index] for index in order]
+
+    def _alike(self) -> list[bool]:
+        """For each group of the roll-outs that were scored last, whether all score alike."""
+        return silent_groups(self._rewards, self.reward_weights, self.num_generations)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
 
     def _looked_up(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The questions that TRL's rows stand for, each read once; their images are processed once."""

@@ -9,6 +9,9 @@ from pivot_plugin.adapters import VisionAdapter
 
 from .plan import TrainingPlan
 
+# a setting that a configuration does not have, which is another than None in its fingerprint
+_ABSENT = object()
+
 
 class Snapshot:
     """A model as it is before training, to be settled after success and restored after a failure.
@@ -32,7 +35,8 @@ class Snapshot:
         self._checkpointing = is_checkpointing(model)
         text_config = model.config.get_text_config()
         self._pads = (getattr(text_config, "pad_token_id", None), model.generation_config.pad_token_id)
-        self._use_cache = getattr(text_config, "use_cache", None)
+        # a trainer that checkpoints switches the cache off, in the configuration of the whole model as well
+        self._use_cache = [(config, vars(config).get("use_cache", _ABSENT)) for config in (text_config, model.config)]
         self._tags, self._device = model.model_tags, model.device
         self._modules = dict(model.named_modules())
         self._wrapped = hasattr(model, "peft_config")
@@ -89,8 +93,11 @@ class Snapshot:
                 module.p = self._dropout[name]
         text_config = model.config.get_text_config()
         text_config.pad_token_id, model.generation_config.pad_token_id = self._pads
-        if self._use_cache is not None:
-            text_config.use_cache = self._use_cache
+        for config, use_cache in self._use_cache:
+            if use_cache is not _ABSENT:
+                config.use_cache = use_cache
+            else:
+                vars(config).pop("use_cache", None)
         model.model_tags = self._tags
         for config, implementation in self._attention:
             # not by set_attn_implementation, which would look for the package of flash attention

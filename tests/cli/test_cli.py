@@ -192,22 +192,27 @@ def test_images_in_a_folder_of_their_own_are_found_by_check_and_optimize(world: 
     assert trained.returncode == 0, trained.stderr[-2000:]
 
 
-@pytest.mark.training
-def test_prefs_build_makes_pairs_that_optimize_takes(world: Path, tmp_path: Path) -> None:
-    lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "plugin.py").write_text(
+def rewarding_length(folder: Path) -> dict[str, str]:
+    """Install a plugin with a reward `length`; the variables with which it is found."""
+    (folder / "plugin.py").write_text(
         "from pivot_plugin.hooks import hookimpl\n"
         "def length(prompts, completions, **columns):\n    return [len(str(c)) for c in completions]\n"
         "class Plugin:\n    @hookimpl\n    def pivot_rewards(self):\n        return {'length': length}\n"
         "plugin = Plugin()\n"
     )
-    (tmp_path / "plugin-1.dist-info").mkdir()
-    (tmp_path / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
-    (tmp_path / "plugin-1.dist-info" / "entry_points.txt").write_text("[pivot_plugin]\nplugin = plugin:plugin\n")
+    (folder / "plugin-1.dist-info").mkdir()
+    (folder / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (folder / "plugin-1.dist-info" / "entry_points.txt").write_text("[pivot_plugin]\nplugin = plugin:plugin\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.training
+def test_prefs_build_makes_pairs_that_optimize_takes(world: Path, tmp_path: Path) -> None:
+    lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": str(n)} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    variables = rewarding_length(tmp_path)
     arguments = ["prefs", "build", world / "model", "questions.jsonl", "-o", "out", "--reward", "length=2"]
     options = ["--n", "4", "--max-new-tokens", "4", "--pair-up", "all"]
-    variables = {"PYTHONPATH": str(tmp_path)}
     first = pivot(*arguments, *options, folder=tmp_path, **variables)
     assert first.returncode == 0, first.stderr[-2000:]
     again = pivot(*arguments, *options, "--json", folder=tmp_path, **variables)
@@ -271,6 +276,38 @@ def test_online_objectives_run_from_the_command_line(world: Path, tmp_path: Path
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert set(json.loads(run.stdout)["metrics"]["after"]) == {"reward", "rewards/accuracy", "rewards/length_penalty"}
+
+
+@pytest.mark.training
+def test_optimize_on_questions_trains_on_the_model_s_own_answers(world: Path, tmp_path: Path) -> None:
+    lines = [{"image": str(world / "pairs" / f"{n}.png"), "question": "what?", "answer": "?"} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    variables = rewarding_length(tmp_path)
+    how = ["--set", "samples=4", "--set", "max_new_tokens=6", "--set", "max_steps=1", "--set", "use_cpu=true"]
+    how += ["--reward", "accuracy", "--reward", "length=0.1", "--lora", "4", "-o", "run", "--json"]
+    run = pivot("optimize", world / "model", "questions.jsonl", *how, folder=tmp_path, **variables)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (answers,) = json.loads(run.stdout)["answers"]
+    assert answers["questions"] == 3
+    assert f"{answers['paired']} of 3 questions gave a pair" in run.stderr
+    assert "Example 1: what?" in run.stderr
+    assert list((tmp_path / "run" / "own-answers" / "pairs" / "data").glob("*.parquet"))
+    both = pivot("optimize", world / "model", world / "pairs", *how, "-o", "both", folder=tmp_path, **variables)
+    assert "are preference pairs" in both.stderr
+
+
+def test_an_audit_is_printed_and_kept(world: Path, tmp_path: Path) -> None:
+    pairs = ["prefs", "audit", world / "model", world / "pairs", "--max-new-tokens", "4"]
+    run = pivot(*pairs, "-o", "audit.json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "pairs (" in run.stdout
+    assert "are told apart already (margin above 0" in run.stdout
+    assert "Audit: audit.json" in run.stdout
+    few = json.loads(pivot(*pairs, "--limit", "2", "--json", folder=tmp_path).stdout)
+    every = json.loads((tmp_path / "audit.json").read_text())
+    assert [pair["id"] for pair in few["pairs"]] == [pair["id"] for pair in every["pairs"][:2]]
+    nothing = pivot(*pairs, "--limit", "0", folder=tmp_path)
+    assert "limit 0. Give 1 or more" in nothing.stderr
 
 
 @pytest.mark.training

@@ -50,7 +50,9 @@ def small_recipe(output_dir: Path, size: int = 4, **replaced: Any) -> PivotRecip
     """The small recipe, with sections replaced, in batches of so many for each process."""
     quick = QUICK | {"per_device_train_batch_size": size}
     tower, images, _ = encoder("siglip")
-    answers = {"probe": "vqa", "data": questions(), "options": {"rewards": "exact_match", "max_new_tokens": 2}}
+    # with its picture alone: the control without pictures has tests of its own
+    options = {"rewards": "exact_match", "max_new_tokens": 2, "without": []}
+    answers = {"probe": "vqa", "data": questions(), "options": options}
     sections: dict[str, Any] = {
         "encoder": (tower, images),
         "language_model": language_model("qwen2"),

@@ -44,6 +44,44 @@ def test_a_clear_difference_is_beyond_noise_and_a_small_one_is_not() -> None:
     assert "| p s |" in table
 
 
+def asked_blind(seen: np.ndarray, blind: np.ndarray) -> dict[str, ProbeResult]:
+    scores = {"all": seen, "all/mean-colour": blind, "all/needs-picture": np.maximum(seen - blind, 0)}
+    return {"vqa": ProbeResult("vqa", {name: score_of(samples) for name, samples in scores.items()})}
+
+
+def test_an_improvement_that_survives_without_the_picture_is_one_of_words() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.binomial(1, 0.3, 400).astype(float)
+    guessed = rng.binomial(1, 0.2, 400).astype(float)
+    better, better_guesses = np.maximum(base, rng.binomial(1, 0.5, 400)), np.maximum(guessed, rng.binomial(1, 0.5, 400))
+    few = np.maximum(guessed, rng.binomial(1, 0.1, 400))
+    comparison = Comparison(
+        {
+            "base": asked_blind(base, guessed),
+            "sees": asked_blind(better, guessed),
+            "says": asked_blind(better, better_guesses),
+            "both": asked_blind(better, few),
+            "same": asked_blind(base, better_guesses),
+        }
+    )
+    found = {contrast.name: contrast for contrast in comparison.contrasts() if contrast.score == "all"}
+    assert found["sees"].of_words == 0.0
+    gain = better_guesses.mean() - guessed.mean()
+    assert found["says"].of_words == pytest.approx(gain / (better.mean() - base.mean()))
+    assert 0 < found["both"].of_words < 0.5
+    assert found["same"].of_words is None
+    assert {name: contrast.survives_blind for name, contrast in found.items()} == {
+        "sees": False,
+        "says": True,
+        "both": False,
+        "same": False,
+    }
+    (row_of_all,) = [line for line in comparison.table().splitlines() if line.startswith("| vqa all |")]
+    assert [cell.count("\u2020") for cell in row_of_all.split(" | ")] == [0, 0, 0, 1, 0, 0]
+    assert "An improvement of words" in comparison.table()
+    assert "An improvement of words" not in Comparison({"base": result(0, 1), "b": result(0, 1)}).table()
+
+
 def test_p_values_are_adjusted_for_the_number_of_tests() -> None:
     rng = np.random.default_rng(1)
     base = rng.normal(size=40)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.models.find import find_adapter
@@ -38,7 +39,11 @@ def test_batches_change_nothing(tiny: Any) -> None:
     who = subject(*tiny)
     alone = vqa(who, rows, batch_size=1, max_new_tokens=4)
     assert alone.artefacts == vqa(who, rows, batch_size=3, max_new_tokens=4).artefacts
-    assert set(alone.scores) == {"all", "0", "1"}
+    blind = ("other-picture", "mean-colour", "needs-picture")
+    assert list(alone.scores) == [
+        *("all", "0", "1"),
+        *(f"{kind}/{how}" for how in blind for kind in ("all", "0", "1")),
+    ]
 
 
 def test_several_judges_are_averaged(llava: Any) -> None:
@@ -53,7 +58,35 @@ def test_several_judges_are_averaged(llava: Any) -> None:
     found = vqa(subject(*llava), rows, rewards=[half, full], max_new_tokens=2)
     assert found.main.value == pytest.approx(0.75)
     assert found.settings["judge"] == ["half", "full"]
-    assert set(found.scores) == {"all"}
+    # one picture cannot be taken for another
+    assert set(found.scores) == {"all", "all/mean-colour", "all/needs-picture"}
+
+
+def test_the_blind_control_is_what_the_model_answers_to_the_replaced_pictures() -> None:
+    """Against asking anew about pictures that were painted over by hand."""
+    model, processor = world.model(), world.processor()
+    rows = world.question_rows(world.questions(60, seed=5, dusk=False))
+    found = vqa(subject(model, processor), rows, **world.VQA_OPTIONS)
+    painted = []
+    for row in rows:
+        colour = np.asarray(row["images"][0]).reshape(-1, 3).mean(axis=0)
+        flat = np.broadcast_to(np.round(colour).astype(np.uint8), (48, 48, 3))
+        painted.append(row | {"images": [Image.fromarray(flat.copy())]})
+    by_hand = vqa(subject(model, processor), painted, **world.VQA_OPTIONS, without=())
+    assert set(by_hand.scores) == {"all", *{row["kind"] for row in rows}}
+    for kind, score in by_hand.scores.items():
+        assert score.value == found.scores[f"{kind}/mean-colour"].value, kind
+    seen, other = found.scores["all"].samples, found.scores["all/other-picture"].samples
+    flat = by_hand.scores["all"].samples
+    assert found.scores["all/needs-picture"].value == np.mean((seen == 1) & (other == 0) & (flat == 0))
+    # it sees by day, and what it says without seeing is worth less
+    assert found.scores["all"].value > found.scores["all/mean-colour"].value + 0.1
+    assert found.settings["p of being right as often without the picture"]["mean-colour"] < 0.05
+
+
+def test_rows_without_pictures_have_no_blind_control(llava: Any) -> None:
+    rows = [{"question": f"what {n}?", "answer": "x"} for n in range(3)]
+    assert set(vqa(subject(*llava), rows, max_new_tokens=2).scores) == {"all"}
 
 
 def test_what_cannot_be_asked_is_named_before_anything_is_generated(llava: Any) -> None:

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pivot_plugin.errors import PluginError
-from pivot_plugin.probes.scores import ProbeResult, Score, apart, as_result, difference, holm, plain_score, score_of
+from pivot_plugin.probes.scores import (
+    ProbeResult,
+    Score,
+    apart,
+    as_result,
+    difference,
+    holm,
+    mcnemar,
+    plain_score,
+    score_of,
+)
 
 
 def test_the_mean_and_its_interval_agree_with_scipy() -> None:
@@ -99,3 +109,17 @@ def test_a_plugin_may_answer_with_numbers() -> None:
     assert found.main.value == 1.5
     with pytest.raises(PluginError, match="Probe 'mine' returned a list"):
         as_result("mine", [1])
+
+
+def test_right_and_wrong_are_tested_by_mcnemar() -> None:
+    """Against scipy's binomial test of the samples that one alone got right."""
+    rng = np.random.default_rng(3)
+    for count in (1, 7, 40, 400):
+        a, b = ((rng.random(count) < share).astype(float) for share in (0.4, 0.55))
+        only_a, only_b = int((a > b).sum()), int((b > a).sum())
+        expected = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+        assert mcnemar(a, b) == pytest.approx(expected)
+        assert difference(score_of(a), score_of(b)).p == pytest.approx(expected)
+    graded = score_of(rng.random(40)), score_of(rng.random(40))
+    # of grades in between there is no McNemar: the permutation test draws
+    assert (difference(*graded).p * 5001) == pytest.approx(round(difference(*graded).p * 5001))

@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,13 +84,51 @@ def test_the_shipped_model_sees_by_day(trained: world.LlavaForConditionalGenerat
 def test_examining_changes_nothing(
     trained: world.LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("SCENES", "SEGMENTED", "LOCATED"):
+    for name in ("QUESTIONS", "DESCRIBED", "SEGMENTED", "LOCATED"):
         monkeypatch.setattr(demo, name, 12)
     first, second = (
         pivot.compare({"the model": trained}, demo.examination(), processor=world.processor()) for _ in range(2)
     )
     assert first.as_dict() == second.as_dict()
     assert {score for _, score in first.rows()} >= {"all", "colour", "recall", "miou", "dpo/energy", "sft/pointing"}
+
+
+def test_facts_are_counted_by_place() -> None:
+    scene = "red circle and blue square"
+    assert scenes.facts_right(scene, scene) == 1
+    assert scenes.facts_right("red square and blue square", scene) == 0.75
+    assert scenes.facts_right("blue square and red circle", scene) == 0
+    # an object too many, one too few
+    assert scenes.facts_right(f"{scene} and red cross", scene) == pytest.approx(4 / 6)
+    assert scenes.facts_right("red circle", scene) == 0.5
+    assert scenes.facts_right("", scene) == scenes.facts_right("and and", scene) == 0
+    (row,) = world.caption_questions(1, seed=3)
+    said = [[{"role": "assistant", "content": row["caption"]}], "nothing"]
+    assert world.facts_right(["", ""], said, caption=[row["caption"]] * 2) == [1, 0]
+
+
+@pytest.mark.training
+def test_the_demonstration_shows_both_arms_beside_the_untouched_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("QUESTIONS", "DESCRIBED", "SEGMENTED", "LOCATED"):
+        monkeypatch.setattr(demo, name, 12)
+    monkeypatch.setenv("COLUMNS", "80")
+    demo.run(tmp_path / "demo", described=64, steps=2)
+    printed = capsys.readouterr().out
+    assert "questions gave a pair" in printed
+    assert printed.count("Example ") == 3
+    header, *lines = [
+        re.split(r"\s*[\u2503\u2502]\s*", line)[1:-1] for line in printed.splitlines() if line[:1] in "\u2503\u2502"
+    ]
+    assert header == ["measure", "before", "SFT", "DPO"]
+    assert [line[0] for line in lines] == [words.strip() for words in demo.READABLE.values()]
+    assert all(re.fullmatch(r"\d\.\d{3} \u00b1\d\.\d{3}( \*\u2020?)?", cell) for line in lines for cell in line[1:])
+    assert "What this is not: an encoder that sees more" in " ".join(printed.split())
+    assert "The model with the DPO encoder equals the one that was trained: True." in printed
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for said in ("sft: What was trained", "dpo: What was trained", "The model's own answers", "mean-colour"):
+        assert said in page.replace("&#39;", "'"), said
 
 
 def test_masks_show_the_objects_where_they_are() -> None:

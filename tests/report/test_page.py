@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import pivot_plugin as pivot
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.generation.own_answers import AnswerSummary, Example
+from pivot_plugin.preferences import audit
+from pivot_plugin.probes import ProbeResult
+from pivot_plugin.probes.comparison import Comparison
+from pivot_plugin.probes.scores import score_of
 from pivot_plugin.report import write_report
 from pivot_plugin.report.pictures import overlay
 from pivot_plugin.testing import build
@@ -103,6 +109,47 @@ def test_what_strangers_wrote_is_text_and_no_code(page: Path) -> None:
 def test_no_path_of_this_machine_is_in_the_page(page: Path) -> None:
     assert str(page.parent) not in page.read_text()
     assert str(Path.home()) not in page.read_text()
+
+
+def test_an_audit_and_own_answers_and_words_are_shown(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with more"
+    shutil.copytree(run, folder)
+    record = json.loads((folder / "run.json").read_text())
+    example = Example("what?", "a <b>cat</b>", "a dog", 1.0, 0.25)
+    record["answers"] = [AnswerSummary(1234, 1000, 200, 30, 4, 0, 0, 1000, 0.75, 0.125, (example,)).as_dict()]
+    (folder / "run.json").write_text(json.dumps(record))
+    audit(build("llava")[0], PAIRS[:3], processor=build("llava")[1], max_new_tokens=3).save(folder)
+    guesses, better = np.zeros(60), np.ones(60)
+    compared = Comparison(
+        {
+            name: {
+                "vqa": ProbeResult(
+                    "vqa",
+                    {
+                        "all": score_of(right),
+                        "all/mean-colour": score_of(right),
+                        "all/needs-picture": score_of(guesses),
+                    },
+                )
+            }
+            for name, right in (("before", guesses), ("after", better))
+        }
+    )
+    text = write_report(tmp_path / "page.html", [folder], compared).read_text()
+    for wanted in (
+        "The model's own answers",
+        "1,000 (81 %)",
+        "a &lt;b&gt;cat",
+        "The pairs, before training",
+        "3 pairs (prefs), 3 with pictures.",
+        "gap to the model",
+        "1.000 *\u2020",
+        "needs-picture is what is right",
+    ):
+        assert wanted in text, wanted
+    (folder / "audit.json").write_text("{")
+    with pytest.raises(DataError, match="is no audit"):
+        write_report(tmp_path / "page.html", [folder])
 
 
 def test_a_run_that_is_not_finished_shows_its_last_checkpoint(run: Path, tmp_path: Path) -> None:

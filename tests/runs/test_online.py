@@ -105,9 +105,9 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         pivot.optimize("no-such-model", questions(), **{"objective": "grpo", **online, **options})
 
 
-def test_rewards_and_pairs_exclude_each_other(fast: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match="rewards are given with objective='dpo'"):
-        pivot.optimize("no-such-model", questions(), rewards="accuracy", **fast)
+def test_rewards_and_pairs_exclude_each_other(fast: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(SettingsError, match=r"rows of prefs are preference pairs .* and rewards are given"):
+        pivot.optimize("no-such-model", rows, rewards="accuracy", **fast)
 
 
 def test_questions_without_answers_are_named(llava: Tiny, online: dict[str, Any]) -> None:

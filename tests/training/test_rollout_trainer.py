@@ -333,6 +333,78 @@ def test_the_reference_does_not_move(train: Any, lora: Any, llava: Tiny, tmp_pat
     assert torch.equal(reference_of_fixed_rollouts(), before)
 
 
+def by_length_of_some(prompts: Any, completions: Any, answer: Any, **columns: Any) -> list[float]:
+    """Tells the roll-outs of questions apart whose answer is "y", and no others."""
+    lengths = by_length(prompts, completions)
+    return [length if one == "y" else 1.0 for length, one in zip(lengths, answer, strict=True)]
+
+
+MANY = [
+    {
+        "images": [picture(40 + 8 * (n % 3), 60, n)],
+        "question": f"{'what ' * (n % 4)}is it {n}?",
+        "answer": "y" * (n % 2),
+    }
+    for n in range(12)
+]
+
+
+@pytest.mark.parametrize("redraw", [0, 3])
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_a_batch_is_filled_up_with_questions_whose_rollouts_differ(
+    objective: str, redraw: int, llava: Tiny, tmp_path: Path
+) -> None:
+    trainer_class, config_class, _, _ = TRAINERS[objective]
+    args = settings(tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=1, steps_per_generation=2)
+    trainer = trainer_class(
+        llava[0], by_length_of_some, config_class(**args, redraw=redraw), MANY, processing_class=llava[1], lora=4
+    )
+    with_lora(trainer)
+    trainer.model.train()
+    positions = [0, 1, 2, 3, 4, 6, 8, 10]
+    batch = [trainer.train_dataset[position] for position in positions for _ in range(GENERATIONS)]
+    output = trainer._generate_and_score_completions(batch)
+    shown = trainer._shown["train"]
+    asked = list(dict.fromkeys(shown.names))
+    rewards_differ = output["advantages"].view(-1, GENERATIONS).abs().sum(dim=1) > 0
+    if not redraw:
+        assert asked == [f"question {trainer._sources[0][position]['id']}" for position in positions]
+        assert "redrawn_questions" not in trainer._metrics["train"]
+        # the advantages of RLOO hold the KL term too
+        assert rewards_differ.sum() == (2 if objective == "grpo" else 8)
+        return
+    # six were silent, and four more can be told apart: 5, 7, 9 and 11
+    assert trainer._metrics["train"]["redrawn_questions"] == [4.0]
+    assert len(asked) == len(positions)
+    spread = {f"question {trainer._sources[0][position]['id']}" for position in (1, 3, 5, 7, 9, 11)}
+    assert spread < set(asked)
+    if objective == "grpo":
+        assert rewards_differ.sum() == 6
+    # what is put together is what the model computes of these rows
+    if objective == "grpo":
+        kept = output["old_per_token_logps"] * output["completion_mask"]
+        assert output["num_items_in_batch"] == output["completion_mask"].sum()
+    else:
+        kept = output["old_logps"]
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    with torch.no_grad(), trainer._computing(output["row"].tolist()):
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, output["completion_ids"].shape[1], batch_size=16
+        )
+    logps = logps * output["completion_mask"]
+    again = logps if objective == "grpo" else logps.sum(dim=1)
+    assert torch.allclose(again, kept, atol=1e-4)
+
+
+def test_a_redraw_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for settings_, said in (({"redraw": -1}, "redraw is -1"), ({"redraw": 1, "scale_rewards": "batch"}, "whole batch")):
+        with pytest.raises(SettingsError, match=said):
+            PivotGRPOConfig(**settings(tmp_path), **settings_)
+    with pytest.raises(SettingsError, match="whole batch"):
+        PivotRLOOConfig(**settings(tmp_path), redraw=1, normalize_advantages=True)
+
+
 def test_a_question_without_answer_is_named_before_anything_is_sampled(llava: Tiny, tmp_path: Path) -> None:
     questions = [QUESTIONS[0], {**QUESTIONS[1], "answer": None}]
     with pytest.raises(
