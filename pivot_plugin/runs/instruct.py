@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import Train
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
+from pivot_plugin.data.records import Judge
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.encoders.compatibility import settle
 from pivot_plugin.training.cost import Cost
@@ -184,11 +185,11 @@ def _instruct(
 
 
 def _load_rows(
-    source: object, image_folder: str | Path | None, options: RunOptions
+    source: object, image_folder: str | Path | None, options: RunOptions, judge: Judge
 ) -> tuple[ConversationDataset, None]:
     """The conversations to train on, looked at one by one; none are given to be held out."""
     rows = load_conversations(source, image_folder=image_folder)
-    return rows.verify(options.on_bad_row, options.folder / "skipped.jsonl"), None
+    return rows.verify(options.on_bad_row, options.folder / "skipped.jsonl", judge), None
 
 
 def _save_model(run: Run, trainer: InstructTrainer) -> None:

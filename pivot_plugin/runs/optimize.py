@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
+from pivot_plugin.data.records import Judge
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.hooks import notify
@@ -176,34 +177,34 @@ def _reward_names(functions: Sequence[Any] | None) -> dict[str, list[str]]:
 
 
 def _load_rows(
-    prefs: object, eval_prefs: object | None, options: RunOptions, rewards: Sequence[Any] | None
+    prefs: object, eval_prefs: object | None, options: RunOptions, rewards: Sequence[Any] | None, judge: Judge
 ) -> tuple[PairDataset | PairStream | QuestionDataset, PairDataset | QuestionDataset | None]:
     """The rows to train on, and those held out where they are given; looked at, one by one."""
     skipped, skipped_eval = options.folder / "skipped.jsonl", options.folder / "skipped-eval.jsonl"
     if rewards is not None:
-        questions = load_questions(prefs).verify(options.on_bad_row, skipped)
+        questions = load_questions(prefs).verify(options.on_bad_row, skipped, judge)
         needs_answer(rewards, questions)
         if eval_prefs is None:
             return questions, None
-        held_out_questions = load_questions(eval_prefs, "eval_questions").verify(options.on_bad_row, skipped_eval)
+        held_out_questions = load_questions(eval_prefs, "eval_questions")
+        held_out_questions.verify(options.on_bad_row, skipped_eval, judge)
         needs_answer(rewards, held_out_questions)
         return questions, held_out_questions
-    pairs = load(prefs, on_bad_row=options.on_bad_row, skipped=skipped)
+    pairs = load(prefs, skipped=skipped)
     if isinstance(pairs, PairStream):
         if options.config.max_steps <= 0:
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
+        pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
-        pairs.verify()
+        pairs.verify(options.on_bad_row, skipped, judge)
     if eval_prefs is None:
         return pairs, None
     held_out = load_pairs(
         eval_prefs,
         "eval_prefs",
         "Give held-out pairs as a list or a datasets.Dataset.",
-        on_bad_row=options.on_bad_row,
-        skipped=skipped_eval,
     )
-    return pairs, held_out.verify()
+    return pairs, held_out.verify(options.on_bad_row, skipped_eval, judge)
 
 
 def _trainer(run: Run, rewards: Sequence[Any] | None) -> PivotTrainer | PivotGRPOTrainer | PivotRLOOTrainer:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
 from pivot_plugin.data.pairs import PairStream
+from pivot_plugin.data.records import Judge
 from pivot_plugin.data.rows import OnBadRow, RowDataset
 from pivot_plugin.data.split import hold_out
 from pivot_plugin.errors import SettingsError
@@ -34,13 +35,14 @@ from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
 
 from .folder import claim, write_record
 from .in_place import InPlace, in_place
 from .settings import unwatched
 
-LoadRows = Callable[[], tuple[RowDataset | PairStream, RowDataset | None]]
+LoadRows = Callable[[Judge], tuple[RowDataset | PairStream, RowDataset | None]]
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,8 @@ def begin(
         model: the MLLM, or the path or Hub id of one.
         processor: the model's; found by its name where None.
         options: what the run is told.
-        load_rows: reads and checks the rows to train on and those held out, None for these where they are to be taken
-            from the former.
+        load_rows: reads and checks, with a judge of what the model can take, the rows to train on and those held out,
+            None for these where they are to be taken from the former.
 
     Raises:
         SettingsError: if the folder cannot be used, or the options do not fit the model.
@@ -225,7 +227,8 @@ def begin(
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
-    rows, held_out = load_rows()
+    judge = judge_of(config, processor, adapter.image_token_id, every_size=options.on_bad_row == "skip")
+    rows, held_out = load_rows(judge)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
         rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
     if held_out is None:

@@ -41,6 +41,7 @@ from pivot_plugin.config import RolloutConfig
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.generation.engines import TransformersEngine
 from pivot_plugin.generation.grading import graded
+from pivot_plugin.models.control_text import NO_PLAIN_TEXT
 from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.models.image_features import repeated_features
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
@@ -235,6 +236,9 @@ class Rollouts(TowerTraining):
         questions = {
             (source, position): self._sources[source][position] for source, position in dict.fromkeys(pointers)
         }
+
+        for question in questions.values():
+            self._forest_collator.image_tokens.control_text.refuse(question, NO_PLAIN_TEXT)
 
         # 2. each image set once
         image_sets = {row["image_key"]: row["images"] for row in questions.values() if row["images"]}
