@@ -82,6 +82,12 @@ class PairStream:
             self._skips, self._skipped = True, skipped
         return self
 
+    @property
+    def once(self) -> bool:
+        """Whether its rows can be read only once."""
+        # an iterator is its own iterator
+        return iter(self._rows) is self._rows
+
     def peek(self, count: int) -> list[dict[str, Any]]:
         """The first pairs, which the stream gives again when it is iterated; bad ones that are skipped are left out.
 
@@ -106,8 +112,7 @@ class PairStream:
                 f"{self._name} is a generator that was read to its end already.",
                 "Give a list, a data set, or datasets.IterableDataset.from_generator, which can be read again.",
             )
-        # an iterator is its own iterator, and gives its rows once
-        self._used_up = iter(self._rows) is self._rows
+        self._used_up = self.once
         index, layout, recognised = -1, None, False
         with SkippedRows(self._name, self._skipped if self._skips else None) as left_out:
             for index, row in enumerate(_guarded(self._rows, self._name)):

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_plugin.data.judging import judge_of_questions
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.sources import Source
 from pivot_plugin.errors import SettingsError
@@ -61,7 +62,7 @@ def sample(
         SettingsError: for settings that cannot be sampled, or a folder with candidates of other settings.
         DataError: for a question that cannot be used.
     """
-    dataset = load_questions(questions).verify()
+    dataset = load_questions(questions).verify(judge=judge_of_questions(processor))
     sampling = Sampling(n, temperature, top_p, max_new_tokens)
     draw = _engine(engine, model, processor)
     settings = {

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pivot_plugin.data.judging import judge_of_questions
 from pivot_plugin.data.questions import load_questions
 from pivot_plugin.errors import DataError
 from pivot_plugin.generation.engines import TransformersEngine
@@ -47,7 +48,7 @@ def vqa(
     """
     subject = subjects.subject(examined)
     model, processor = subject.mllm("VQA")
-    dataset = load_questions(questions).verify()
+    dataset = load_questions(questions).verify(judge=judge_of_questions(processor))
     if not len(dataset):
         raise DataError("There are no questions.", "Give at least one.")
     judges = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)

@@ -78,7 +78,7 @@ def align(
         plain: leave questions out, as LLaVA and the paper do.
         eval_fraction: share of the rows to hold out.
         on_bad_row: as for `optimize`.
-        resume: go on from the last complete checkpoint in `output_dir`.
+        resume: go on from the last complete checkpoint in `output_dir`; as for `optimize`, a finished run is finished.
         **settings: any field of `InstructConfig`, which has all of TRL's SFTConfig. Learning rate 1e-3, one epoch, and
             gradients accumulated to a batch of 256 unless given.
 
@@ -161,10 +161,13 @@ def _instruct(
         trainer = InstructTrainer(**run.trainer_arguments())
         trained = trainer.trained_parameters()
         run.train(trainer)
-        if run.held_out is not None:
+        if run.held_out is not None and run.ended is None:
             metrics = {name: float(value) for name, value in trainer.evaluate().items()}
         history = trainer.state.log_history
-        _save_model(run, trainer)
+        if run.ended is None:
+            _save_model(run, trainer)
+        else:
+            merge_lora(trainer)
         # with it goes the memory of its optimiser
         del trainer
 
@@ -172,13 +175,13 @@ def _instruct(
         model=run.model,
         processor=run.processor,
         output_dir=run.output_dir,
-        metrics=metrics,
-        history=history,
+        metrics=metrics if run.ended is None else run.ended["metrics"],
+        history=history if run.ended is None else run.ended["history"],
         trained=trained,
         settings=run.settings,
-        cost=training.cost,
+        cost=training.cost if run.ended is None else Cost(**run.ended["cost"]),
     )
-    if run.keeper:
+    if run.keeper and run.ended is None:
         run.record(result, origin=instructed_origin(run))
     run.wait()
     return result

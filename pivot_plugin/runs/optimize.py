@@ -17,6 +17,7 @@ from pivot_plugin.errors import SettingsError
 from pivot_plugin.hooks import notify
 from pivot_plugin.rewards import needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
+from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
@@ -76,7 +77,8 @@ def optimize(
             that begin with "generalization/" (see `probes.plot_generalization`).
         on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out
             and lists them in `skipped.jsonl` in `output_dir`.
-        resume: go on from the last complete checkpoint in `output_dir`.
+        resume: go on from the last complete checkpoint in `output_dir`. Of a run that has finished, this gives the
+            result again, takes no step and leaves the folder as it is.
         probes: to be run before training and on what it ends with, as for `compare`; into the history under names that
             begin with "probe/", and into the folder.
         probe_steps: optimiser steps after which to run them too.
@@ -109,18 +111,20 @@ def optimize(
     run = begin(model, processor, options, partial(_load_rows, prefs, eval_prefs, options, functions))
     monitoring = monitoring.with_outside(ood_prefs, run)
     run.announce()
-    if run.keeper:
+    if run.keeper and run.ended is None:
         notify("pivot_run_started", run=run)
 
     metrics: dict[str, dict[str, float]] = {}
+    measured = run.held_out is not None and run.ended is None
     with run.in_place() as training:
         trainer = _trainer(run, functions)
-        monitoring.add_to(trainer, run)
+        if run.ended is None:
+            monitoring.add_to(trainer, run)
         trained = trainer.trained_parameters()
-        if run.held_out is not None:
+        if measured:
             metrics["before"] = trainer.reference_metrics()
         run.train(trainer)
-        if run.held_out is not None:
+        if measured:
             metrics["after"] = trainer.held_out_metrics()
         history = trainer.state.log_history
         lora_weights = merge_lora(trainer)
@@ -131,17 +135,17 @@ def optimize(
         model=run.model,
         processor=run.processor,
         output_dir=run.output_dir,
-        metrics=metrics,
-        history=history,
+        metrics=metrics if run.ended is None else run.ended["metrics"],
+        history=history if run.ended is None else run.ended["history"],
         weight_change=weight_change(run.adapter, training.before),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,
-        cost=training.cost,
-        origin=optimized_origin(run, training.cost),
+        cost=training.cost if run.ended is None else Cost(**run.ended["cost"]),
+        origin=optimized_origin(run, training.cost) if run.ended is None else run.ended["origin"],
         _lora=lora_weights,
     )
-    if run.keeper:
+    if run.keeper and run.ended is None:
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / "encoder")
         run.record(result, weight_change=result.weight_change, origin=result.origin)

@@ -33,12 +33,12 @@ from pivot_plugin.data.split import hold_out
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.loading import load_model
-from pivot_plugin.training.checkpoints import last_checkpoint
+from pivot_plugin.training.checkpoints import check_checkpoint, last_checkpoint
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
 
-from .folder import claim, write_record
+from .folder import claim, finished_record, write_record
 from .in_place import InPlace, in_place
 from .settings import unwatched
 
@@ -117,6 +117,7 @@ class Run:
         rows: to train on, looked at already, where they are no stream.
         held_out: rows to measure on, None where there are none.
         options: what the run was told.
+        ended: the record of the run where it has finished before; then it takes no step, and writes nothing.
     """
 
     base: str
@@ -127,6 +128,7 @@ class Run:
     rows: RowDataset | PairStream
     held_out: RowDataset | None
     options: RunOptions
+    ended: Mapping[str, Any] | None = None
 
     @property
     def config(self) -> TowerConfig:
@@ -155,7 +157,7 @@ class Run:
 
     def announce(self) -> None:
         """Write the record of a run that is not finished."""
-        if self.keeper:
+        if self.keeper and self.ended is None:
             write_record(self.output_dir, {"finished": False, "settings": self.settings})
 
     def in_place(self) -> AbstractContextManager[InPlace]:
@@ -176,7 +178,10 @@ class Run:
 
     def train(self, trainer: Trainer) -> None:
         """Train, from the last complete checkpoint where the run goes on with an earlier one."""
-        checkpoint = last_checkpoint(self.output_dir) if self.options.resume else None
+        every = getattr(trainer, "resumable_every", 1)
+        checkpoint = last_checkpoint(self.output_dir, every) if self.options.resume else None
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, self.config.world_size)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def record(self, result: Finished, **details: Any) -> None:
@@ -223,6 +228,7 @@ def begin(
     if _is_keeper(config):
         claim(options.folder, options.settings, options.resume)
     config.distributed_state.wait_for_everyone()
+    ended = finished_record(options.folder) if options.resume else None
     model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
@@ -234,7 +240,7 @@ def begin(
     if held_out is None:
         # of a stream or of very few rows none can be held out, and that shows only now
         unwatched(config)
-    return Run(base, model, processor, adapter, training_plan, rows, held_out, options)
+    return Run(base, model, processor, adapter, training_plan, rows, held_out, options, ended)
 
 
 def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:

@@ -23,6 +23,7 @@ Sampling, rewards, advantages, losses, metrics, checkpoints and distribution are
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -209,6 +210,14 @@ class Rollouts(TowerTraining):
             if name.startswith("eval_rewards/") and name.endswith("/mean")
         }
         return {short: float(measured[name]) for name, short in names.items()}
+
+    @property
+    def resumable_every(self) -> int:
+        """Steps after which no roll-outs are left from an older model, which no checkpoint keeps."""
+        generated_for = self.args.steps_per_generation * self.num_iterations
+        return math.lcm(generated_for, self.args.gradient_accumulation_steps) // int(
+            self.args.gradient_accumulation_steps
+        )
 
     @property
     def _mode(self) -> str:

@@ -1,6 +1,6 @@
 """Rows that say where a row is: what TRL is given as a data set, so that images load in the collator, in its worker."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -33,14 +33,31 @@ def pointing(sources: Sequence[Source], first: int = 0) -> list[Dataset]:
     ]
 
 
-def streaming(rows: Iterable[dict[str, Any]]) -> IterableDataset:
-    """A data set over rows that no position points to; its rows hold the `row` itself."""
+class Stream(Protocol):
+    """Rows that come in order."""
+
+    @property
+    def once(self) -> bool:
+        """Whether they can be read only once."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+
+def streaming(rows: Stream) -> IterableDataset:
+    """A data set over rows that no position points to; its rows hold the `row` itself.
+
+    It begins again where they end. Transformers' trainer would, too, but a run that it resumes it takes to be in its
+    first pass, however many batches it has to skip.
+    """
     return IterableDataset.from_generator(_items, gen_kwargs={"rows": rows})
 
 
-def _items(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {"row": row}
+def _items(rows: Stream) -> Iterator[dict[str, Any]]:
+    while True:
+        for row in rows:
+            yield {"row": row}
+        if rows.once:
+            return
 
 
 @dataclass
