@@ -117,6 +117,9 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: for a missing column, an empty answer, equal answers, or images and markers that do not agree.
     """
+    if row.get("prompt") is None and row.get("question") is not None:
+        # rows of a file need not have the columns of its first
+        row = {**row, "prompt": row["question"]}
     if implicit := row.get("prompt") is None and row.get("chosen") is not None and row.get("rejected") is not None:
         if "prompt" in row and isinstance(row["chosen"], str):
             raise DataError(

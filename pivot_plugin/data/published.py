@@ -39,7 +39,7 @@ def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -
 
 
 def _aliases(columns: list[str]) -> Layout | None:
-    renamed = {alias: name for name, alias in ALIASES.items() if alias in columns and name not in columns}
+    renamed = {alias: name for name, alias in ALIASES.items() if alias in columns}
     if not renamed or not ("rejected" in columns or "rejected" in renamed.values()):
         return None
 
@@ -47,13 +47,9 @@ def _aliases(columns: list[str]) -> Layout | None:
         read = dict(row)
         for alias, name in renamed.items():
             value = read.pop(alias, None)
-            if value is None or value == "":
-                continue
-            if read.get(name) not in (None, "", value):
-                raise DataError(
-                    f"The row has {name} and {alias}, which differ.", "Keep one of the two columns.", "two questions"
-                )
-            read[name] = value
+            # where both are there, whichever comes first in the row, its own name wins
+            if read.get(name) is None:
+                read[name] = value
         return read
 
     return layout

@@ -178,7 +178,8 @@ class Run:
 
     def train(self, trainer: Trainer) -> None:
         """Train, from the last complete checkpoint where the run goes on with an earlier one."""
-        every = getattr(trainer, "resumable_every", 1)
+        # of a run that has ended, the last weights are wanted, and no step is taken
+        every = getattr(trainer, "resumable_every", 1) if self.ended is None else 1
         checkpoint = last_checkpoint(self.output_dir, every) if self.options.resume else None
         if checkpoint is not None:
             check_checkpoint(checkpoint, self.config.world_size)

@@ -15,6 +15,7 @@ Overrides, and why each is needed:
     _tokenize_prompts                     a prompt without images may stand beside others with some
     _generate_single_turn                 the tower encodes each distinct image once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
+    _get_train_sampler                    the order of an epoch depends on its number, for runs that are resumed in it
     _prepare_inputs                       the roll-outs of a prompt come in one batch
     compute_loss                          a non-finite loss names its questions
 
@@ -52,6 +53,7 @@ from .batch import ForestBatch, ForestCollator, ImageSets
 from .forest_check import varied_rows
 from .plan import TrainingPlan, unwrapped
 from .rows import pointing
+from .sampler import EpochRepeatSampler
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -330,6 +332,17 @@ class Rollouts(TowerTraining):
         return self._forest_collator.batch_of(sequences, starts, image_sets, [shown.names[row] for row in rows])
 
     _buffered_inputs: list[dict[str, Any]] | None
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
+        of_trl = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            data_source=of_trl.data_source,
+            mini_repeat_count=of_trl.mini_repeat_count,
+            batch_size=of_trl.batch_size,
+            repeat_count=of_trl.repeat_count,
+            shuffle=of_trl.shuffle,
+            seed=of_trl.seed,
+        )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         # TRL's own `_prepare_inputs`, in training, is given the rows of a whole generation batch and (1) scores their
