@@ -41,6 +41,11 @@ def fits(value: object, expected: Any) -> bool:
         return not isinstance(value, Mapping) and all(fits(item, arguments[0]) for item in items)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
+    if origin is tuple:
+        fixed = len(arguments) == len(value) if isinstance(value, list | tuple) and ... not in arguments else True
+        return isinstance(value, list | tuple) and fixed and all(fits(item, arguments[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, origin)
     if expected in (int, float):
         # numpy's numbers too, and none that is not one; no trainer counts beyond what 64 bits hold
         kind = numbers.Integral if expected is int else numbers.Real

@@ -1,6 +1,7 @@
 """Rows that say where a row is: what TRL is given as a data set, so that images load in the collator, in its worker."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -33,31 +34,25 @@ def pointing(sources: Sequence[Source], first: int = 0) -> list[Dataset]:
     ]
 
 
-class Stream(Protocol):
-    """Rows that come in order."""
-
-    @property
-    def once(self) -> bool:
-        """Whether they can be read only once."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-
-
-def streaming(rows: Stream) -> IterableDataset:
+def streaming(rows: Iterable[dict[str, Any]], endless: bool = False) -> IterableDataset:
     """A data set over rows that no position points to; its rows hold the `row` itself.
 
-    It begins again where they end. Transformers' trainer would, too, but a run that it resumes it takes to be in its
-    first pass, however many batches it has to skip.
+    Args:
+        rows: that come in order.
+        endless: begin again where they end, if they can be read again. Transformers' trainer would, too, but a run that
+            it resumes it takes to be in its first pass, however many batches it has to skip.
     """
-    return IterableDataset.from_generator(_items, gen_kwargs={"rows": rows})
+    return IterableDataset.from_generator(_items, gen_kwargs={"rows": rows, "endless": endless})
 
 
-def _items(rows: Stream) -> Iterator[dict[str, Any]]:
-    while True:
+def _items(rows: Iterable[dict[str, Any]], endless: bool) -> Iterator[dict[str, Any]]:
+    # an iterator is its own iterator, and gives its rows once; a stream of pairs may stand before one
+    once = getattr(rows, "once", iter(rows) is rows)
+    for number in itertools.count():
+        if number and (once or not endless):
+            return
         for row in rows:
             yield {"row": row}
-        if rows.once:
-            return
 
 
 @dataclass
