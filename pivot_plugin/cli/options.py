@@ -35,6 +35,11 @@ ARGUMENTS = frozenset(
         "image_folder",
         "arms",
         "seeds",
+        "questions",
+        "final_questions",
+        "pairs",
+        "skip",
+        "stages",
     )
 )
 LONGEST_RANK = 7

@@ -81,8 +81,11 @@ def open_source(
         DataError: if the source is none of these, cannot be read, or is empty.
     """
     image_folder = None if image_folder is None else Path(image_folder)
-    if image_folder is not None and not image_folder.is_dir():
-        raise DataError(f"image_folder {str(image_folder)!r} is no folder.", "Give the folder that holds the images.")
+    with foreign_code("image_folder cannot be read", "Give the folder that holds the images."):
+        if image_folder is not None and not image_folder.is_dir():
+            raise DataError(
+                f"image_folder {str(image_folder)!r} is no folder.", "Give the folder that holds the images."
+            )
     access = ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels, image_folder=image_folder)
     with foreign_code(f"{name} cannot be opened", f"Give {FORMS}."):
         opened = _open(source, name, split, streaming, access)
