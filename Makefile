@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test test-families test-releases lint types env clean
+.PHONY: demo check test fuzz test-families test-releases lint types env clean
 
 env: .venv/installed
 
@@ -25,6 +25,16 @@ check: env lint types
 
 test: env lint types
 	$(PYTEST) --ignore tests/compatibility
+
+# The property tests with as many examples each as FUZZ says; nothing stops at the first that breaks, all are counted.
+# Then every kind of run is killed KILLS times and resumed. The same SEED tries the same.
+FUZZ ?= 10000
+KILLS ?= 50
+SEED ?= $(shell date +%s)
+fuzz: env
+	@echo "make fuzz FUZZ=$(FUZZ) KILLS=$(KILLS) SEED=$(SEED)"
+	PIVOT_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s -m fuzz --hypothesis-seed=$(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.kills --kills $(KILLS) --seed $(SEED)
 
 # every family of the zoo, and the conformance kit; part of `make test`
 test-families: env

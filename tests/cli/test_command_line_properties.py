@@ -106,4 +106,4 @@ def test_odd_command_lines(folder: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                     path.unlink(missing_ok=True) if path.is_file() else None
 
-    fuzz("command lines", command_lines(tried), look, cheap=120)
+    fuzz("command lines", command_lines(tried), look, cheap=200)

@@ -59,4 +59,4 @@ def test_broken_recipes() -> None:
                 assert re.search(r"mine\.yaml, line \d+", error.finding), error.finding
                 raise
 
-    fuzz("recipes", broken_recipes(), look, cheap=60)
+    fuzz("recipes", broken_recipes(), look, cheap=200)

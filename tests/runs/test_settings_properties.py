@@ -52,4 +52,4 @@ def test_odd_settings() -> None:
         else:
             instruct_configuration({}, given, Path("run"), "all", True, 8)
 
-    fuzz("settings", settings(), look, cheap=200)
+    fuzz("settings", settings(), look, cheap=400)
