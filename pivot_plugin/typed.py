@@ -49,7 +49,7 @@ def fits(value: object, expected: Any) -> bool:
     if expected in (int, float):
         # numpy's numbers too, and none that is not one; no trainer counts beyond what 64 bits hold
         kind = numbers.Integral if expected is int else numbers.Real
-        return isinstance(value, kind) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+        return isinstance(value, kind) and not isinstance(value, bool) and bool(-LARGEST <= value <= LARGEST)  # type: ignore[operator]
     if expected is str:
         return isinstance(value, str | Path)
     return isinstance(value, type(None) if expected is None else expected)

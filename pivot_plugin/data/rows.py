@@ -112,7 +112,9 @@ class RowDataset:
         keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
         bad: list[int] = []
         with SkippedRows(self._name, skipped if on_bad_row == "skip" else None, len(self)) as left_out:
-            for position, record in enumerate(inspect_rows(self, self._name, judge=judge, known=self._keys)):
+            for position, record in enumerate(
+                inspect_rows(self, self._name, judge=judge, known=None if self._keys is None else self._keys.tolist())
+            ):
                 if record.error is None:
                     keys[position] = record.key.encode()
                 elif on_bad_row == "raise":

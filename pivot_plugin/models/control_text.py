@@ -152,7 +152,7 @@ class ControlText:
         # what a tokenizer cannot do with its own description it says in exceptions of the plainest kind
         except Exception:
             return None
-        ids = {tokenizer.token_to_id(content): true_id for content, true_id in true_ids.items()}
+        ids = {int(tokenizer.token_to_id(content) or 0): true_id for content, true_id in true_ids.items()}
         return (tokenizer, ids) if self._agrees(tokenizer, ids) else None
 
     def _agrees(self, tokenizer: Tokenizer, ids: Mapping[int, int]) -> bool:

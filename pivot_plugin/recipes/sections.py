@@ -14,8 +14,9 @@ from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.objectives import ONLINE, resolve
 from pivot_plugin.probes.lookup import NEED_MLLM
+from pivot_plugin.typed import shown
 
-from .door import Key, RecipeError, Section, plain, read, shown, values_of
+from .door import Key, RecipeError, Section, plain, read, values_of
 
 SeedsFrom = Literal["assemble", "optimize", "transplant"]
 Examined = Literal["encoder", "optimized", "transplant"]

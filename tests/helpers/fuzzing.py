@@ -1,7 +1,7 @@
 """Property tests whose failures can be counted: a few hundred examples in `make test`, as many as asked in `make fuzz`.
 
-`PIVOT_FUZZ=10000 pytest -m fuzz --hypothesis-seed=7 -s` tries so many of each, does not stop at the first that breaks,
-and prints how many broke, of how many kinds, each with an example. Such an example is then kept as a test.
+With PIVOT_FUZZ=10000 in the environment so many are tried of each; nothing stops at the first that breaks, and how many
+broke, of how many kinds, is printed, each with an example. Such an example is then kept as a test.
 """
 
 import os

@@ -24,8 +24,6 @@ from tests.helpers import picture
 from tests.helpers.fuzzing import ODD_VALUES, damaged, fuzz
 from tests.helpers.images import encoded
 
-pytestmark = pytest.mark.fuzz
-
 
 class Encoded(bytes):
     """An image file that is short to read in a failing example."""

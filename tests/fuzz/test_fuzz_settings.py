@@ -11,10 +11,7 @@ from pivot_plugin.config import InstructConfig, PivotConfig, PivotGRPOConfig, Pi
 from pivot_plugin.runs.settings import configuration, instruct_configuration
 from tests.helpers.fuzzing import ODD_VALUES, fuzz
 
-pytestmark = [
-    pytest.mark.fuzz,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 CONFIGS = {"dpo": PivotConfig, "mpo": PivotConfig, "grpo": PivotGRPOConfig, "rloo": PivotRLOOConfig, "": InstructConfig}
 # these start or look for other programs
 NOT_TRIED = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config")

@@ -4,7 +4,6 @@ import re
 import tempfile
 from pathlib import Path
 
-import pytest
 from hypothesis import strategies as st
 
 from pivot_plugin.errors import PivotError
@@ -12,7 +11,6 @@ from pivot_plugin.recipes import load_recipe
 from pivot_plugin.recipes.file import READY, ready_recipe
 from tests.helpers.fuzzing import fuzz
 
-pytestmark = pytest.mark.fuzz
 KEYED = re.compile(r"(\s*)([\w.-]+):\s*(.*)")
 VALUES = [
     *["", "null", "true", "-1", "0", "1.5", "1e400", ".nan", ".inf", "'text'", "[]", "{}", "[1, [2]]", "{a: 1}"],

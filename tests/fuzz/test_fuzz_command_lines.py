@@ -19,7 +19,7 @@ from pivot_plugin.errors import TrainingError
 from pivot_plugin.testing import build
 from tests.helpers.fuzzing import fuzz
 
-pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 # runs for minutes, or starts processes
 NOT_TRIED = ("demo", "--accelerate-config", "--num-processes")
 GOOD = ["model", "pairs.jsonl", "conversations.jsonl", "folder", "dpo", "none", "16", "0.5", "3", "max_steps=1"]
