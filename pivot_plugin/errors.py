@@ -26,6 +26,8 @@ class PivotError(Exception):
     """
 
     def __init__(self, finding: str = "", remedy: str = "") -> None:
+        # what is named may hold half a surrogate pair, which no terminal, log or file can be written
+        finding, remedy = (text.encode("utf-8", "backslashreplace").decode() for text in (finding, remedy))
         super().__init__(finding, remedy)
         self.finding = finding
         self.remedy = remedy
@@ -45,7 +47,7 @@ class DataError(PivotError):
     def __init__(self, finding: str = "", remedy: str = "", kind: str = "unusable row") -> None:
         super().__init__(finding, remedy)
         # exceptions are pickled by their args, on the way out of worker processes too
-        self.args = (finding, remedy, kind)
+        self.args = (self.finding, self.remedy, kind)
         self.kind = kind
 
 

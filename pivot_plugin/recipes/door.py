@@ -36,7 +36,7 @@ class RecipeError(SettingsError):
 
     def __init__(self, finding: str = "", remedy: str = "", key: Key = ()) -> None:
         super().__init__(finding, remedy)
-        self.args = (finding, remedy, key)
+        self.args = (self.finding, self.remedy, key)
         self.key = key
 
 

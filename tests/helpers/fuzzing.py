@@ -59,11 +59,12 @@ def fuzz(name: str, cases: st.SearchStrategy[Case], look: Callable[[Case], Any],
     def tried(case: Case) -> None:
         tally.tried += 1
         try:
-            look(case)
-        except PivotError as error:
-            tally.refused += 1
-            assert error.finding.strip() and error.remedy.strip(), repr(error)
-            str(error).encode()
+            try:
+                look(case)
+            except PivotError as error:
+                tally.refused += 1
+                assert error.finding.strip() and error.remedy.strip(), f"an error without content: {error!r}"
+                str(error).encode()
         except Exception as error:
             if not WANTED:
                 raise
