@@ -74,6 +74,11 @@ def main() -> None:
             raise
         print(f"pivot: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if os.environ.get("PIVOT_TRACEBACK"):
+            raise
+        print(f"pivot: {said(error)}: {str(error.filename)[:200]!r}.", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         # foreign code, or a mistake of ours: told like an error, and not as one that we expected
         if os.environ.get("PIVOT_TRACEBACK"):

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their texts are read."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,36 +12,42 @@ from pivot_plugin.errors import SettingsError
 
 from .launching import ACCELERATE, PROCESSES
 
-# of the verbs, which are options of the commands or cannot be written on a command line
-ARGUMENTS = frozenset(
-    (
-        "model",
-        "prefs",
-        "captions",
-        "conversations",
-        "processor",
-        "eval_prefs",
-        "output_dir",
-        "objective",
-        "train",
-        "lora",
-        "eval_fraction",
-        "rewards",
-        "ood_prefs",
-        "on_bad_row",
-        "resume",
-        "probes",
-        "probe_steps",
-        "saliency",
-        "image_folder",
-        "arms",
-        "seeds",
-        "questions",
-        "final_questions",
-        "pairs",
-        "skip",
-        "stages",
-    )
+# of the verbs, and of the recipe of SPECS: options of the commands, or what cannot be written on a command line
+ARGUMENTS = (
+    "model",
+    "prefs",
+    "captions",
+    "conversations",
+    "processor",
+    "eval_prefs",
+    "output_dir",
+    "objective",
+    "train",
+    "lora",
+    "eval_fraction",
+    "rewards",
+    "ood_prefs",
+    "on_bad_row",
+    "resume",
+    "probes",
+    "probe_steps",
+    "saliency",
+    "image_folder",
+    "arms",
+    "seeds",
+)
+ARGUMENTS_OF_SPECS = (
+    "model",
+    "questions",
+    "processor",
+    "final_questions",
+    "pairs",
+    "output_dir",
+    "train",
+    "lora",
+    "skip",
+    "stages",
+    "resume",
 )
 LONGEST_RANK = 7
 
@@ -94,17 +101,19 @@ def setting(text: str) -> tuple[str, Any]:
         return name, {"true": True, "false": False, "none": None}.get(value.lower(), value)
 
 
-def settings_of(texts: list[str] | None) -> dict[str, Any]:
+def settings_of(texts: list[str] | None, arguments: Collection[str] = ARGUMENTS) -> dict[str, Any]:
     """What `--set` says, by name: fields of the trainer's configuration, not options of the command.
 
+    Args:
+        texts: as given.
+        arguments: of the function that is called, which are no settings.
+
     Raises:
-        SettingsError: for a text that is not name=value, a name that stands there twice, or an option of a command.
+        SettingsError: for a text that is not name=value, or an option of a command.
     """
     settings: dict[str, Any] = {}
     for name, value in map(setting, texts or []):
-        if name in settings:
-            raise SettingsError(f"--set {name} stands there twice.", "Give it once.")
-        if name in ARGUMENTS:
+        if name in arguments:
             raise SettingsError(
                 f"--set {name}= is no setting of the trainer.",
                 f"Give it as --{name.replace('_', '-')}, where it is an option.",

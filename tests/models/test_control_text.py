@@ -16,7 +16,7 @@ from pivot_plugin.generation.sampling import sample
 from pivot_plugin.models.control_text import OPEN, ControlText
 from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.preferences import check
-from pivot_plugin.probes import vqa
+from pivot_plugin.probes import subject, vqa
 from pivot_plugin.quickstart import world
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.conversation_batch import ConversationCollator
@@ -101,7 +101,7 @@ def test_whoever_is_given_text_refuses_such_a_row(llava: Tiny) -> None:
     model, processor = llava
     bad = {"prompt": QUESTION, "image": picture(60, 60, 1), "answer": "yes"}
     with pytest.raises(DataError, match="row 0 of questions holds"):
-        vqa((model, processor), [bad])
+        vqa(subject(model, processor), [bad])
     with pytest.raises(DataError, match=r"row 0 of questions holds '<\|im_end\|>', .* in its text"):
         sample(model, [bad], processor=processor, n=1, max_new_tokens=2)
     with pytest.raises(DataError, match="row 0 of questions holds"):
