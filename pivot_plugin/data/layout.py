@@ -347,11 +347,17 @@ def messages_of(value: object, role: str, where: str, column: str) -> list[dict[
     for message, given in zip(messages, value, strict=True):
         # a part that says so is meant; in text it is what somebody wrote
         in_text = not isinstance(given.get("content"), list) and any(p["type"] == "image" for p in message["content"])
-        if in_text and message["role"] == "system":
+        if in_text and (message["role"] == "system" or (message["role"] == "assistant" and column == "prompt")):
             raise DataError(
-                f"{where}: the system turn of {column} holds {IMAGE_MARKER} in its text.",
+                f"{where}: the {message['role']} turn of {column} holds {IMAGE_MARKER} in its text.",
                 "Take it out; images belong to the question.",
-                "image marker in a system turn",
+                "image marker where nobody asks",
+            )
+        if given.get("tool_calls"):
+            raise DataError(
+                f"{where}: a turn of {column} has tool_calls, which would be lost.",
+                "Leave the row out, or write the call as text.",
+                "tool_calls cannot be read",
             )
     return messages
 
@@ -380,9 +386,10 @@ def _parts(content: object, where: str, column: str) -> list[dict[str, Any]]:
             parts.append({"type": "image"})
             continue
         written = part.get("text")
-        if not isinstance(written, str):
+        # of several texts one would be lost
+        if not isinstance(written, str) or any(_holds_text(part.get(name)) for name in ("content", "value")):
             raise DataError(
-                f"{where}: a text part in {column} has no text but {str(part)[:60]!r}.",
+                f"{where}: a text part in {column} has not one text but {str(part)[:60]!r}.",
                 "Parts are {'type': 'text', 'text': ...} or {'type': 'image'}; give the text as a string.",
                 "wrong type",
             )

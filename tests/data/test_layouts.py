@@ -113,6 +113,7 @@ def test_a_typo_in_columns_is_said(columns: dict[str, str], said: str) -> None:
 
 
 IMAGE = picture(20, 20, 1)
+ASKED = [{"role": "user", "content": "what?"}]
 BETTER = {"chosen": "The animal is a cat", "rejected": "The animal is a dog", "image": IMAGE}
 
 
@@ -131,9 +132,18 @@ def test_a_question_under_an_unknown_name_is_not_lost(column: str, question: obj
     ("change", "said"),
     [
         ({"prompt": None}, "its prompt is null"),
-        ({"prompt": [{"role": "user", "content": [{"type": "text", "content": "x"}]}]}, "has no text but"),
-        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": 0}]}]}, "has no text but"),
-        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": ["a"]}]}]}, "has no text but"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "content": "x"}]}]}, "has not one text but"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": 0}]}]}, "has not one text but"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": ["a"]}]}]}, "has not one text but"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}]},
+            "has not one text but",
+        ),
+        (
+            {"prompt": [*ASKED, {"role": "assistant", "content": "an <image>"}, *ASKED]},
+            "the assistant turn of prompt holds",
+        ),
+        ({"prompt": "a?", "chosen": [{"role": "assistant", "content": "b", "tool_calls": [1]}]}, "has tool_calls"),
         ({"prompt": "a?", "images": [picture(20, 20, 2)]}, "1 image.* in 'images' and 1 in 'image'"),
         ({"prompt": "a \ud800?"}, "prompt holds '.ud800' at character 2"),
         ({"prompt": "a?", "score_chosen": float("nan")}, "score_chosen is float"),
