@@ -171,7 +171,7 @@ def load(
         split: of a data set that has several; "train" where not given.
         columns: our column names to the data's own: {"prompt": "instruction"}.
         on_bad_row: "raise" names a row that cannot be used when it is read (or all are verified, as training does);
-            "skip" looks at all rows now and leaves bad ones out.
+            "skip" looks at all rows now and leaves bad ones out, up to half of them.
         skipped: file that lists what was left out and why, a line of JSON each.
         streaming: read a Hub data set as a stream.
         allow_urls: fetch images given by http(s) address.

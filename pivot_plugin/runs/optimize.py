@@ -75,8 +75,9 @@ def optimize(
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
-        on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out
-            and lists them in `skipped.jsonl` in `output_dir`.
+        on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out,
+            also those that the model cannot take (too long, refused by its processor), and lists them in
+            `skipped.jsonl` in `output_dir`; where more than half are bad it stops and says so.
         resume: go on from the last complete checkpoint in `output_dir`. Of a run that has finished, this gives the
             result again, takes no step and leaves the folder as it is.
         probes: to be run before training and on what it ends with, as for `compare`; into the history under names that
