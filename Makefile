@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test test-families families test-releases lint types env clean
+.PHONY: demo check test fuzz test-families families test-releases lint types env clean
 
 env: .venv/installed
 
@@ -33,6 +33,15 @@ test-families: env
 # asks every family, and writes what is found into its record and into README
 families: env
 	$(BIN)/python -m pivot_plugin.testing.zoo_findings tests/testing/families.json README.md
+# The property tests at length, in one process so that a seed repeats a run, and every kind of run killed and gone on with;
+# failing examples are counted by kind, and kept as tests. `make fuzz PIVOT_FUZZ=500 KILLS=5` for a shorter look.
+PIVOT_FUZZ ?= 10000
+FUZZ_SEED ?= $(shell date +%s)
+KILLS ?= 50
+fuzz: env
+	PIVOT_FUZZ=$(PIVOT_FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s -p no:randomly --hypothesis-seed=$(FUZZ_SEED) \
+		tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.kills --kills $(KILLS) --seed $(FUZZ_SEED)
 
 # Features in other releases of transformers, each in an environment of its own that is made once in .releases.
 test-releases: env

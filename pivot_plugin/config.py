@@ -34,7 +34,8 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
 
     Defaults that differ from TRL's: `lr_scheduler_type="cosine"` and `warmup_steps=0.03` (arXiv 2510.16333, appendix
     E.1), `bf16` only where the device has it, `dataloader_pin_memory` only with a GPU, `remove_unused_columns=False`,
-    `report_to="none"`.
+    `report_to="none"`, and `restore_callback_states_from_checkpoint=True`, so that a resumed run stops where an
+    undisturbed one does.
 
     Args:
         train: which parts train: "encoder" (the vision tower), "encoder+projector", "all" (the paper's setting); with
@@ -59,6 +60,9 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
         default_factory=torch.cuda.is_available, metadata={"help": "Pin host memory; default where there is a GPU."}
     )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are sent."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run goes on counting, towards its early stop too."}
+    )
     train: Train = field(default="encoder", metadata={"help": f"One of {', '.join(TRAIN_CHOICES)}."})
     frozen: list[str] | None = field(default=None, metadata={"help": "Modules that stay as they are."})
     learning_rates: dict[str, float] | None = field(default=None, metadata={"help": "Learning rate per part."})

@@ -107,10 +107,10 @@ def _first_difference(was: Any, now: Any, path: tuple[str, ...]) -> tuple[str, A
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a run, None where there is none or half of one."""
     try:
-        record: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return record
+    return record if isinstance(record, dict) else None
 
 
 def cache_folder(name: str) -> Path:

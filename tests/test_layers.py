@@ -28,7 +28,7 @@ LAYERS = (
     ("adapters",),
     ("hooks",),
     ("config",),
-    ("files", "extras", "deadline", "choices"),
+    ("files", "extras", "deadline", "choices", "typed"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pivot_plugin import __version__
-from pivot_plugin.errors import PivotError
+from pivot_plugin.errors import PivotError, said
 
 from . import encoders, measure, models, prefs, recipe, training
 
@@ -73,6 +73,21 @@ def main() -> None:
         if os.environ.get("PIVOT_TRACEBACK"):
             raise
         print(f"pivot: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if os.environ.get("PIVOT_TRACEBACK"):
+            raise
+        print(f"pivot: {said(error)}: {str(error.filename)[:200]!r}.", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        # foreign code, or a mistake of ours: told like an error, and not as one that we expected
+        if os.environ.get("PIVOT_TRACEBACK"):
+            raise
+        print(
+            f"pivot: stopped by {said(error)}. Nothing was expected to raise this: PIVOT_TRACEBACK=1 shows where it "
+            "comes from, for a report.",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("pivot: interrupted; finished checkpoints are kept.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their texts are read."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,45 @@ from pivot_plugin.choices import OnBadRow, Train
 from pivot_plugin.errors import SettingsError
 
 from .launching import ACCELERATE, PROCESSES
+
+# of the verbs, and of the recipe of SPECS: options of the commands, or what cannot be written on a command line
+ARGUMENTS = (
+    "model",
+    "prefs",
+    "captions",
+    "conversations",
+    "processor",
+    "eval_prefs",
+    "output_dir",
+    "objective",
+    "train",
+    "lora",
+    "eval_fraction",
+    "rewards",
+    "ood_prefs",
+    "on_bad_row",
+    "resume",
+    "probes",
+    "probe_steps",
+    "saliency",
+    "image_folder",
+    "arms",
+    "seeds",
+)
+ARGUMENTS_OF_SPECS = (
+    "model",
+    "questions",
+    "processor",
+    "final_questions",
+    "pairs",
+    "output_dir",
+    "train",
+    "lora",
+    "skip",
+    "stages",
+    "resume",
+)
+LONGEST_RANK = 7
 
 RunFolder = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the run.")]
 TrainedParts = Annotated[Train, typer.Option(help="Which parts of the model train.")]
@@ -31,9 +71,12 @@ Processes = Annotated[int | None, PROCESSES]
 
 def lora_rank(text: str) -> int | None:
     """A rank, or None for "none"."""
-    if not text.isdigit() and text.lower() != "none":
-        raise SettingsError(f"--lora is {text!r}.", "Give a rank such as 16, or none.")
-    return int(text) if text.isdigit() else None
+    if text.lower() == "none":
+        return None
+    # of digits there are more than ten, and of ranks fewer than so many
+    if not (text.isascii() and text.isdigit() and len(text) < LONGEST_RANK):
+        raise SettingsError(f"--lora is {text[:40]!r}.", "Give a rank such as 16, or none.")
+    return int(text)
 
 
 def reward_weight(text: str) -> tuple[str, float]:
@@ -54,16 +97,35 @@ def setting(text: str) -> tuple[str, Any]:
         raise SettingsError(f"{text!r} is not name=value.", "For example: --set learning_rate=1e-4.")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    # numbers of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError):
         return name, {"true": True, "false": False, "none": None}.get(value.lower(), value)
 
 
-def settings_of(texts: list[str] | None) -> dict[str, Any]:
-    """What `--set` says, by name."""
-    return dict(setting(text) for text in texts or [])
+def settings_of(texts: list[str] | None, arguments: Collection[str] = ARGUMENTS) -> dict[str, Any]:
+    """What `--set` says, by name: fields of the trainer's configuration, not options of the command.
+
+    Args:
+        texts: as given.
+        arguments: of the function that is called, which are no settings.
+
+    Raises:
+        SettingsError: for a text that is not name=value, or an option of a command.
+    """
+    settings: dict[str, Any] = {}
+    for name, value in map(setting, texts or []):
+        if name in arguments:
+            raise SettingsError(
+                f"--set {name}= is no setting of the trainer.",
+                f"Give it as --{name.replace('_', '-')}, where it is an option.",
+            )
+        settings[name] = value
+    return settings
 
 
 def empty_folder(folder: Path) -> None:
     """Refuse a folder that holds something."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{str(folder)!r} is no folder.", "Choose another folder.")
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"Folder {str(folder)!r} is not empty.", "Choose another folder, or empty it.")

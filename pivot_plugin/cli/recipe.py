@@ -12,7 +12,7 @@ import typer
 from pivot_plugin.errors import SettingsError
 
 from .launching import relaunched
-from .options import AccelerateConfig, Lora, Processes, lora_rank, setting
+from .options import ARGUMENTS_OF_SPECS, AccelerateConfig, Lora, Processes, lora_rank, setting, settings_of
 
 group = typer.Typer(help="Several runs one after another.", no_args_is_help=True)
 
@@ -44,7 +44,7 @@ def specs(
             name, value = setting(rest)
             stages.setdefault(stage, {})[name] = value
         else:
-            common |= dict([setting(text)])
+            common |= settings_of([text], ARGUMENTS_OF_SPECS)
     rank = lora_rank(lora)
     from pivot_plugin import recipes
 

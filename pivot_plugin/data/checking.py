@@ -151,6 +151,7 @@ class _Found:
     def __init__(self) -> None:
         self._bad: dict[str, tuple[array[int], list[str], str]] = {}
         self._near: array[int] = array("q")
+        self._reversed: array[int] = array("q")
         self._keys: array[int] = array("Q")
         self._rows: array[int] = array("q")
         self._pairs: array[int] = array("q")
@@ -178,6 +179,8 @@ class _Found:
             lengths.append(length)
         if record.near:
             self._near.append(row)
+        if record.reversed:
+            self._reversed.append(row)
         for token in record.special:
             if token in self._special or len(self._special) < MOST_SPECIAL:
                 self._special[token].append(row)
@@ -194,6 +197,10 @@ class _Found:
             remedy = "One of the two is wrong: drop one, or both."
             example = "The same two answers to the same question stand both ways round."
             defects.append(Defect("contradictory pairs", "error", contradictory, [example], remedy))
+        if len(self._reversed):
+            remedy = "Swap chosen and rejected, or leave the scores out where lower ones are better."
+            example = "score_rejected is higher than score_chosen."
+            defects.append(Defect("scores the wrong way round", "error", self._reversed, [example], remedy))
         if duplicated:
             remedy = "Each counts again: drop the repeats unless that is meant."
             example = "The same images, prompt, chosen and rejected stood in an earlier row."

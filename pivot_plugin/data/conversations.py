@@ -7,7 +7,7 @@ from typing import Any
 from pivot_plugin.errors import DataError
 from pivot_plugin.hooks.types import Layout
 
-from .layout import IMAGE_MARKER, images_of, messages_of, refuse_lost_question, text_of, with_markers
+from .layout import IMAGE_MARKER, id_of, images_of, messages_of, refuse_lost_question, text_of, with_markers
 from .rows import RowDataset
 from .sources import open_source
 
@@ -66,7 +66,7 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
         DataError: for an unknown layout or speaker, no answer, or images and markers that do not agree.
     """
     # an empty path stands for no image
-    images = [image for image in images_of(row) if not (image is None or image == "")]
+    images = [image for image in images_of(row, where) if not (image is None or image == "")]
     messages = messages_of(_turns(row, where), "user", where, "conversations")
     if len(images) == 1:
         messages = [_image_first(message) for message in messages]
@@ -87,9 +87,8 @@ def normalise_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]
         read = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
         unread = [name for name in QUESTION_COLUMNS if name in row and name != read]
         refuse_lost_question(row, where, unread, "Call the column of the question 'question'")
-    row_id = row.get("id")
     return {
-        "id": str(where if row_id is None or row_id == "" else row_id),
+        "id": id_of(row, where),
         "images": images,
         "messages": with_markers(messages, len(images), where),
     }

@@ -1,17 +1,20 @@
 """Images of a row, in whatever form people keep them: PIL, bytes, path, URL, or a row of datasets' Image feature."""
 
+import functools
 import hashlib
 import io
-import struct
-import urllib.error
+import math
+import stat
 import urllib.request
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from pivot_plugin.errors import DataError
+from pivot_plugin.errors import DataError, foreign_code
 
 # where Pillow begins to warn of a decompression bomb; at twice this it refuses
 MAX_PIXELS = 89_478_485
@@ -19,6 +22,15 @@ URL_TIMEOUT_S = 30
 KEY_LENGTH = 32
 EXIF_ORIENTATION = 0x0112
 UNREADABLE, OVERLARGE, MISSING = "unreadable image", "over-large image", "image not found"
+TOO_SMALL = "too small an image"
+# what is opened at all: formats that pictures for training come in, and no document, icon or game texture
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# of a file for every pixel that an image may have: 16 bits in four channels, uncompressed
+BYTES_PER_PIXEL = 8
+# a processor stretches an image to patches of 14 or more pixels; of fewer pixels than these it makes a smear, and
+# of a longer strip it makes nothing (Qwen's refuses it)
+SMALLEST_SIDE, LONGEST_STRIP = 4, 200
+REMEMBERED_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class ImageAccess:
                     "Keep the images of an archive inside it, or unpack it yourself and give the folder.",
                     "path outside its folder",
                 )
-            return path.read_bytes()
+            return self._file(path, source, where)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             elsewhere = self.image_folder is not None and self.image_folder / source != tried
@@ -91,6 +103,31 @@ class ImageAccess:
                 MISSING,
             ) from error
 
+    def _file(self, path: Path, source: object, where: str) -> bytes:
+        """The content of a file, which is looked at before it is opened: a pipe or a device may never end."""
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(
+                f"{where}: image {str(source)!r} is a {_kind_of_file(status.st_mode)}.", "Give the path of a file."
+            )
+        self._bounded(status.st_size, source, where)
+        with path.open("rb") as file:
+            return file.read(self._most_bytes)
+
+    @property
+    def _most_bytes(self) -> int:
+        """How large the file of an image may be."""
+        return BYTES_PER_PIXEL * self.max_pixels + 1_000_000
+
+    def _bounded(self, size: int, source: object, where: str) -> None:
+        if size > self._most_bytes:
+            raise DataError(
+                f"{where}: image {str(source)!r} has {size:,} bytes or more; {self._most_bytes:,} are read for at most "
+                f"{self.max_pixels:,} pixels.",
+                "Scale it down, or load the data with a larger max_pixels=.",
+                OVERLARGE,
+            )
+
     def _fetched(self, url: str, where: str) -> bytes:
         if not self.allow_urls:
             raise DataError(
@@ -100,16 +137,15 @@ class ImageAccess:
             )
         if not url.startswith(("http://", "https://")):
             raise DataError(f"{where}: image {url!r} is no http address.", "Give http(s) addresses or paths.")
-        try:
-            with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as answer:
-                content: bytes = answer.read()
-                return content
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise DataError(
-                f"{where}: image {url!r} cannot be fetched ({error}).",
-                "Check the address, or leave the row out.",
-                MISSING,
-            ) from error
+        with (
+            foreign_code(
+                f"{where}: image {url!r} cannot be fetched", "Check the address, or leave the row out.", kind=MISSING
+            ),
+            urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as answer,
+        ):
+            content: bytes = answer.read(self._most_bytes + 1)
+            self._bounded(len(content), url, where)
+            return content
 
     def open(self, source: object, where: str = "image") -> Image.Image:
         """Decode an image to RGB: upright, first frame, 16-bit greys scaled to 8 bits.
@@ -118,12 +154,9 @@ class ImageAccess:
             source, where: as for `encoded`.
 
         Raises:
-            DataError: if it is no image, truncated, empty or over-large.
+            DataError: if it is no image, truncated, empty, over-large or too small, or its pixels are no colours.
         """
-        encoded = self.encoded(source, where)
-        if isinstance(encoded, Image.Image):
-            return _rgb(encoded)
-        return self._decoded(encoded, source, where)
+        return self._shown(self.encoded(source, where), source, where)
 
     def size(self, source: object, where: str = "image") -> tuple[int, int]:
         """Width and height of an image as `open` gives it, from its header alone.
@@ -136,83 +169,160 @@ class ImageAccess:
         """
         encoded = self.encoded(source, where)
         if isinstance(encoded, Image.Image):
-            return encoded.size
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-                return (image.height, image.width) if turned else image.size
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:
-            raise DataError(
-                f"{where} ({len(encoded)} bytes) is no image: {error}.", "Replace it.", UNREADABLE
-            ) from error
+            width, height = encoded.size
+            return (height, width) if _lies(encoded) else (width, height)
+        with (
+            foreign_code(f"{where} ({len(encoded)} bytes) is no image", "Replace it.", kind=UNREADABLE),
+            Image.open(io.BytesIO(encoded), formats=_formats()) as image,
+        ):
+            return (image.height, image.width) if _lies(image) else image.size
 
-    def check(self, encoded: bytes | Image.Image, source: object, where: str) -> None:
-        """Make sure that an image can be decoded to its end, at the lowest resolution its format allows.
+    def key(self, source: object, where: str = "image") -> str:
+        """A key that is equal for images of which the model is shown the same: the hash of what `open` gives.
+
+        An image that was decoded lately is not decoded again.
+
+        Args:
+            source, where: as for `encoded`.
 
         Raises:
             DataError: as `open`.
         """
-        if isinstance(encoded, bytes):
-            self._decoded(encoded, source, where, lowest=True)
+        encoded = self.encoded(source, where)
+        if isinstance(encoded, Image.Image):
+            return pixel_key(self._shown(encoded, source, where))
+        stored = hashlib.sha256(encoded).digest()
+        remembered = _known_images.get(stored)
+        if remembered is None or remembered.pixels > self.max_pixels:
+            image = self._shown(encoded, source, where)
+            remembered = _known_images[stored] = KnownImage(pixel_key(image), image.width * image.height)
+            if len(_known_images) > REMEMBERED_IMAGES:
+                _known_images.popitem(last=False)
+        return remembered.key
 
-    def _decoded(self, encoded: bytes, source: object, where: str, lowest: bool = False) -> Image.Image:
+    def stored_key(self, source: object, where: str = "image") -> str:
+        """As `key`, without decoding what is encoded: one that differs for the same picture in two files.
+
+        Args:
+            source, where: as for `encoded`.
+
+        Raises:
+            DataError: as `open`, for images that are decoded; as `encoded` for others.
+        """
+        encoded = self.encoded(source, where)
+        if isinstance(encoded, Image.Image):
+            return pixel_key(self._shown(encoded, source, where))
+        return hashlib.sha256(encoded).hexdigest()[:KEY_LENGTH]
+
+    def _shown(self, encoded: bytes | Image.Image, source: object, where: str) -> Image.Image:
+        """An image as the model's processor gets it."""
         name = f"image {str(source)!r}" if isinstance(source, str | Path) else "an image"
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                if image.width * image.height > self.max_pixels:
-                    raise DataError(
-                        f"{where}: {name} has {image.width} x {image.height} pixels, more than {self.max_pixels:,}.",
-                        f"Scale it down, or load the data with a larger max_pixels= (up to {2 * MAX_PIXELS:,}).",
-                        OVERLARGE,
-                    )
-                if not lowest:
-                    return _rgb(image)
-                # a JPEG is read to its end at an eighth of its size, which finds a truncated one
-                image.draft(None, (1, 1))
-                image.load()
-                return image
-        except Image.DecompressionBombError as error:
-            raise DataError(f"{where}: {name} is over-large: {error}.", "Scale it down.", OVERLARGE) from error
-        # what a broken file makes Pillow's decoders raise is not one family of errors
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:
+        size = f" ({len(encoded)} bytes)" if isinstance(encoded, bytes) else ""
+        with foreign_code(
+            f"{where}: {name}{size} is unreadable or truncated",
+            "Replace the file, or leave the row out.",
+            kind="empty image" if isinstance(encoded, bytes) and not encoded else UNREADABLE,
+        ):
+            if isinstance(encoded, Image.Image):
+                self._check_size(encoded, name, where)
+                return _rgb(encoded, name, where)
+            try:
+                with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
+                    self._check_size(image, name, where)
+                    return _rgb(image, name, where)
+            except Image.DecompressionBombError as error:
+                raise DataError(f"{where}: {name} is over-large: {error}.", "Scale it down.", OVERLARGE) from error
+
+    def _check_size(self, image: Image.Image, name: str, where: str) -> None:
+        shorter, longer = sorted(image.size)
+        if image.width * image.height > self.max_pixels:
             raise DataError(
-                f"{where}: {name} ({len(encoded)} bytes) is unreadable or truncated: {error}.",
-                "Replace the file, or leave the row out.",
-                "empty image" if not encoded else UNREADABLE,
-            ) from error
+                f"{where}: {name} has {image.width} x {image.height} pixels, more than {self.max_pixels:,}.",
+                f"Scale it down, or load the data with a larger max_pixels= (up to {2 * MAX_PIXELS:,}).",
+                OVERLARGE,
+            )
+        if shorter < SMALLEST_SIDE or longer > LONGEST_STRIP * shorter:
+            raise DataError(
+                f"{where}: {name} has {image.width} x {image.height} pixels, of which no processor makes a picture.",
+                f"Give images of at least {SMALLEST_SIDE} pixels a side, none more than {LONGEST_STRIP} times as long "
+                "as wide, or leave the row out.",
+                TOO_SMALL,
+            )
+
+
+class KnownImage(NamedTuple):
+    """What is remembered of an encoded image: the key of what it shows, and how many pixels that has."""
+
+    key: str
+    pixels: int
+
+
+_known_images: OrderedDict[bytes, KnownImage] = OrderedDict()
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _kind_of_file(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
+    return next((name for test, name in kinds.items() if test(mode)), "device")
 
 
 def _loaded(image: Image.Image, where: str) -> Image.Image:
     """An image whose file, which Pillow opens but reads late, is read to its end."""
-    try:
+    with foreign_code(
+        f"{where}: an image is unreadable or truncated", "Replace the file, or leave the row out.", kind=UNREADABLE
+    ):
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise DataError(
-            f"{where}: an image is unreadable or truncated: {error}.",
-            "Replace the file, or leave the row out.",
-            UNREADABLE,
-        ) from error
     return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _lies(image: Image.Image) -> bool:
+    """Whether an image is stored on its side."""
+    return image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _rgb(image: Image.Image, name: str, where: str) -> Image.Image:
+    """An image upright and in colours of 8 bits.
+
+    Args:
+        image: decoded or not.
+        name, where: of it, for errors.
+
+    Raises:
+        DataError: for pixels of which nobody knows how bright they are.
+    """
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        # Pillow clips what is above 255 instead of scaling it
-        _, highest = upright.getextrema()
-        if isinstance(highest, int | float) and highest > 255:
-            upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    return upright.convert("RGB")
+    if not upright.mode.startswith(("I", "F")):
+        return upright.convert("RGB")
+    # of one channel; Pillow clips what is above 255 instead of scaling it
+    lowest, highest = (float(value) for value in upright.getextrema())  # type: ignore[arg-type]
+    is_float = upright.mode.startswith("F")
+    if not (math.isfinite(lowest) and math.isfinite(highest)) or lowest < 0 or highest > (255 if is_float else 65535):
+        raise DataError(
+            f"{where}: {name} has pixels from {lowest:g} to {highest:g} ({upright.mode}), of which nobody knows what "
+            "is white.",
+            "Save it in 8 bits; numbers from 0 to 1, 255 or (whole ones) 65,535 are scaled.",
+            UNREADABLE,
+        )
+    if is_float:
+        scale = 255.0 if highest <= 1 else 1.0
+        return upright.point(lambda value: value * scale + 0.5).convert("L").convert("RGB")
+    # 32-bit integers hold 8 bits as well as 16
+    if highest > 255 or upright.mode != "I":
+        upright = upright.convert("I").point(lambda value: value * (1 / 256))
+    return upright.convert("L").convert("RGB")
 
 
-def content_key(encoded: Sequence[bytes | Image.Image]) -> str:
-    """A key that is equal for equal image sets: the hash of their contents, "" for none."""
-    if not encoded:
-        return ""
-    digest = hashlib.sha256()
-    for content in encoded:
-        if isinstance(content, Image.Image):
-            digest.update(f"{content.mode}{content.size}".encode())
-            content = content.tobytes()
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:KEY_LENGTH]
+def pixel_key(image: Image.Image) -> str:
+    """The key of an image that `ImageAccess.open` gave."""
+    return hashlib.sha256(f"{image.width} x {image.height} ".encode() + image.tobytes()).hexdigest()[:KEY_LENGTH]
+
+
+def image_set_key(keys: Sequence[str]) -> str:
+    """The key of an image set, by those of its images; "" for none."""
+    return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:KEY_LENGTH] if keys else ""

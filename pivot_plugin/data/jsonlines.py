@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from pivot_plugin.errors import DataError
+from pivot_plugin.errors import DataError, foreign_code, said
 
 IMAGE_COLUMNS = ("image", "images")
 
@@ -53,15 +53,17 @@ class JsonLines(Sequence[Mapping[str, Any]]):
         number = bisect_right(self._starts, index) - 1
         path, folder = self._parts[number]
         offset = self._offsets[number][index - self._starts[number]]
-        file = self._file(number)
-        file.seek(offset)
-        line = file.readline()
+        with foreign_code(f"{path.name} cannot be read", "Leave the file as it is while it is in use."):
+            file = self._file(number)
+            file.seek(offset)
+            line = file.readline()
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            row = parsed(line)
+        # numbers of thousands of digits, brackets in brackets: not every broken text is a JSONDecodeError
+        except Exception as error:
             with path.open("rb") as whole:
                 lineno = whole.read(offset).count(b"\n") + 1
-            detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else said(error)
             cut = "" if line.endswith(b"\n") else "; the file ends there and may have been cut"
             raise DataError(
                 f"Line {lineno} of {path.name} is not JSON: {detail}{cut}.",
@@ -86,6 +88,26 @@ class JsonLines(Sequence[Mapping[str, Any]]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "JsonLines":
         return self
+
+
+def parsed(text: bytes | str) -> Any:
+    """JSON, in which a key stands once.
+
+    Args:
+        text: of one value.
+
+    Raises:
+        ValueError: if it is none, or a key stands there twice, of which the parser would keep the last.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return made
 
 
 def _line_offsets(path: Path) -> "array[int]":

@@ -3,6 +3,8 @@
 Images stay encoded; a row is checked for everything that can be seen without decoding them.
 """
 
+import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from pivot_plugin.hooks import ask
 from pivot_plugin.hooks.types import Layout
 
 IMAGE_MARKER = "<image>"
+ROLE = re.compile(r"[A-Za-z][A-Za-z_ -]{0,31}")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 BESIDE_A_PAIR = ("images", "image", "id", "source", "score_chosen", "score_rejected")
 BESIDE_A_QUESTION = ("images", "image", "id", "source", "answer", "solution", "completions", "prompt", "question")
@@ -114,6 +117,9 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: for a missing column, an empty answer, equal answers, or images and markers that do not agree.
     """
+    if row.get("prompt") is None and row.get("question") is not None:
+        # rows of a file need not have the columns of its first
+        row = {**row, "prompt": row["question"]}
     if implicit := row.get("prompt") is None and row.get("chosen") is not None and row.get("rejected") is not None:
         if "prompt" in row and isinstance(row["chosen"], str):
             raise DataError(
@@ -158,7 +164,7 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if row.get(name) is not None:
             pair[name] = _number(row[name], where, name)
     if row.get("source") is not None:
-        pair["source"] = str(row["source"])
+        pair["source"] = _writable(str(row["source"]), where, "source")
     return pair
 
 
@@ -183,16 +189,21 @@ def normalise_question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             "columns={'prompt': 'instruction'}.",
             "missing column",
         )
-    images = images_of(row)
+    images = images_of(row, where)
     messages = messages_of(prompt, "user", where, "prompt")
     if "chosen" not in row and not _asks(messages):
         refuse_lost_question(row, where, [name for name in row if name not in BESIDE_A_QUESTION])
-    row_id = row.get("id")
     return {
-        "id": str(where if row_id is None or row_id == "" else row_id),
+        "id": id_of(row, where),
         "images": images,
         "prompt": with_markers(messages, len(images), where),
     }
+
+
+def id_of(row: Mapping[str, Any], where: str) -> str:
+    """What a row calls itself, its place where it has no name."""
+    row_id = row.get("id")
+    return where if row_id is None or row_id == "" else _writable(str(row_id), where, "id")
 
 
 def _asks(prompt: list[dict[str, Any]]) -> bool:
@@ -265,20 +276,55 @@ def _without_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
 
 
-def images_of(row: Mapping[str, Any]) -> list[Any]:
-    sources = row["images"] if row.get("images") is not None else row.get("image")
-    if sources is None:
+def images_of(row: Mapping[str, Any], where: str) -> list[Any]:
+    """The images of a row, from `images` or `image`.
+
+    Raises:
+        DataError: if both hold some and not the same.
+    """
+    of_columns = {name: _listed(row.get(name)) for name in ("images", "image")}
+    images, image = of_columns.values()
+    if images and image and not _same(images, image):
+        raise DataError(
+            f"{where} has {len(images)} image(s) in 'images' and {len(image)} in 'image'.",
+            "Keep one of the two columns.",
+            "images and markers differ",
+        )
+    return images or image
+
+
+def _listed(images: object) -> list[Any]:
+    if images is None:
         return []
-    return list(sources) if isinstance(sources, list | tuple) else [sources]
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _same(images: list[Any], others: list[Any]) -> bool:
+    return len(images) == len(others) and all(
+        one is other or (isinstance(one, str | bytes | Mapping) and one == other)
+        for one, other in zip(images, others, strict=True)
+    )
 
 
 def _number(value: object, where: str, column: str) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise DataError(
-            f"{where}: {column} is {type(value).__name__} {str(value)[:60]!r}.", "Give a number.", "wrong type"
-        ) from error
+            f"{where}: {column} is {type(value).__name__} {shortened(value)}.", "Give a number.", "wrong type"
+        )
+    return number
+
+
+def shortened(value: object) -> str:
+    """A value in an error, however long it is."""
+    try:
+        return repr(str(value)[:60])
+    # an integer of thousands of digits cannot be written
+    except ValueError:
+        return f"of type {type(value).__name__}"
 
 
 def messages_of(value: object, role: str, where: str, column: str) -> list[dict[str, Any]]:
@@ -293,7 +339,27 @@ def messages_of(value: object, role: str, where: str, column: str) -> list[dict[
             "Give a string, or a list of messages with 'role' and 'content'.",
             "wrong type",
         )
-    return [{"role": message["role"], "content": _parts(message.get("content"), where, column)} for message in value]
+    if wrong := next((message["role"] for message in value if not ROLE.fullmatch(message["role"])), None):
+        raise DataError(f"{where}: a role in {column} is {wrong[:60]!r}.", "Give a word, such as 'user'.", "wrong type")
+    messages = [
+        {"role": message["role"], "content": _parts(message.get("content"), where, column)} for message in value
+    ]
+    for message, given in zip(messages, value, strict=True):
+        # a part that says so is meant; in text it is what somebody wrote
+        in_text = not isinstance(given.get("content"), list) and any(p["type"] == "image" for p in message["content"])
+        if in_text and (message["role"] == "system" or (message["role"] == "assistant" and column == "prompt")):
+            raise DataError(
+                f"{where}: the {message['role']} turn of {column} holds {IMAGE_MARKER} in its text.",
+                "Take it out; images belong to the question.",
+                "image marker where nobody asks",
+            )
+        if given.get("tool_calls"):
+            raise DataError(
+                f"{where}: a turn of {column} has tool_calls, which would be lost.",
+                "Leave the row out, or write the call as text.",
+                "tool_calls cannot be read",
+            )
+    return messages
 
 
 def _parts(content: object, where: str, column: str) -> list[dict[str, Any]]:
@@ -319,12 +385,33 @@ def _parts(content: object, where: str, column: str) -> list[dict[str, Any]]:
         if part["type"] == "image":
             parts.append({"type": "image"})
             continue
-        for index, text in enumerate(str(part.get("text") or "").split(IMAGE_MARKER)):
+        written = part.get("text")
+        # of several texts one would be lost
+        if not isinstance(written, str) or any(_holds_text(part.get(name)) for name in ("content", "value")):
+            raise DataError(
+                f"{where}: a text part in {column} has not one text but {str(part)[:60]!r}.",
+                "Parts are {'type': 'text', 'text': ...} or {'type': 'image'}; give the text as a string.",
+                "wrong type",
+            )
+        for index, text in enumerate(_writable(written, where, column).split(IMAGE_MARKER)):
             if index:
                 parts.append({"type": "image"})
             if text:
                 parts.append({"type": "text", "text": text})
     return parts
+
+
+def _writable(text: str, where: str, column: str) -> str:
+    """A text, if it is one: half of a surrogate pair can be hashed, saved and tokenised by nobody."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {column} holds {text[error.start : error.end]!r} at character {error.start}, which is no text.",
+            "Write the row anew in UTF-8, or leave it out.",
+            "wrong type",
+        ) from error
+    return text
 
 
 def with_markers(prompt: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:

@@ -3,16 +3,16 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pivot_plugin.choices import OnBadRow
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import DataError, SettingsError, foreign_code
 from pivot_plugin.hooks.types import Layout
 
-from .images import MAX_PIXELS, ImageAccess
+from .images import MAX_PIXELS, ImageAccess, image_set_key, pixel_key
 from .layout import normalise, recognise
-from .records import inspect_row
-from .rows import RowDataset, as_mapping, normalised, refuse_late_options
+from .records import Judge
+from .rows import LAYOUT_ROWS, RowDataset, as_mapping, normalised, refuse_late_options
 from .skipped import SKIPPED_FILE, SkippedRows
 from .sources import open_source
 
@@ -67,7 +67,26 @@ class PairStream:
         self._access = access or ImageAccess()
         self._skipped = skipped
         self._skips = on_bad_row == "skip"
+        self._judge: Judge | None = None
         self._used_up = False
+
+    def judged(self, judge: Judge, on_bad_row: OnBadRow = "raise", skipped: str | Path | None = None) -> Self:
+        """The same stream, of which rows that a model cannot take are bad rows.
+
+        Args:
+            judge: says which these are.
+            on_bad_row, skipped: as for `PairDataset.verify`; what was asked for where it was loaded stays.
+        """
+        self._judge = judge
+        if on_bad_row == "skip" and not self._skips:
+            self._skips, self._skipped = True, skipped
+        return self
+
+    @property
+    def once(self) -> bool:
+        """Whether its rows can be read only once."""
+        # an iterator is its own iterator
+        return iter(self._rows) is self._rows
 
     def peek(self, count: int) -> list[dict[str, Any]]:
         """The first pairs, which the stream gives again when it is iterated; bad ones that are skipped are left out.
@@ -79,11 +98,12 @@ class PairStream:
             DataError: as when iterated.
         """
         iterator = iter(self._rows)
-        first = list(itertools.islice(iterator, count))
+        first = list(itertools.islice(_guarded(iterator, self._name), count))
         if iterator is self._rows:
             # it gives its rows once: those that were taken stand in front of it again
             self._rows = itertools.chain(first, iterator)
         again = PairStream(first, self._name, self._columns, self._access, "skip" if self._skips else "raise", None)
+        again._judge = self._judge
         return list(again)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -92,26 +112,40 @@ class PairStream:
                 f"{self._name} is a generator that was read to its end already.",
                 "Give a list, a data set, or datasets.IterableDataset.from_generator, which can be read again.",
             )
-        # an iterator is its own iterator, and gives its rows once
-        self._used_up = iter(self._rows) is self._rows
-        index, layout = -1, None
+        self._used_up = self.once
+        index, layout, recognised = -1, None, False
         with SkippedRows(self._name, self._skipped if self._skips else None) as left_out:
-            for index, row in enumerate(self._rows):
+            for index, row in enumerate(_guarded(self._rows, self._name)):
                 where = f"row {index} of {self._name}"
                 try:
-                    if index == 0:
+                    if not recognised:
                         layout = recognise(as_mapping(row, where), self._name, self._columns)
+                        recognised = True
                     pair = normalised(row, layout, normalise, where)
-                    pair["image_key"] = inspect_row(pair, self._access, where).key
+                    if self._judge is not None:
+                        self._judge(pair, self._access, where)
                     pair["images"] = [self._access.open(source, where) for source in pair["images"]]
+                    pair["image_key"] = image_set_key([pixel_key(image) for image in pair["images"]])
                 except DataError as error:
-                    if index == 0 or not self._skips:
+                    if not self._skips or (not recognised and index >= LAYOUT_ROWS):
                         raise
                     left_out.add(index, error)
                     continue
                 yield pair
         if index < 0:
             raise DataError(f"{self._name} has no pairs.", "Give at least one pair.")
+
+
+def _guarded(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a stream, whose own errors say which row they came from."""
+    iterator = iter(rows)
+    for index in itertools.count():
+        with foreign_code(f"row {index} of {name} cannot be read", "Mend the data; a stream ends where it breaks."):
+            try:
+                row = next(iterator)
+            except StopIteration:
+                return
+        yield row
 
 
 def load(
@@ -137,7 +171,7 @@ def load(
         split: of a data set that has several; "train" where not given.
         columns: our column names to the data's own: {"prompt": "instruction"}.
         on_bad_row: "raise" names a row that cannot be used when it is read (or all are verified, as training does);
-            "skip" looks at all rows now and leaves bad ones out.
+            "skip" looks at all rows now and leaves bad ones out, up to half of them.
         skipped: file that lists what was left out and why, a line of JSON each.
         streaming: read a Hub data set as a stream.
         allow_urls: fetch images given by http(s) address.

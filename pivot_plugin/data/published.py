@@ -7,13 +7,16 @@ scored       n completions with a score each; the best and the worst become the 
 ranked       candidates in a list, best first; the first and the last become the pair
 """
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pivot_plugin.errors import DataError
+from pivot_plugin.errors import DataError, foreign_code
 from pivot_plugin.hooks import hookimpl
 from pivot_plugin.hooks.types import Layout
+
+from .jsonlines import parsed
+from .layout import shortened
 
 ALIASES = {"prompt": "question", "rejected": "reject"}
 COMPLETIONS = ("completions", "responses", "candidates")
@@ -36,23 +39,25 @@ def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -
 
 
 def _aliases(columns: list[str]) -> Layout | None:
-    renamed = {alias: name for name, alias in ALIASES.items() if alias in columns and name not in columns}
+    renamed = {alias: name for name, alias in ALIASES.items() if alias in columns}
     if not renamed or not ("rejected" in columns or "rejected" in renamed.values()):
         return None
 
     def layout(row: Mapping[str, object]) -> Mapping[str, object]:
-        return {renamed.get(name, name): value for name, value in row.items()}
+        read = dict(row)
+        for alias, name in renamed.items():
+            value = read.pop(alias, None)
+            # where both are there, whichever comes first in the row, its own name wins
+            if read.get(name) is None:
+                read[name] = value
+        return read
 
     return layout
 
 
 def _in_a_string(row: Mapping[str, object]) -> Mapping[str, object]:
-    try:
-        text = json.loads(str(row.get("text")))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"The column text is not JSON: {error}.", "Give question, chosen and rejected in it."
-        ) from error
+    with foreign_code("The column text is not JSON", "Give question, chosen and rejected in it."):
+        text = parsed(str(row.get("text")))
     if not isinstance(text, Mapping):
         raise DataError(f"The column text holds a {type(text).__name__}.", "Give question, chosen, rejected in it.")
     return {**row, "prompt": text.get("question"), "chosen": text.get("chosen"), "rejected": text.get("rejected")}
@@ -141,8 +146,8 @@ def _score_of(completion: object) -> object:
 def _as_score(score: object) -> float:
     try:
         number = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number:
-        raise DataError(f"A score is {type(score).__name__} {str(score)[:40]!r}.", "Give a number per completion.")
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"A score is {type(score).__name__} {shortened(score)}.", "Give a number per completion.")
     return number

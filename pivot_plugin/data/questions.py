@@ -28,7 +28,8 @@ class QuestionDataset(RowDataset):
         return layout
 
     def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        taken = ("prompt", "question", "image", "images", "id")
+        # answers of a pair, and turns, are read as such by whoever meets a row
+        taken = ("prompt", "question", "image", "images", "id", "chosen", "rejected", "messages")
         beside = {str(name): value for name, value in row.items() if name not in taken}
         return beside | normalise_question(row, where)
 

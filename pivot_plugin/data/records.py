@@ -7,24 +7,22 @@ spread over processes, because reading and decoding images is what it costs.
 import hashlib
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from pivot_plugin.errors import DataError
+from pivot_plugin.errors import DataError, foreign_code
 
-from .images import ImageAccess, content_key
+from .images import ImageAccess, image_set_key
 from .layout import text_of
 
 SPECIAL = re.compile(r"</?(?:think|answer|tool_call|image|img|video|box|ref|s|pad|unk|bos|eos)>|<\|[^|<>]{1,40}\|>")
 ROWS_PER_TASK = 64
 WORTH_PROCESSES = 1000
 LARGEST_POOL = 16
-REMEMBERED_IMAGES = 10_000
 
 
 class RowRecord(NamedTuple):
@@ -37,6 +35,7 @@ class RowRecord(NamedTuple):
         chosen, rejected: lengths of the answers in characters; for a question both are 0.
         pair: hash of images, prompt and both answers, whichever way round they stand.
         turned: whether the rejected answer sorts before the chosen one.
+        reversed: whether the rejected answer has the higher score.
         near: whether the answers differ only in case, spaces or punctuation.
         special: special tokens found in the texts.
         tokens: tokens of prompt and chosen answer, of prompt and rejected answer, and of the images; None without a
@@ -50,6 +49,7 @@ class RowRecord(NamedTuple):
     rejected: int = 0
     pair: int = 0
     turned: bool = False
+    reversed: bool = False
     near: bool = False
     special: tuple[str, ...] = ()
     tokens: tuple[int, int, int] | None = None
@@ -68,8 +68,9 @@ class Rows(Protocol):
     def where(self, position: int) -> str: ...
 
 
+# is given a row in the normal form, access to its images and its name, and raises a DataError
+Judge = Callable[[dict[str, Any], ImageAccess, str], None]
 TokenCounter = Callable[[dict[str, Any]], tuple[int, int, int]]
-_known_images: OrderedDict[str, None] = OrderedDict()
 
 
 def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: TokenCounter | None = None) -> RowRecord:
@@ -84,29 +85,26 @@ def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: Tok
     Raises:
         DataError: if an image cannot be used.
     """
-    encoded = [access.encoded(source, where) for source in row["images"]]
-    key = content_key(encoded)
-    if key and key not in _known_images:
-        for content, source in zip(encoded, row["images"], strict=True):
-            access.check(content, source, where)
-        _known_images[key] = None
-        if len(_known_images) > REMEMBERED_IMAGES:
-            _known_images.popitem(last=False)
+    images = len(row["images"])
+    key = image_set_key([access.key(source, where) for source in row["images"]])
     if "chosen" not in row:
-        return RowRecord(key, images=len(encoded))
+        return RowRecord(key, images=images)
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
     identity = "\x1f".join([key, str(row["prompt"]), *sorted((chosen, rejected))])
     tokens = None
     if count is not None:
-        tokens = count({**row, "images": [access.open(source, where) for source in row["images"]]})
+        opened = [access.open(source, where) for source in row["images"]]
+        with foreign_code(f"{where} cannot be processed", "Mend the row, or leave it out."):
+            tokens = count({**row, "images": opened})
     return RowRecord(
         key,
         None,
-        len(encoded),
+        images,
         len(chosen),
         len(rejected),
         int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True),
         rejected < chosen,
+        row.get("score_rejected", 0.0) > row.get("score_chosen", row.get("score_rejected", 0.0)),
         _bare(chosen) == _bare(rejected),
         tuple(
             sorted(set(SPECIAL.findall(chosen) + SPECIAL.findall(rejected) + SPECIAL.findall(text_of(row["prompt"]))))
@@ -120,20 +118,28 @@ def _bare(text: str) -> str:
     return re.sub(r"[\W_]+", "", text).casefold() or text
 
 
-def inspect_rows(rows: Rows, name: str, count: TokenCounter | None = None) -> Iterator[RowRecord]:
+def inspect_rows(
+    rows: Rows,
+    name: str,
+    count: TokenCounter | None = None,
+    judge: Judge | None = None,
+    known: Sequence[bytes] | None = None,
+) -> Iterator[RowRecord]:
     """Look at every row, in order, over several processes where there are many.
 
     Args:
         rows: to look at.
         name: of the data, for the progress bar.
         count: as for `inspect_row`.
+        judge: says which rows a model cannot take.
+        known: keys of the image sets of rows that were looked at before: they are judged, and not decoded again.
 
     Returns:
         a record per row; one with `error` where the row cannot be used.
     """
     many = len(rows) >= WORTH_PROCESSES
     looked = DataLoader(
-        _Looked(rows, count),
+        _Looked(rows, count, judge, known),
         batch_size=ROWS_PER_TASK,
         collate_fn=list,
         num_workers=min(os.cpu_count() or 1, LARGEST_POOL) if many else 0,
@@ -149,9 +155,13 @@ def inspect_rows(rows: Rows, name: str, count: TokenCounter | None = None) -> It
 class _Looked(Dataset[RowRecord]):
     """Records of rows, in whichever process asks."""
 
-    def __init__(self, rows: Rows, count: TokenCounter | None) -> None:
+    def __init__(
+        self, rows: Rows, count: TokenCounter | None, judge: Judge | None, known: Sequence[bytes] | None
+    ) -> None:
         self._rows = rows
         self._count = count
+        self._judge = judge
+        self._known = known
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -159,6 +169,13 @@ class _Looked(Dataset[RowRecord]):
     def __getitem__(self, position: int) -> RowRecord:
         try:
             row = self._rows.plain(position)
-            return inspect_row(row, self._rows.access, self._rows.where(position), self._count)
+            where = self._rows.where(position)
+            if self._known is None:
+                record = inspect_row(row, self._rows.access, where, self._count)
+            else:
+                record = RowRecord(self._known[position].decode())
+            if self._judge is not None:
+                self._judge(row, self._rows.access, where)
+            return record
         except DataError as error:
             return RowRecord("", (error.finding, error.remedy, error.kind))

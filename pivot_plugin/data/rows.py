@@ -10,15 +10,17 @@ import numpy as np
 from datasets import Dataset
 
 from pivot_plugin.choices import OnBadRow as OnBadRow
-from pivot_plugin.errors import DataError, PivotError, SettingsError
+from pivot_plugin.errors import DataError, PivotError, SettingsError, foreign_code
 from pivot_plugin.hooks.types import Layout
 
 from .images import KEY_LENGTH, ImageAccess
-from .records import inspect_row, inspect_rows
+from .records import Judge, inspect_row, inspect_rows
 from .skipped import SkippedRows
 from .sources import Source, open_source
 
 Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
+# among which the layout is looked for
+LAYOUT_ROWS = 32
 
 
 class RowDataset:
@@ -48,7 +50,25 @@ class RowDataset:
         self._name = source.name
         self._indices = np.arange(len(source.rows))
         self._keys: np.ndarray | None = None
-        self._layout = self._recognise(as_mapping(self._rows[0], self.where(0)), columns)
+        self._judge: Judge | None = None
+        self._layout = self._first_layout(columns)
+
+    def _first_layout(self, columns: Mapping[str, str] | None) -> Layout | None:
+        """The layout of the first row that has one; rows before it are bad rows."""
+        first_error: PivotError | None = None
+        for index in range(min(len(self._rows), LAYOUT_ROWS)):
+            where = self.where(index)
+            try:
+                return self._recognise(as_mapping(self._read(index, where), where), columns)
+            except PivotError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
+    def _read(self, index: int, where: str) -> Mapping[str, Any]:
+        """A row of the source as it is."""
+        with foreign_code(f"{where} cannot be read", "Mend the data, or leave the row out."):
+            return self._rows[index]
 
     def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
         raise NotImplementedError
@@ -72,24 +92,29 @@ class RowDataset:
             DataError: if the row cannot be used.
         """
         where = self.where(position)
-        return normalised(self._rows[int(self._indices[position])], self._layout, self._normal, where)
+        return normalised(self._read(int(self._indices[position]), where), self._layout, self._normal, where)
 
-    def verify(self, on_bad_row: OnBadRow = "raise", skipped: str | Path | None = None) -> Self:
-        """Look at every row once, decoding its images, so that training meets no bad one. Done once.
+    def verify(
+        self, on_bad_row: OnBadRow = "raise", skipped: str | Path | None = None, judge: Judge | None = None
+    ) -> Self:
+        """Look at every row once, decoding its images, so that training meets no bad one. Done once, and once a judge.
 
         Args:
             on_bad_row: "raise" stops at the first bad row; "skip" leaves bad rows out.
             skipped: file that gets a line of JSON for each row left out.
+            judge: says which rows a model cannot take.
 
         Raises:
-            DataError: for a bad row, or if all rows are bad.
+            DataError: for a bad row, or if too many rows are bad to leave them out.
         """
-        if self._keys is not None:
+        if self._keys is not None and (judge is None or judge == self._judge):
             return self
         keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
         bad: list[int] = []
-        with SkippedRows(self._name, skipped if on_bad_row == "skip" else None) as left_out:
-            for position, record in enumerate(inspect_rows(self, self._name)):
+        with SkippedRows(self._name, skipped if on_bad_row == "skip" else None, len(self)) as left_out:
+            for position, record in enumerate(
+                inspect_rows(self, self._name, judge=judge, known=None if self._keys is None else self._keys.tolist())
+            ):
                 if record.error is None:
                     keys[position] = record.key.encode()
                 elif on_bad_row == "raise":
@@ -97,12 +122,9 @@ class RowDataset:
                 else:
                     bad.append(position)
                     left_out.add(int(self._indices[position]), DataError(*record.error))
-        if len(bad) == len(self):
-            raise DataError(
-                f"All {len(bad)} rows of {self._name} are bad; the last: {left_out.last}", "Check the data's layout."
-            )
         self._indices = np.delete(self._indices, bad)
         self._keys = np.delete(keys, bad)
+        self._judge = judge
         return self
 
     @property
@@ -192,4 +214,5 @@ def normalised(row: object, layout: Layout | None, normal: Normal, where: str) -
             raise DataError(
                 f"{where}: its layout raised {type(error).__name__}: {error}.", "Mend the row or the plugin."
             ) from error
-    return normal(mapping, where)
+    with foreign_code(f"{where} cannot be used", "Mend the row, or leave it out."):
+        return normal(mapping, where)

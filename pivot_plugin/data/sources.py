@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import stat
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,11 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import DataError, SettingsError, foreign_code, said
 from pivot_plugin.files import cache_folder, whole_folder
 
 from .images import MAX_PIXELS, ImageAccess
-from .jsonlines import JsonLines
+from .jsonlines import JsonLines, parsed
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ FORMS = (
 ARCHIVE_MEMBERS = 5_000_000
 # by default the reader keeps whole files in memory while they are converted
 _ONE_GROUP_AT_A_TIME = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
-# what the readers of tables raise for a file that is not one
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError)
+# an archive of pictures hardly shrinks, one of text to a tenth; one that unpacks to more than this is a bomb
+LARGEST_EXPANSION, ALWAYS_UNPACKED = 100, 1_000_000_000
+LONGEST_META = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,14 @@ def open_source(
         DataError: if the source is none of these, cannot be read, or is empty.
     """
     image_folder = None if image_folder is None else Path(image_folder)
-    if image_folder is not None and not image_folder.is_dir():
-        raise DataError(f"image_folder {str(image_folder)!r} is no folder.", "Give the folder that holds the images.")
+    with foreign_code("image_folder cannot be read", "Give the folder that holds the images."):
+        if image_folder is not None and not image_folder.is_dir():
+            raise DataError(
+                f"image_folder {str(image_folder)!r} is no folder.", "Give the folder that holds the images."
+            )
     access = ImageAccess(allow_urls=allow_urls, max_pixels=max_pixels, image_folder=image_folder)
-    opened = _open(source, name, split, streaming, access)
+    with foreign_code(f"{name} cannot be opened", f"Give {FORMS}."):
+        opened = _open(source, name, split, streaming, access)
     if isinstance(opened.rows, Sequence) and len(opened.rows) == 0:
         raise DataError(f"{opened.name} has no rows.", "Give at least one pair or question.")
     return opened
@@ -156,13 +162,17 @@ def _from_text(source: str | Path, split: str | None, streaming: bool, access: I
     path = Path(source)
     if path.exists():
         return _from_path(path, access, split)
-    if isinstance(source, Path) or path.suffix in _READERS or not HUB_ID.fullmatch(source):
+    builders = datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+    if isinstance(source, Path) or path.suffix in _READERS or not HUB_ID.fullmatch(source) or source in builders:
+        # "json" and the like are readers of `datasets`, which would take the files of the working directory
         raise DataError(f"{str(source)!r} cannot be read: no such file or folder.", f"Give {FORMS}.")
     try:
         loaded = datasets.load_dataset(source, split=split, streaming=streaming)
-    except _UNREADABLE as error:
+    # the Hub's client, readers of every format, and the network: each with errors of its own
+    except Exception as error:
         raise DataError(
-            f"{source!r} is no file or folder here, and no data set could be loaded from the Hub by that name: {error}",
+            f"{source!r} is no file or folder here, and no data set could be loaded from the Hub by that name: "
+            f"{said(error)}",
             "Check the name and the split, your network, and whether the data set is gated (`hf auth login`).",
         ) from error
     if isinstance(loaded, DatasetDict | IterableDatasetDict):
@@ -173,6 +183,7 @@ def _from_text(source: str | Path, split: str | None, streaming: bool, access: I
 def _from_path(path: Path, access: ImageAccess, split: str | None = None) -> Source:
     if path.is_dir():
         return _from_folder(path, access, split)
+    _check_file(path, access)
     if path.suffix not in _READERS:
         raise DataError(f"{str(path)!r} is a {path.suffix or 'file without suffix'}.", f"Give {FORMS}.")
     return _READERS[path.suffix](path, access)
@@ -180,10 +191,9 @@ def _from_path(path: Path, access: ImageAccess, split: str | None = None) -> Sou
 
 def _from_folder(path: Path, access: ImageAccess, split: str | None) -> Source:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        try:
+        with foreign_code(f"The data set saved in {str(path)!r} cannot be read", "Save it anew."):
+            _check_saved(path, access)
             loaded = datasets.load_from_disk(str(path))
-        except _UNREADABLE as error:
-            raise DataError(f"The data set saved in {str(path)!r} cannot be read: {error}", "Save it anew.") from error
         rows = _one_split(loaded, split, path.name) if isinstance(loaded, DatasetDict) else loaded
         return Source(_rows_of(rows), path.name, access)
     kinds = {
@@ -214,10 +224,11 @@ def _jsonl(path: Path, access: ImageAccess) -> Source:
 
 def _json(path: Path, access: ImageAccess) -> Source:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = parsed(path.read_bytes())
+    # numbers of thousands of digits, brackets in brackets: not every broken text is a JSONDecodeError
+    except Exception as error:
         where = f"line {error.lineno}, column {error.colno}: " if isinstance(error, json.JSONDecodeError) else ""
-        detail = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        detail = error.msg if isinstance(error, json.JSONDecodeError) else said(error)
         raise DataError(
             f"{path.name} is not JSON: {where}{detail} (it has {path.stat().st_size:,} bytes, and may have been cut).",
             "Give a list of rows as one JSON array, or one object a line in a .jsonl file.",
@@ -246,41 +257,102 @@ def _mmpr(path: Path, subsets: Mapping[str, Any], access: ImageAccess) -> Source
     """MMPR's meta file: subsets by name, each with its .jsonl file and the folder of its images."""
     parts = []
     for name, subset in subsets.items():
-        annotation = _resolve(path.parent, subset["annotation"])
+        annotation = _resolve(path.parent, subset["annotation"], access)
         if annotation is None:
             raise DataError(
                 f"{path.name}: the file {subset['annotation']!r} of subset {name!r} is neither below "
                 f"{str(path.parent)!r} nor beside it.",
                 "Keep the folders as they were published, or correct the path.",
             )
-        root = subset.get("root") or "."
-        parts.append((annotation, _resolve(path.parent, str(root)) or path.parent / str(root)))
+        _check_file(annotation, access)
+        root = str(subset.get("root") or ".")
+        parts.append((annotation, _resolve(path.parent, root, access) or path.parent / root))
     return Source(JsonLines(parts), path.name, access)
 
 
-def _resolve(folder: Path, name: str) -> Path | None:
-    """A path written from the meta file's folder, from the one above it, or from the working directory."""
-    path = next((start / name for start in (folder, folder.parent, Path()) if (start / name).exists()), None)
+def _resolve(folder: Path, name: str, access: ImageAccess) -> Path | None:
+    """A path written from the meta file's folder, from the one above it, or, outside of archives, from here."""
+    starts = (folder, folder.parent) if access.confined else (folder, folder.parent, Path())
+    path = next((start / name for start in starts if (start / name).exists()), None)
     return None if path is None else path.resolve()
 
 
-def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:
-    try:
-        rows = Dataset.from_parquet([str(file) for file in files], fragment_scan_options=_ONE_GROUP_AT_A_TIME)
-    except _UNREADABLE as error:
+def _check_file(path: Path, access: ImageAccess) -> None:
+    """Make sure that rows are read from a file, and in an archive from one of its own.
+
+    Raises:
+        DataError: for pipes and devices, which may never end, and for what lies outside.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"{str(path)!r} is neither a file nor a folder.", f"Give {FORMS}.")
+    if access.confined and access.folder is not None and not path.resolve().is_relative_to(access.folder.resolve()):
         raise DataError(
-            f"{name} cannot be read as parquet: {error}", "Check that the files are whole and have the same columns."
-        ) from error
+            f"{str(path)!r} lies outside of the archive.", "Do not trust this archive.", "path outside its folder"
+        )
+
+
+def _check_saved(folder: Path, access: ImageAccess) -> None:
+    """Make sure that a saved data set consists of whole files in its own folder, whatever its records name.
+
+    Raises:
+        DataError: for names that leave the folder, and for damaged files.
+    """
+    parts = [folder]
+    if (folder / "dataset_dict.json").exists():
+        parts = [folder / _inside(folder, name) for name in _record(folder / "dataset_dict.json", access)["splits"]]
+    for part in parts:
+        for file in _record(part / "state.json", access)["_data_files"]:
+            arrow = part / _inside(part, file["filename"])
+            _check_file(arrow, access)
+            _check_arrow(arrow)
+        _record(part / "dataset_info.json", access)
+
+
+def _record(path: Path, access: ImageAccess) -> Any:
+    _check_file(path, access)
+    if path.stat().st_size > LONGEST_META:
+        raise DataError(f"{str(path)!r} has {path.stat().st_size:,} bytes.", "Save the data set anew.")
+    return parsed(path.read_bytes())
+
+
+def _inside(folder: Path, name: object) -> str:
+    """A name that a record gives, if it is one."""
+    if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[\\/\0]", name):
+        raise DataError(
+            f"The record in {str(folder)!r} names {str(name)[:80]!r}, which is no name of a file in it.",
+            "Save the data set anew.",
+            "path outside its folder",
+        )
+    return name
+
+
+def _check_arrow(path: Path) -> None:
+    """Read an arrow file to its end and look at every offset in it.
+
+    Unchecked, a damaged one makes the library read memory that it does not have, which ends the process.
+
+    Raises:
+        pyarrow.ArrowException: if it is damaged.
+    """
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        for batch in reader:
+            batch.validate(full=True)
+
+
+def _parquet(files: Sequence[Path], name: str, access: ImageAccess) -> Source:
+    for file in files:
+        _check_file(file, access)
+    with foreign_code(f"{name} cannot be read as parquet", "Check that the files are whole and have the same columns."):
+        rows = Dataset.from_parquet([str(file) for file in files], fragment_scan_options=_ONE_GROUP_AT_A_TIME)
     # what the conversion needed would stay with this process, and be copied by the ones it forks
     pa.default_memory_pool().release_unused()
     return Source(_rows_of(rows), name, _in(access, files[0].parent))
 
 
 def _arrow(path: Path, access: ImageAccess) -> Source:
-    try:
+    with foreign_code(f"{path.name} cannot be read as arrow", "Check that the file is whole."):
+        _check_arrow(path)
         rows = Dataset.from_file(str(path))
-    except _UNREADABLE as error:
-        raise DataError(f"{path.name} cannot be read as arrow: {error}", "Check that the file is whole.") from error
     return Source(_rows_of(rows), path.name, _in(access, path.parent))
 
 
@@ -291,18 +363,25 @@ def _zip(path: Path, access: ImageAccess) -> Source:
     cache = cache_folder("archives")
     target = cache / key
     if not target.exists():
-        try:
-            with zipfile.ZipFile(path) as archive, whole_folder(target) as unfinished:
-                _check_archive(archive, path, cache)
-                archive.extractall(unfinished)
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError, OSError) as error:
-            raise DataError(f"{path.name} cannot be unpacked: {error}.", "Check that the archive is whole.") from error
+        with foreign_code(f"{path.name} cannot be unpacked", "Check that the archive is whole."):
+            _unpack(path, target)
     inner = target
     entries = [entry for entry in inner.iterdir() if entry.name != "__MACOSX"]
     if len(entries) == 1 and entries[0].is_dir():
         inner = entries[0]
-    opened = _from_path(inner, access)
-    return Source(opened.rows, path.name, replace(access, folder=inner, confined=True))
+    opened = _from_path(inner, replace(access, folder=inner, confined=True))
+    return Source(opened.rows, path.name, opened.access)
+
+
+def _unpack(path: Path, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive, whole_folder(target) as unfinished:
+            _check_archive(archive, path, target.parent)
+            archive.extractall(unfinished)
+    except OSError:
+        # another process may have been faster, and its folder stands there as a whole
+        if not target.is_dir() or not any(target.iterdir()):
+            raise
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
@@ -316,7 +395,20 @@ def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
                 "path outside its folder",
             )
     cache.mkdir(parents=True, exist_ok=True)
+    if strange := next((member for member in members if _is_special(member)), None):
+        raise DataError(
+            f"{path.name} holds {strange.filename!r}, which is neither a file nor a folder.",
+            "Do not trust this archive; unpack what you need yourself.",
+            "path outside its folder",
+        )
     size, free = sum(member.file_size for member in members), shutil.disk_usage(cache).free
+    packed = max(path.stat().st_size, 1)
+    if size > max(ALWAYS_UNPACKED, LARGEST_EXPANSION * packed):
+        raise DataError(
+            f"{path.name} has {packed:,} bytes and unpacks to {size:,}.",
+            "Unpack it yourself, if you trust it, and give the folder.",
+            "archive bomb",
+        )
     if size > free or len(members) > ARCHIVE_MEMBERS:
         raise DataError(
             f"{path.name} unpacks to {size:,} bytes in {len(members):,} files; {free:,} bytes are free in {cache}.",
@@ -324,8 +416,15 @@ def _check_archive(archive: zipfile.ZipFile, path: Path, cache: Path) -> None:
         )
 
 
+def _is_special(member: zipfile.ZipInfo) -> bool:
+    """Whether a member is a link, pipe or device where it was packed."""
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    return kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+
+
 def _in(access: ImageAccess, folder: Path) -> ImageAccess:
-    return replace(access, folder=folder)
+    """Access to images from the folder of their rows; an archive is one folder for all."""
+    return access if access.confined else replace(access, folder=folder)
 
 
 _READERS = {

@@ -96,9 +96,9 @@ def _sharegpt_ranking(row: Mapping[str, Any]) -> Mapping[str, object]:
 
 
 def _alpaca_ranking(row: Mapping[str, Any]) -> Mapping[str, object]:
-    said = [row.get("instruction"), row.get("input")]
-    if wrong := next((part for part in said if part is not None and not isinstance(part, str)), None):
-        raise DataError(f"instruction or input is a {type(wrong).__name__}.", "Give both as text.", "wrong type")
+    said = [part for part in (row.get("instruction"), row.get("input")) if part is not None]
+    if wrong := [part for part in said if not isinstance(part, str)]:
+        raise DataError(f"instruction or input is a {type(wrong[0]).__name__}.", "Give both as text.", "wrong type")
     question = "\n".join(part for part in said if part)
     return _pair(row, [], _dialogue(row, question), row.get("chosen"), row.get("rejected"))
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL.Image import Image as PILImage
 
 from pivot_plugin import __version__
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import DataError, SettingsError, foreign_code
 from pivot_plugin.files import whole_folder
 
 from .checking import CheckReport, check
@@ -89,8 +89,10 @@ def push(folder: str | Path, repo_id: str, private: bool | None = None, token: s
         SettingsError: if the Hub refuses.
     """
     source = Path(folder)
-    if not (source / CARD).is_file() or not list(source.glob("data/*.parquet")):
-        raise DataError(f"{str(source)!r} holds no saved pairs.", "Write it with pivot_plugin.preferences.save.")
+    remedy = "Write it with pivot_plugin.preferences.save."
+    with foreign_code(f"{str(source)[:200]!r} cannot be read", remedy):
+        if not (source / CARD).is_file() or not list(source.glob("data/*.parquet")):
+            raise DataError(f"{str(source)!r} holds no saved pairs.", remedy)
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.models.control_text import NO_PLAIN_TEXT, ControlText
 from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.models.image_tokens import ImageTokens, about_images
 
@@ -97,6 +98,8 @@ class TransformersEngine:
             questions, sampling, seed: as for a call.
             **more: passed on to `generate`.
         """
+        for question in questions:
+            self._image_tokens.control_text.refuse(question, NO_PLAIN_TEXT)
         texts = [
             self.processor.apply_chat_template(_with_images(question), add_generation_prompt=True, tokenize=False)
             for question in questions
@@ -193,8 +196,11 @@ class VLLMEngine:
                 ) from error
         self.client = client
         self.processor = processor
+        self._control_text = ControlText(processor)
 
     def __call__(self, questions: Sequence[dict[str, Any]], sampling: Sampling, seed: int) -> list[list[str]]:
+        for question in questions:
+            self._control_text.refuse(question, NO_PLAIN_TEXT)
         answers = self.client.chat(
             [_with_images(question) for question in questions],
             n=sampling.n,

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_plugin.data.judging import judge_of_questions
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.sources import Source
 from pivot_plugin.errors import PivotError, SettingsError, TrainingError
@@ -63,10 +64,10 @@ def sample(
         DataError: for a question that cannot be used.
         TrainingError: if the engine fails; the questions that it has answered are kept in `output_dir`.
     """
-    dataset = load_questions(questions).verify()
     if model is not None:
         # an object of another repository becomes a model of transformers
         model, processor = load_model(model, processor)
+    dataset = load_questions(questions).verify(judge=judge_of_questions(processor) if processor is not None else None)
     sampling = Sampling(n, temperature, top_p, max_new_tokens)
     draw = _engine(engine, model, processor)
     settings = {

@@ -16,6 +16,8 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from pivot_plugin.errors import DataError, ModelError
 
+from .control_text import ControlText
+
 SEQUENCE = ("input_ids", "attention_mask")
 # by which transformers says that a batch cannot be made one tensor
 RAGGED = "Unable to convert output"
@@ -90,6 +92,11 @@ class ImageTokens:
         self.image_token_id: int = named if image_token_id is None else image_token_id  # type: ignore[assignment]
         self._named = named
         self._whole_prompts = whole_prompts
+
+    @cached_property
+    def control_text(self) -> ControlText:
+        """Names of control tokens in what users wrote."""
+        return ControlText(self.processor)
 
     @cached_property
     def marker_id(self) -> int:
@@ -170,9 +177,15 @@ class ImageTokens:
     def texts(self, row: Mapping[str, Any]) -> dict[str, str]:
         """A row's prompt, and its answers where it has them, in the words of the chat template, by TRL's own functions.
 
+        The names of control tokens in its words have stand-ins, which `tokens` reads as words.
+
         Args:
             row: with `images` and `prompt`, `chosen`, `rejected` (messages).
+
+        Raises:
+            DataError: for such names where they would become control tokens.
         """
+        row = self.plain_text(row)
         messages = {
             "prompt": prepare_multimodal_messages(row["prompt"], images=list(row["images"])),
             "chosen": prepare_multimodal_messages(row["chosen"]),
@@ -180,9 +193,24 @@ class ImageTokens:
         }
         return apply_chat_template(messages, self.processor)
 
+    def plain_text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row in whose words the names of control tokens stay words; itself where there are none.
+
+        Args:
+            row: in a normal form.
+
+        Raises:
+            DataError: where that cannot be.
+        """
+        plain = self.control_text.standing_in(row)
+        if plain is not row and row["images"] and self.whole_prompts:
+            self.control_text.refuse(row, f"{type(self.processor).__name__} reads it as one")
+        return plain
+
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text that is in the words of the chat template already."""
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        plain = self.control_text.tokens(text)
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if plain is None else plain
 
     def process_images(
         self, image_sets: Sequence[Sequence[Any]], texts: Sequence[str] | None = None

@@ -47,9 +47,9 @@ def is_lora(source: object) -> bool:
     if not isinstance(source, str | Path):
         return False
     folder = Path(source)
-    if folder.is_dir():
-        return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors*"))
     try:
+        if folder.is_dir():
+            return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors*"))
         return find_adapter_config_file(str(source)) is not None
     # neither a folder nor a possible Hub id: whoever loads it says so
     except (OSError, ValueError):

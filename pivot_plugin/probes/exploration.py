@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_plugin.data.judging import judge_of_questions
 from pivot_plugin.data.questions import load_questions
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.generation.engines import Sampling, TransformersEngine
@@ -79,7 +80,7 @@ def rollout_branching_factor(
     Source:
         arXiv 2508.07534.
     """
-    dataset = load_questions(questions).verify()
+    dataset = load_questions(questions).verify(judge=judge_of_questions(processor))
     engine = TransformersEngine(model, processor)
     sampling = Sampling(n, temperature, 1.0, max_new_tokens)
     total = tokens = 0

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pivot_plugin.adapters import ImageFeatures
-from pivot_plugin.data.images import ImageAccess, content_key
+from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.files import cache_folder, write_whole
 from pivot_plugin.models.evaluating import evaluating
@@ -330,7 +330,7 @@ def _chunks(count: int) -> list[range]:
 def _chunk_key(key: str, images: Sequence[Any], chunk: range, access: ImageAccess) -> str:
     digest = hashlib.sha256(key.encode())
     for position in chunk:
-        digest.update(content_key([access.encoded(images[position], f"image {position}")]).encode())
+        digest.update(access.stored_key(images[position], f"image {position}").encode())
     return digest.hexdigest()[:40]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pivot_plugin.data.blind import Without, WithoutPicture
+from pivot_plugin.data.judging import judge_of_questions
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.errors import DataError
 from pivot_plugin.generation.engines import TransformersEngine
@@ -61,7 +62,7 @@ def vqa(
     """
     subject = subjects.subject(examined)
     model, processor = subject.mllm("VQA")
-    dataset = load_questions(questions).verify()
+    dataset = load_questions(questions).verify(judge=judge_of_questions(processor))
     if not len(dataset):
         raise DataError("There are no questions.", "Give at least one.")
     judges = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)

@@ -7,17 +7,16 @@ need be said which keys are whose.
 """
 
 import functools
-import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 
 from pivot_plugin.errors import SettingsError, unknown
 from pivot_plugin.training.plan import lora_settings
+from pivot_plugin.typed import fits, shown, wanted
 
 Key = tuple[str, ...]
 S = TypeVar("S", bound="Section")
@@ -25,16 +24,6 @@ SETTINGS = "settings"
 # of a configuration: what the recipe itself decides
 DECIDED = ("output_dir", "seed", "train")
 _PLAIN = (str, int, float, bool)
-_WORDS: dict[object, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-    Path: "a path",
-    type(None): "null",
-}
 
 
 class RecipeError(SettingsError):
@@ -47,7 +36,7 @@ class RecipeError(SettingsError):
 
     def __init__(self, finding: str = "", remedy: str = "", key: Key = ()) -> None:
         super().__init__(finding, remedy)
-        self.args = (finding, remedy, key)
+        self.args = (self.finding, self.remedy, key)
         self.key = key
 
 
@@ -159,50 +148,6 @@ def checked(value: object, expected: Any, key: Key) -> Any:
     if not fits(value, expected):
         raise RecipeError(f"{_dotted(key)} is {shown(value)}.", f"Give {wanted(expected)}.", key)
     return value
-
-
-def fits(value: object, expected: Any) -> bool:
-    """Whether a value has an annotated type; as in YAML, a whole number is a number, and true is none."""
-    origin, arguments = get_origin(expected), get_args(expected)
-    if expected is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in arguments)
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments)
-    if origin is list:
-        # trainers take one name for a list of one, too
-        items = value if isinstance(value, list | tuple) else [value]
-        return not isinstance(value, Mapping) and all(fits(item, arguments[0]) for item in items)
-    if origin in (dict, Mapping):
-        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
-    if expected in (int, float):
-        return isinstance(value, int if expected is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, type(None) if expected is None else expected)
-
-
-def wanted(expected: Any) -> str:
-    """An annotated type in words."""
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin in (Union, types.UnionType):
-        named = [one for one in arguments if not (isinstance(one, type) and issubclass(one, Enum))]
-        return " or ".join(dict.fromkeys(wanted(one) for one in named))
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, arguments))
-    if origin in (dict, Mapping):
-        return "a mapping"
-    if origin is list:
-        return "a list" if arguments[0] is Any else f"a list, each of it {wanted(arguments[0])}"
-    return _WORDS.get(expected, getattr(expected, "__name__", str(expected)))
-
-
-def shown(value: object) -> str:
-    """A value in an error: what it is where it would be long to say."""
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if value is None or isinstance(value, str | int | float | Path) or (isinstance(value, list) and len(value) < 9):
-        return repr(value)
-    return f"a {type(value).__name__}"
 
 
 def plain(value: object) -> Any:

@@ -14,11 +14,13 @@ from accelerate import PartialState
 from pivot_plugin.config import TowerConfig
 from pivot_plugin.data.conversations import ConversationDataset
 from pivot_plugin.data.pairs import PairDataset
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.runs.instruct import ALIGN, GLOBAL_BATCH, INSTRUCT, align, instruct
 from pivot_plugin.runs.optimize import optimize
 from pivot_plugin.runs.settings import configuration, instruct_configuration
 
+from .door import Key, RecipeError
 from .sections import Optimization, PivotRecipe, Tuning, declared_rows
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,42 @@ def plan_recipe(recipe: PivotRecipe, rows: Mapping[str, int] | None = None) -> R
     return RecipePlan(tuple(job.planned(sizes[job.section]) for job in _jobs(recipe)))
 
 
+def check_settings(recipe: PivotRecipe) -> None:
+    """Make sure that every trainer can be given the settings of its section; nothing is opened.
+
+    Whether a batch can be made up depends on how many processes there will be, and is left to the plan.
+
+    Args:
+        recipe: to look at.
+
+    Raises:
+        RecipeError: naming section and setting.
+    """
+    moved = recipe.transplant
+    if moved is not None:
+        moved = replace(moved, align=replace(moved.align, batch=None), instruct=replace(moved.instruct, batch=None))
+    _jobs(
+        replace(
+            recipe,
+            align=replace(recipe.align, batch=None),
+            instruct=replace(recipe.instruct, batch=None),
+            optimize=replace(recipe.optimize, batch=None),
+            transplant=moved,
+        )
+    )
+
+
+@contextmanager
+def _named(key: Key) -> Iterator[None]:
+    """Errors of a trainer's settings, with the section that they stand in."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except SettingsError as error:
+        raise RecipeError(f"{'.'.join(key)}: {error.finding}", error.remedy, key) from error
+
+
 @dataclass(frozen=True)
 class _Job:
     """A kind of run that the recipe asks for.
@@ -195,15 +233,16 @@ def _moved(recipe: PivotRecipe) -> dict[str, Tuning]:
 
 def _tuning(section: str, tuning: Tuning, runs: int) -> _Job:
     aligns = section.endswith("align")
-    options = tuning.options()
-    config = instruct_configuration(
-        defaults=ALIGN if aligns else INSTRUCT,
-        settings=tuning.trainer(),
-        folder=Path(),
-        train="projector" if aligns else options["train"],
-        held_out=tuning.eval_fraction > 0,
-        batch=GLOBAL_BATCH,
-    )
+    with _named(tuple(section.split("."))):
+        options = tuning.options()
+        config = instruct_configuration(
+            defaults=ALIGN if aligns else INSTRUCT,
+            settings=tuning.trainer(),
+            folder=Path(),
+            train="projector" if aligns else options["train"],
+            held_out=tuning.eval_fraction > 0,
+            batch=GLOBAL_BATCH,
+        )
     return _Job(
         name=section.replace(".", " "),
         section=section,
@@ -217,18 +256,19 @@ def _tuning(section: str, tuning: Tuning, runs: int) -> _Job:
 
 def _arm(arm: str, section: Optimization, runs: int) -> _Job:
     rates = section.rates(arm)
-    options = section.options(arm, rates[0])
-    configs = [
-        configuration(
-            settings=section.trainer(arm, rate),
-            folder=Path(),
-            objective=options["objective"],
-            train=options["train"],
-            lora=section.lora is not None,
-            held_out=False,
-        )
-        for rate in rates
-    ]
+    with _named(("optimize", "arms", arm)):
+        options = section.options(arm, rates[0])
+        configs = [
+            configuration(
+                settings=section.trainer(arm, rate),
+                folder=Path(),
+                objective=options["objective"],
+                train=options["train"],
+                lora=section.lora is not None,
+                held_out=False,
+            )
+            for rate in rates
+        ]
     return _Job(
         name=f"optimize {arm}",
         section="optimize",

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.data.conversations import ConversationDataset
 from pivot_plugin.encoders.compatibility import rewrite_for_every_release
-from pivot_plugin.files import read_record, whole_folder
+from pivot_plugin.files import RUN_FILE, read_record, whole_folder
 from pivot_plugin.runs.instruct import MODEL_FOLDER
 from pivot_plugin.runs.optimize import optimize
 from pivot_plugin.runs.result import PivotResult
+from pivot_plugin.training.checkpoints import final_checkpoint
 
 from .stages import Stage, stage
 
@@ -96,6 +97,10 @@ class Optimizing:
             kept = self.keeper.kept(record)
             if kept is not None:
                 return kept
+            if final_checkpoint(self.folder, record["history"]) is None:
+                # nothing is left that its model could be taken from
+                (self.folder / RUN_FILE).unlink(missing_ok=True)
+                record = None
         model, processor = self.start()
         held_out = {} if self.held_out is None else {"eval_prefs": self.held_out, "eval_fraction": 0}
         options: dict[str, Any] = {**self.options, **held_out}

@@ -14,8 +14,9 @@ from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.objectives import ONLINE, resolve
 from pivot_plugin.probes.lookup import NEED_MLLM
+from pivot_plugin.typed import shown
 
-from .door import Key, RecipeError, Section, plain, read, shown, values_of
+from .door import Key, RecipeError, Section, plain, read, values_of
 
 SeedsFrom = Literal["assemble", "optimize", "transplant"]
 Examined = Literal["encoder", "optimized", "transplant"]
@@ -47,6 +48,10 @@ class Stored(Section):
     rows: int | None = None
     sample: int | None = None
     seed: int = 0
+
+    def check(self, key: Key) -> None:
+        _at_least(1, "rows", self.rows, key)
+        _at_least(1, "sample", self.sample, key)
 
     @property
     def declared(self) -> int | None:
@@ -159,6 +164,7 @@ class Tuning(Section):
 
     def check(self, key: Key) -> None:
         _check_share(self.eval_fraction, key)
+        _at_least(1, "batch", self.batch, key)
 
     def trainer(self) -> dict[str, Any]:
         """Settings of the trainer, the batch in its words.
@@ -296,6 +302,8 @@ class Optimization(Section):
 
     def check(self, key: Key) -> None:
         _check_share(self.eval_fraction, key)
+        _at_least(1, "batch", self.batch, key)
+        _at_least(0, "saliency", self.saliency, key)
         for name in ("data", "eval_data"):
             rows = getattr(self, name)
             if isinstance(rows, Stored) and rows.image_folder is not None:
@@ -515,6 +523,11 @@ def declared_rows(data: object) -> int | None:
     if isinstance(data, Stored | Made):
         return data.declared
     return len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
+
+
+def _at_least(least: int, name: str, value: int | None, key: Key) -> None:
+    if value is not None and value < least:
+        raise RecipeError(f"{'.'.join((*key, name))} is {value}.", f"Give {least} or more.", (*key, name))
 
 
 def _check_share(share: float, key: Key) -> None:

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import Train
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
+from pivot_plugin.data.records import Judge
 from pivot_plugin.data.rows import OnBadRow
+from pivot_plugin.data.skipped import SKIPPED_FILE
 from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
@@ -77,7 +79,7 @@ def align(
         plain: leave questions out, as LLaVA and the paper do.
         eval_fraction: share of the rows to hold out.
         on_bad_row: as for `optimize`.
-        resume: go on from the last complete checkpoint in `output_dir`.
+        resume: go on from the last complete checkpoint in `output_dir`; as for `optimize`, a finished run is finished.
         **settings: any field of `InstructConfig`, which has all of TRL's SFTConfig. Learning rate 1e-3, one epoch, and
             gradients accumulated to a batch of 256 unless given.
 
@@ -160,10 +162,13 @@ def _instruct(
         trainer = InstructTrainer(**run.trainer_arguments())
         trained = trainer.trained_parameters()
         run.train(trainer)
-        if run.held_out is not None:
+        if run.held_out is not None and run.ended is None:
             metrics = {name: float(value) for name, value in trainer.evaluate().items()}
         history = trainer.state.log_history
-        _save_model(run, trainer)
+        if run.ended is None:
+            _save_model(run, trainer)
+        else:
+            merge_lora(trainer)
         # with it goes the memory of its optimiser
         del trainer
 
@@ -171,24 +176,24 @@ def _instruct(
         model=run.model,
         processor=run.processor,
         output_dir=run.output_dir,
-        metrics=metrics,
-        history=history,
+        metrics=metrics if run.ended is None else run.ended["metrics"],
+        history=history if run.ended is None else run.ended["history"],
         trained=trained,
         settings=run.settings,
-        cost=training.cost,
+        cost=training.cost if run.ended is None else Cost(**run.ended["cost"]),
     )
-    if run.keeper:
+    if run.keeper and run.ended is None:
         run.record(result, origin=instructed_origin(run))
     run.wait()
     return result
 
 
 def _load_rows(
-    source: object, image_folder: str | Path | None, options: RunOptions
+    source: object, image_folder: str | Path | None, options: RunOptions, judge: Judge
 ) -> tuple[ConversationDataset, None]:
     """The conversations to train on, looked at one by one; none are given to be held out."""
     rows = load_conversations(source, image_folder=image_folder)
-    return rows.verify(options.on_bad_row, options.folder / "skipped.jsonl"), None
+    return rows.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge), None
 
 
 def _save_model(run: Run, trainer: InstructTrainer) -> None:

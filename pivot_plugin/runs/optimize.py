@@ -10,15 +10,18 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
+from pivot_plugin.data.judging import RowJudge
 from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
+from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
 from pivot_plugin.objectives import ONLINE
 from pivot_plugin.rewards import Scorer, needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
+from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
@@ -79,9 +82,11 @@ def optimize(
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
-        on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out
-            and lists them in `skipped.jsonl` in `output_dir`.
-        resume: go on from the last complete checkpoint in `output_dir`.
+        on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out,
+            also those that the model cannot take (too long, refused by its processor), and lists them in
+            `skipped.jsonl` in `output_dir`; where more than half are bad it stops and says so.
+        resume: go on from the last complete checkpoint in `output_dir`. Of a run that has finished, this gives the
+            result again, takes no step and leaves the folder as it is.
         probes: to be run before training and on what it ends with, as for `compare`; into the history under names that
             begin with "probe/", and into the folder.
         probe_steps: optimiser steps after which to run them too.
@@ -170,18 +175,20 @@ def _optimize(
         answers = (*this.earlier, summary)
     monitoring = monitoring.with_outside(source.ood_prefs, run)
     run.announce()
-    if run.keeper:
+    if run.keeper and run.ended is None:
         notify("pivot_run_started", run=run)
 
     metrics: dict[str, dict[str, float]] = {}
+    measured = run.held_out is not None and run.ended is None
     with run.in_place() as training:
         trainer = _trainer(run, source.rollout_rewards, this.reference)
-        monitoring.add_to(trainer, run)
+        if run.ended is None:
+            monitoring.add_to(trainer, run)
         trained = trainer.trained_parameters()
-        if run.held_out is not None:
+        if measured:
             metrics["before"] = trainer.reference_metrics()
         run.train(trainer)
-        if run.held_out is not None:
+        if measured:
             metrics["after"] = trainer.held_out_metrics()
         history = trainer.state.log_history
         lora_weights = merge_lora(trainer)
@@ -192,19 +199,23 @@ def _optimize(
         model=run.model,
         processor=run.processor,
         output_dir=run.output_dir,
-        metrics=metrics,
-        history=history,
+        metrics=metrics if run.ended is None else run.ended["metrics"],
+        history=history if run.ended is None else run.ended["history"],
         weight_change=weight_change(run.adapter, dict(this.before or training.before)),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,
-        cost=training.cost,
-        origin=optimized_origin(run, training, lora_weights[1] if lora_weights else ()),
+        cost=training.cost if run.ended is None else Cost(**run.ended["cost"]),
+        origin=(
+            optimized_origin(run, training, lora_weights[1] if lora_weights else ())
+            if run.ended is None
+            else run.ended["origin"]
+        ),
         answers=list(answers),
         # of several rounds, the last one's LoRA is not what makes the encoder of the base
         _lora=lora_weights if this.of == 1 else None,
     )
-    if run.keeper:
+    if run.keeper and run.ended is None:
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / "encoder")
         details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}
@@ -240,51 +251,47 @@ def _reward_names(functions: Sequence[Any] | None) -> dict[str, list[str]]:
 
 
 def _load_rows(
-    source: _Source, options: RunOptions
+    source: _Source, options: RunOptions, judge: RowJudge
 ) -> tuple[PairDataset | PairStream | QuestionDataset, PairDataset | QuestionDataset | None]:
     """The rows to train on, and those held out where they are given; looked at, one by one."""
     if source.rewards is not None:
-        return _load_questions(source, options)
-    skipped = options.folder / "skipped.jsonl"
-    pairs = load(source.prefs, on_bad_row=options.on_bad_row, skipped=skipped)
+        return _load_questions(source, options, judge)
+    skipped = options.folder / SKIPPED_FILE
+    pairs = load(source.prefs, skipped=skipped)
     if isinstance(pairs, PairStream):
         if options.config.max_steps <= 0:
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
+        pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
-        pairs.verify()
-    return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options)
+        pairs.verify(options.on_bad_row, skipped, judge)
+    return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options, judge)
 
 
 def _load_questions(
-    source: _Source, options: RunOptions
+    source: _Source, options: RunOptions, judge: RowJudge
 ) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
     """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
     rewards = source.rewards or ()
     questions = load_questions(source.prefs)
     if source.answers is not None:
         refuse_pairs(questions)
-    questions = questions.verify(options.on_bad_row, options.folder / "skipped.jsonl")
+    questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge.of_questions())
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
     if source.answers is not None and isinstance(source.eval_prefs, PairDataset):
-        return questions, _held_out_pairs(source.eval_prefs, options)
+        return questions, _held_out_pairs(source.eval_prefs, options, judge)
     held_out = load_questions(source.eval_prefs, "eval_questions")
     if source.answers is not None and is_of_pairs(held_out):
-        return questions, _held_out_pairs(source.eval_prefs, options)
-    held_out = held_out.verify(options.on_bad_row, options.folder / "skipped-eval.jsonl")
+        return questions, _held_out_pairs(source.eval_prefs, options, judge)
+    held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge.of_questions())
     needs_answer(rewards, held_out)
     return questions, held_out
 
 
-def _held_out_pairs(eval_prefs: object, options: RunOptions) -> PairDataset:
-    return load_pairs(
-        eval_prefs,
-        "eval_prefs",
-        "Give held-out pairs as a list or a datasets.Dataset.",
-        on_bad_row=options.on_bad_row,
-        skipped=options.folder / "skipped-eval.jsonl",
-    ).verify()
+def _held_out_pairs(eval_prefs: object, options: RunOptions, judge: RowJudge) -> PairDataset:
+    pairs = load_pairs(eval_prefs, "eval_prefs", "Give held-out pairs as a list or a datasets.Dataset.")
+    return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge)
 
 
 def _trainer(

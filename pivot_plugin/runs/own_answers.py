@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.adapters.foreign import bring_back
 from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.layout import recognise
 from pivot_plugin.data.pairs import PairDataset, PairStream
@@ -27,6 +26,7 @@ from pivot_plugin.data.rows import RowDataset
 from pivot_plugin.errors import DataError, SettingsError, TrainingError, unknown
 from pivot_plugin.files import read_record, write_whole
 from pivot_plugin.generation.own_answers import OPTION_NAMES, AnswerSummary, OwnAnswers, pairs_of_own_answers
+from pivot_plugin.hooks import collect
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.fingerprints import model_fingerprint
@@ -262,7 +262,7 @@ def in_rounds(
                 _keep(model, before, trained, begun_with)
     except BaseException:
         _put_back(model, before)
-        bring_back(model)
+        collect("pivot_model_trained", model=model)
         raise
     return result
 

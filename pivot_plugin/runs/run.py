@@ -26,21 +26,23 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
+from pivot_plugin.data.judging import RowJudge
 from pivot_plugin.data.pairs import PairStream
 from pivot_plugin.data.rows import OnBadRow, RowDataset
 from pivot_plugin.data.split import hold_out
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.models.find import check_processor, check_tower, find_adapter
 from pivot_plugin.models.loading import load_model
-from pivot_plugin.training.checkpoints import last_checkpoint
+from pivot_plugin.training.checkpoints import check_checkpoint, last_checkpoint
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
 
-from .folder import claim, write_record
+from .folder import claim, finished_record, write_record
 from .in_place import InPlace, in_place
 from .settings import unwatched
 
-LoadRows = Callable[[], tuple[RowDataset | PairStream, RowDataset | None]]
+LoadRows = Callable[[RowJudge], tuple[RowDataset | PairStream, RowDataset | None]]
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Run:
         rows: to train on, looked at already, where they are no stream.
         held_out: rows to measure on, None where there are none.
         options: what the run was told.
+        ended: the record of the run where it has finished before; then it takes no step, and writes nothing.
     """
 
     base: str
@@ -125,6 +128,7 @@ class Run:
     rows: RowDataset | PairStream
     held_out: RowDataset | None
     options: RunOptions
+    ended: Mapping[str, Any] | None = None
 
     @property
     def config(self) -> TowerConfig:
@@ -153,7 +157,7 @@ class Run:
 
     def announce(self) -> None:
         """Write the record of a run that is not finished."""
-        if self.keeper:
+        if self.keeper and self.ended is None:
             write_record(self.output_dir, {"finished": False, "settings": self.settings})
 
     def in_place(self) -> AbstractContextManager[InPlace]:
@@ -174,7 +178,11 @@ class Run:
 
     def train(self, trainer: Trainer) -> None:
         """Train, from the last complete checkpoint where the run goes on with an earlier one."""
-        checkpoint = last_checkpoint(self.output_dir) if self.options.resume else None
+        # of a run that has ended, the last weights are wanted, and no step is taken
+        every = getattr(trainer, "resumable_every", 1) if self.ended is None else 1
+        checkpoint = last_checkpoint(self.output_dir, every) if self.options.resume else None
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, self.config.world_size)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def record(self, result: Finished, **details: Any) -> None:
@@ -209,8 +217,8 @@ def begin(
         model: the MLLM, or the path or Hub id of one.
         processor: the model's; found by its name where None.
         options: what the run is told.
-        load_rows: reads and checks the rows to train on and those held out, None for these where they are to be taken
-            from the former.
+        load_rows: reads and checks, with a judge of what the model can take, the rows to train on and those held out,
+            None for these where they are to be taken from the former.
 
     Raises:
         SettingsError: if the folder cannot be used, or the options do not fit the model.
@@ -221,12 +229,14 @@ def begin(
     if _is_keeper(config):
         claim(options.folder, options.settings, options.resume)
     config.distributed_state.wait_for_everyone()
+    ended = finished_record(options.folder) if options.resume else None
     model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     check_tower(adapter)
     training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
-    rows, held_out = load_rows()
+    judge = judge_of(config, processor, adapter.image_token_id, every_size=options.on_bad_row == "skip")
+    rows, held_out = load_rows(judge)
     if isinstance(rows, RowDataset):
         _check_images(rows, training_plan)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
@@ -234,7 +244,7 @@ def begin(
     if held_out is None:
         # of a stream or of very few rows none can be held out, and that shows only now
         unwatched(config)
-    return Run(base, model, processor, adapter, training_plan, rows, held_out, options)
+    return Run(base, model, processor, adapter, training_plan, rows, held_out, options, ended)
 
 
 def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:

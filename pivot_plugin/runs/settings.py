@@ -3,17 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pivot_plugin.config import InstructConfig, PivotConfig, PivotGRPOConfig, PivotRLOOConfig, TowerConfig, Train
 from pivot_plugin.errors import PivotError, SettingsError, unknown
 from pivot_plugin.objectives import learning_rate, resolve
+from pivot_plugin.typed import fits, shown, wanted
 
 CONFIGS: dict[object, type[TowerConfig]] = {None: PivotConfig, "grpo": PivotGRPOConfig, "rloo": PivotRLOOConfig}
 # share of a run between two looks at the held-out rows
 EVALUATE_EVERY = 0.1
+# of a verb, by arguments of their own
+OPTIONS = ("output_dir", "train")
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_ZERO = ("learning_rate", "num_train_epochs", "max_length", "weight_decay", "warmup_steps", "seed")
 # of TRL's SFTConfig: what is settled where images are
 DECIDED = ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "packing", "padding_free")
 
@@ -77,10 +82,22 @@ def instruct_configuration(
 
 
 def _check_names(config_cls: type[TowerConfig], settings: Mapping[str, Any], verb: str) -> None:
-    """Make sure that every option exists."""
+    """Make sure that every option exists, is left to the user, and has a value of its type."""
     names = {field.name for field in fields(config_cls)}
     if absent := [name for name in settings if name not in names]:
         raise unknown("option", absent[0], names, f"{verb} has no option {absent[0]!r}.")
+    hints = get_type_hints(config_cls)
+    for name, value in settings.items():
+        if name in OPTIONS:
+            raise SettingsError(f"{name} is given as a setting of the trainer.", f"Give it as the option {name}.")
+        if not fits(value, hints[name]):
+            raise SettingsError(f"{name} is {shown(value)}.", f"Give {wanted(hints[name])}.")
+    for name in AT_LEAST_ONE:
+        if name in settings and settings[name] < 1:
+            raise SettingsError(f"{name} is {settings[name]}.", "Give 1 or more.")
+    for name in AT_LEAST_ZERO:
+        if settings.get(name) is not None and settings[name] < 0:
+            raise SettingsError(f"{name} is {settings[name]}.", "Give 0 or more.")
 
 
 def _construct(config_cls: type[TowerConfig], folder: Path, train: Train, values: Mapping[str, Any]) -> TowerConfig:

@@ -14,7 +14,7 @@ import torch
 from transformers import ProcessorMixin
 
 from pivot_plugin.errors import DataError
-from pivot_plugin.models.image_tokens import ImageTokens
+from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
 from .forest import Forest, build_forest
 
@@ -151,6 +151,18 @@ class ForestCollator:
             "forest": batch,
             **references,
         }
+
+    def check(self, row: Mapping[str, Any], images: ProcessedImages) -> None:
+        """Make sure that a pair can be turned into tokens.
+
+        Args:
+            row: with `images` (PIL), `prompt`, `chosen`, `rejected`.
+            images: of the row, processed.
+
+        Raises:
+            DataError: as a call.
+        """
+        self._tokenised(row, self.image_tokens.texts(row), images.expansions_of(0 if row["images"] else -1))
 
     def batch_of(
         self, sequences: Sequence[list[int]], starts: Sequence[int], image_sets: ImageSets, names: list[str]

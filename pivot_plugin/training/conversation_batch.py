@@ -11,7 +11,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import DataError, ModelError
-from pivot_plugin.models.image_tokens import ImageTokens
+from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class ConversationCollator:
     _told: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._image_tokens = ImageTokens(self.processor, self.image_token_id)
+        self.image_tokens = ImageTokens(self.processor, self.image_token_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate conversations.
@@ -56,14 +56,8 @@ class ConversationCollator:
             DataError: if images and markers of a row disagree, or `max_length` cuts into its images.
             ModelError: if the chat template rewrites earlier turns.
         """
-        images = self._image_tokens.process_images([row["images"] for row in rows if row["images"]])
-        if images.expansions is None:
-            raise ModelError(
-                f"{type(self.processor).__name__} rewrites the text around an image, so that the answers of a "
-                "conversation cannot be found among its tokens.",
-                "Use rows with one question each in `pivot.optimize`, or another model.",
-            )
-        remaining = iter(images.expansions)
+        images = self.image_tokens.process_images([row["images"] for row in rows if row["images"]])
+        remaining = iter(self._expansions(images))
         sequences = [self._labelled(row, next(remaining) if row["images"] else []) for row in rows]
         length = max(len(ids) for ids, _ in sequences)
         if self.pad_to_multiple_of:
@@ -81,20 +75,43 @@ class ConversationCollator:
             "attention_mask": mask,
             "labels": labels,
             **images.inputs,
-            **self._image_tokens.token_types(input_ids),
+            **self.image_tokens.token_types(input_ids),
             "row_ids": [str(row.get("id")) for row in rows],
         }
 
+    def check(self, row: Mapping[str, Any], images: ProcessedImages) -> None:
+        """Make sure that a conversation can be turned into tokens.
+
+        Args:
+            row: with `images` (PIL) and `messages`.
+            images: of the row, processed.
+
+        Raises:
+            DataError, ModelError: as a call.
+        """
+        self._labelled(row, self._expansions(images)[0] if row["images"] else [])
+
+    def _expansions(self, images: ProcessedImages) -> list[list[list[int]]]:
+        """For each image set and image the tokens that its marker becomes."""
+        if images.expansions is None:
+            raise ModelError(
+                f"{type(self.processor).__name__} rewrites the text around an image, so that the answers of a "
+                "conversation cannot be found among its tokens.",
+                "Use rows with one question each in `pivot.optimize`, or another model.",
+            )
+        return images.expansions
+
     def _labelled(self, row: Mapping[str, Any], parts: list[list[int]]) -> tuple[list[int], list[int]]:
         """Token ids of a conversation, and its labels: these ids where an answer stands."""
-        texts = self._plain(row) if self.plain else self._turns(row)
-        pieces = [self._image_tokens.tokens(text) for text, _ in texts]
+        said = self.image_tokens.plain_text(row)
+        texts = self._plain(said) if self.plain else self._turns(said)
+        pieces = [self.image_tokens.tokens(text) for text, _ in texts]
         tokens = [token for piece in pieces for token in piece]
         is_answer = [answer for piece, (_, answer) in zip(pieces, texts, strict=True) for _ in piece]
-        ids = self._image_tokens.expand(row, tokens, parts)
+        ids = self.image_tokens.expand(row, tokens, parts)
         # an image's marker becomes many tokens, none of them an answer
         lengths = iter([len(part) for part in parts])
-        widths = [next(lengths) if token == self._image_tokens.marker_id else 1 for token in tokens]
+        widths = [next(lengths) if token == self.image_tokens.marker_id else 1 for token in tokens]
         expanded = [answer for answer, width in zip(is_answer, widths, strict=True) for _ in range(width)]
         labels = [token if answer else IGNORED for token, answer in zip(ids, expanded, strict=True)]
         return self._cut(row, ids, labels)

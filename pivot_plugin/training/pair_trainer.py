@@ -146,7 +146,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         self._collator = Loading(sources, self._forest_collator)
         pointers = iter(pointing(sources))
         train_rows, eval_rows = (
-            None if data is None else streaming(data) if isinstance(data, PairStream) else next(pointers)
+            None if data is None else streaming(data, data is pairs) if isinstance(data, PairStream) else next(pointers)
             for data in (pairs, held_out)
         )
         super().__init__(

@@ -17,6 +17,7 @@ Overrides, and why each is needed:
     _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some
     _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
+    _get_train_sampler                    the order of an epoch depends on its number, for runs that are resumed in it
     _prepare_inputs                       the roll-outs of a prompt come in one batch
     compute_loss                          a non-finite loss names its questions
 
@@ -46,6 +47,7 @@ from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.generation.engines import TransformersEngine
 from pivot_plugin.generation.grading import graded
 from pivot_plugin.generation.shared_prefill import PromptImages, SharedPrefill
+from pivot_plugin.models.control_text import NO_PLAIN_TEXT
 from pivot_plugin.models.evaluating import evaluating, undisturbed
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
@@ -55,6 +57,7 @@ from .forest_check import varied_rows
 from .plan import TrainingPlan, unwrapped
 from .refill import put_together, silent_groups
 from .rows import pointing
+from .sampler import EpochRepeatSampler
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -216,6 +219,14 @@ class Rollouts(TowerTraining):
         return {short: float(measured[name]) for name, short in names.items()}
 
     @property
+    def resumable_every(self) -> int:
+        """Steps after which no roll-outs are left from an older model, which no checkpoint keeps."""
+        generated_for = self.args.steps_per_generation * self.num_iterations
+        return math.lcm(generated_for, self.args.gradient_accumulation_steps) // int(
+            self.args.gradient_accumulation_steps
+        )
+
+    @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
@@ -298,6 +309,9 @@ class Rollouts(TowerTraining):
         questions = {
             (source, position): self._sources[source][position] for source, position in dict.fromkeys(pointers)
         }
+
+        for question in questions.values():
+            self._forest_collator.image_tokens.control_text.refuse(question, NO_PLAIN_TEXT)
 
         # 2. each image set once
         image_sets = {row["image_key"]: row["images"] for row in questions.values() if row["images"]}
@@ -409,6 +423,17 @@ class Rollouts(TowerTraining):
         return self._forest_collator.batch_of(sequences, starts, image_sets, [shown.names[row] for row in rows])
 
     _buffered_inputs: list[dict[str, Any]] | None
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
+        of_trl = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            data_source=of_trl.data_source,
+            mini_repeat_count=of_trl.mini_repeat_count,
+            batch_size=of_trl.batch_size,
+            repeat_count=of_trl.repeat_count,
+            shuffle=of_trl.shuffle,
+            seed=of_trl.seed,
+        )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         # TRL's own `_prepare_inputs`, in training, is given the rows of a whole generation batch and (1) scores their

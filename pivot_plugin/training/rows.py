@@ -1,5 +1,6 @@
 """Rows that say where a row is: what TRL is given as a data set, so that images load in the collator, in its worker."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -33,14 +34,25 @@ def pointing(sources: Sequence[Source], first: int = 0) -> list[Dataset]:
     ]
 
 
-def streaming(rows: Iterable[dict[str, Any]]) -> IterableDataset:
-    """A data set over rows that no position points to; its rows hold the `row` itself."""
-    return IterableDataset.from_generator(_items, gen_kwargs={"rows": rows})
+def streaming(rows: Iterable[dict[str, Any]], endless: bool = False) -> IterableDataset:
+    """A data set over rows that no position points to; its rows hold the `row` itself.
+
+    Args:
+        rows: that come in order.
+        endless: begin again where they end, if they can be read again. Transformers' trainer would, too, but a run that
+            it resumes it takes to be in its first pass, however many batches it has to skip.
+    """
+    return IterableDataset.from_generator(_items, gen_kwargs={"rows": rows, "endless": endless})
 
 
-def _items(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {"row": row}
+def _items(rows: Iterable[dict[str, Any]], endless: bool) -> Iterator[dict[str, Any]]:
+    # an iterator is its own iterator, and gives its rows once; a stream of pairs may stand before one
+    once = getattr(rows, "once", iter(rows) is rows)
+    for number in itertools.count():
+        if number and (once or not endless):
+            return
+        for row in rows:
+            yield {"row": row}
 
 
 @dataclass

@@ -4,7 +4,9 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler
 
 
 class ImageGroupSampler(Sampler[int]):
@@ -38,3 +40,26 @@ class ImageGroupSampler(Sampler[int]):
         rng.shuffle(groups)
         for group in groups:
             yield from group
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's order of questions and their roll-outs, also in an epoch that a resumed run begins with.
+
+    TRL draws the order of an epoch when the one before it has been drawn, and begins anew in every process.
+
+    Args:
+        data_source, mini_repeat_count, batch_size, repeat_count, shuffle, seed: as TRL's.
+    """
+
+    _epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; called by the data loader."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self._epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()

@@ -9,6 +9,7 @@
 
 Overrides, and why each is needed:
     create_optimizer    parts may have learning rates of their own
+    _run_epoch          transformers looks after a step alone whether a run is at its end, and resumes it past that
     _save_checkpoint    transformers writes whole models under older names, which its trainer does not find again
 """
 
@@ -148,6 +149,20 @@ class TowerTraining(Trainer):
             reference = self.accelerator.unwrap_model(self.ref_model)
             take_masks(unwrapped(reference))
             forward.install(reference, find_adapter(reference), reading)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.at_its_end:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    @property
+    def at_its_end(self) -> bool:
+        """Whether no step is left: all are taken, or the watch has stopped the run."""
+        early = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        return self.state.global_step >= self.state.max_steps > 0 or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early
+        )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not

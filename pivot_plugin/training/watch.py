@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.training_args import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 COLLAPSE_NATS, COLLAPSE_SHARE = 1.0, 0.1
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback, ExportableState):
     """Follows the chosen log-probability against the reference, in the log under `watch/chosen_logps_change` (nats).
 
     A fall by more than 1 nat and a tenth of the reference's is said once.
@@ -28,6 +29,10 @@ class Watch(TrainerCallback):
     def __init__(self, beta: float) -> None:
         self._beta = beta
         self._told = False
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"args": {"beta": self._beta}, "attributes": {"_told": self._told}}
 
     def on_log(
         self,

@@ -1,5 +1,6 @@
 """Images in every form and mode, and every way in which one cannot be used."""
 
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pivot_plugin.data.images import OVERLARGE, ImageAccess, content_key
+from pivot_plugin.data.images import OVERLARGE, TOO_SMALL, ImageAccess, image_set_key
 from pivot_plugin.errors import DataError
 from tests.helpers import picture
 from tests.helpers.images import encoded, png_header
@@ -81,7 +82,7 @@ def test_a_smaller_limit_can_be_set() -> None:
 )
 def test_what_is_no_whole_image_is_said_by_opening_and_by_checking(content: bytes, kind: str) -> None:
     access = ImageAccess()
-    for look in (lambda: access.open(content, "row 1"), lambda: access.check(content, content, "row 1")):
+    for look in (lambda: access.open(content, "row 1"), lambda: access.key(content, "row 1")):
         with pytest.raises(DataError, match="row 1") as caught:
             look()
         assert caught.value.kind == kind
@@ -134,7 +135,74 @@ def test_an_address_is_fetched_only_when_allowed(web: str) -> None:
 
 def test_keys_tell_images_apart_and_depend_on_their_order() -> None:
     first, second = encoded(picture(9, 9, 1)), encoded(picture(9, 9, 2))
-    assert content_key([first]) != content_key([second])
-    assert content_key([first, second]) != content_key([second, first])
-    assert content_key([]) == ""
-    assert content_key([picture(9, 9, 1)]) == content_key([picture(9, 9, 1)]) != content_key([picture(9, 9, 2)])
+    key = ImageAccess().key
+    assert key(first) != key(second)
+    assert image_set_key([key(first), key(second)]) != image_set_key([key(second), key(first)])
+    assert image_set_key([]) == ""
+    assert key(picture(9, 9, 1)) == key(picture(9, 9, 1)) != key(picture(9, 9, 2))
+
+
+def test_a_key_is_that_of_what_the_model_is_shown() -> None:
+    key, shown = ImageAccess().key, picture(20, 10, 1)
+    # the same in other files
+    assert key(shown) == key(encoded(shown)) == key(encoded(shown, "BMP")) == key(encoded(shown, "WEBP", lossless=True))
+    # equal indices into two palettes
+    indices = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    palettes = [Image.fromarray(indices, "P") for _ in range(2)]
+    for seed, image in enumerate(palettes):
+        image.putpalette(np.random.default_rng(seed).integers(0, 255, 768, dtype=np.uint8).tobytes())
+    assert palettes[0].tobytes() == palettes[1].tobytes()
+    assert key(palettes[0]) != key(palettes[1])
+    # equal pixels of which one lies on its side
+    upright, lying = picture(12, 12, 1), picture(12, 12, 1)
+    lying.getexif()[0x0112] = 6
+    assert upright.tobytes() == lying.tobytes()
+    assert key(upright) != key(lying)
+
+
+def test_numbers_with_a_fraction_and_of_32_bits_are_scaled_or_refused() -> None:
+    opened = ImageAccess().open
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for values in (ramp, ramp * 255):
+        image = Image.fromarray(values)
+        assert image.mode == "F"
+        assert np.abs(pixels(opened(image))[..., 0] - ramp * 255).max() <= 1
+        assert np.abs(pixels(opened(encoded(image, "TIFF")))[..., 0] - ramp * 255).max() <= 1
+    for values in (ramp * 1000, ramp - 0.5, ramp / 0 * 0, (ramp.astype(np.int32) + 1) * 2**24):
+        with np.errstate(all="ignore"), pytest.raises(DataError, match=r"row 4: an image.* pixels from .*nobody knows"):
+            opened(Image.fromarray(values), "row 4")
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 9), (1, 300), (3, 50), (5, 1500)])
+def test_what_is_too_small_for_a_picture_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=f"row 4: an image .*{size[0]} x {size[1]} pixels") as caught:
+        ImageAccess().open(Image.new("RGB", size), "row 4")
+    assert caught.value.kind == TOO_SMALL
+
+
+def test_a_smaller_limit_after_a_larger_one_holds() -> None:
+    content = encoded(picture(30, 20, 1))
+    ImageAccess().key(content)
+    with pytest.raises(DataError, match="30 x 20 pixels, more than 500"):
+        ImageAccess(max_pixels=500).key(content)
+
+
+@pytest.mark.parametrize("form", ["ICO", "DDS", "TGA", "PCX", "SGI", "IM", "PDF"])
+def test_formats_that_pictures_do_not_come_in_are_not_opened(form: str) -> None:
+    with pytest.raises(DataError, match=r"row 1: an image .*unreadable"):
+        ImageAccess().open(encoded(picture(20, 20, 1), form), "row 1")
+
+
+def test_pipes_devices_and_folders_are_no_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), (Path("/dev/zero"), "device"), (tmp_path, "folder")):
+        with pytest.raises(DataError, match=f"row 1: image .* is a {kind}"):
+            ImageAccess().open(path, "row 1")
+
+
+def test_a_file_is_not_read_beyond_what_its_pixels_can_take(tmp_path: Path) -> None:
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(10_000_000_000)
+    with pytest.raises(DataError, match="10,000,000,000 bytes or more") as caught:
+        ImageAccess().open(tmp_path / "large.png")
+    assert caught.value.kind == OVERLARGE

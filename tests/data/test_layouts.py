@@ -8,6 +8,7 @@ import pytest
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.preferences import PairDataset
+from tests.helpers import picture
 
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 
@@ -109,3 +110,72 @@ def test_columns_can_be_named() -> None:
 def test_a_typo_in_columns_is_said(columns: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         PairDataset([{"instruction": "?", "chosen": "a", "rejected": "b"}], columns=columns)
+
+
+IMAGE = picture(20, 20, 1)
+ASKED = [{"role": "user", "content": "what?"}]
+BETTER = {"chosen": "The animal is a cat", "rejected": "The animal is a dog", "image": IMAGE}
+
+
+@pytest.mark.parametrize("column", ["instruction", "query", "problem"])
+@pytest.mark.parametrize("question", ["which?", [{"role": "user", "content": "which?"}]])
+def test_a_question_under_an_unknown_name_is_not_lost(column: str, question: object) -> None:
+    try:
+        prompt = PairDataset([{**BETTER, column: question}])[0]["prompt"]
+    except DataError as error:
+        assert error.kind in ("lost question", "wrong type")
+    else:
+        assert text_of(prompt) == "which?"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": None}, "its prompt is null"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "content": "x"}]}]}, "has not one text but"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": 0}]}]}, "has not one text but"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": ["a"]}]}]}, "has not one text but"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}]},
+            "has not one text but",
+        ),
+        (
+            {"prompt": [*ASKED, {"role": "assistant", "content": "an <image>"}, *ASKED]},
+            "the assistant turn of prompt holds",
+        ),
+        ({"prompt": "a?", "chosen": [{"role": "assistant", "content": "b", "tool_calls": [1]}]}, "has tool_calls"),
+        ({"prompt": "a?", "images": [picture(20, 20, 2)]}, "1 image.* in 'images' and 1 in 'image'"),
+        ({"prompt": "a \ud800?"}, "prompt holds '.ud800' at character 2"),
+        ({"prompt": "a?", "score_chosen": float("nan")}, "score_chosen is float"),
+        ({"prompt": "a?", "score_chosen": 10**5000}, "score_chosen is int"),
+    ],
+)
+def test_what_would_change_in_silence_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=f"row 0 of prefs.*{said}"):
+        PairDataset([{**BETTER, **change}])[0]
+
+
+def test_an_empty_list_of_images_does_not_hide_an_image() -> None:
+    assert PairDataset([{**BETTER, "prompt": "a?", "images": []}])[0]["images"][0].size == (20, 20)
+
+
+@pytest.mark.parametrize("names", [("prompt", "question"), ("question", "prompt")])
+def test_of_prompt_and_question_the_prompt_is_asked_in_either_order(names: tuple[str, str]) -> None:
+    row = {name: f"{name}?" for name in names} | {"chosen": "a", "reject": "b"}
+    assert text_of(PairDataset([row])[0]["prompt"]) == "prompt?"
+
+
+def test_a_row_has_its_question_where_the_first_row_has_none() -> None:
+    rows = [
+        {"prompt": "first?", "chosen": "a", "rejected": "b"},
+        {"question": "second?", "chosen": "a", "rejected": "b"},
+    ]
+    assert [text_of(pair["prompt"]) for pair in PairDataset(rows)] == ["first?", "second?"]
+
+
+def test_the_layout_is_that_of_the_first_row_that_has_one() -> None:
+    good = {"question": "what?", "chosen": "a", "rejected": "b"}
+    pairs = PairDataset([{"nothing": 1}, 3, good])  # type: ignore[list-item]
+    assert text_of(pairs[2]["prompt"]) == "what?"
+    with pytest.raises(DataError, match="row 0 of prefs"):
+        pairs.verify()

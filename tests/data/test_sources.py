@@ -1,12 +1,15 @@
 """Whatever rows come in: opened, read late, and refused with a sentence where they cannot be."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -339,3 +342,154 @@ def test_any_file_gives_pairs_or_a_pivot_error(content: bytes, suffix: str, tmp_
     except PivotError as error:
         assert error.finding
         assert error.remedy
+
+
+def outside(folder: Path) -> Path:
+    """A saved data set of rows that nobody is meant to see."""
+    secret = datasets.Dataset.from_list([{"prompt": "?", "chosen": "a secret", "rejected": "b"}])
+    secret.save_to_disk(folder / "secret")
+    (folder / "secret.jsonl").write_text(json.dumps({"prompt": "?", "chosen": "a secret", "rejected": "b"}))
+    return folder
+
+
+def bad_meta(archive: zipfile.ZipFile, secret: Path) -> None:
+    archive.writestr("meta.json", json.dumps({"a": {"root": ".", "annotation": str(secret / "secret.jsonl")}}))
+
+
+def bad_meta_above(archive: zipfile.ZipFile, secret: Path) -> None:
+    above = "../" * 12 + str(secret / "secret.jsonl").lstrip("/")
+    archive.writestr("meta.json", json.dumps({"a": {"root": ".", "annotation": above}}))
+
+
+def bad_root(archive: zipfile.ZipFile, secret: Path) -> None:
+    picture(9, 9, 1).save(secret / "secret.png")
+    archive.writestr("meta.json", json.dumps({"a": {"root": str(secret), "annotation": "b/a.jsonl"}}))
+    row = {"prompt": "?", "chosen": "a", "rejected": "b", "image": "secret.png"}
+    archive.writestr("b/a.jsonl", json.dumps(row))
+
+
+def bad_state(archive: zipfile.ZipFile, secret: Path) -> None:
+    for file in (secret / "secret").iterdir():
+        if file.suffix == ".json":
+            archive.writestr(file.name, file.read_bytes())
+    state = json.loads((secret / "secret" / "state.json").read_bytes())
+    state["_data_files"] = [{"filename": str(secret / "secret" / state["_data_files"][0]["filename"])}]
+    archive.writestr("state.json", json.dumps(state))
+
+
+def bad_splits(archive: zipfile.ZipFile, secret: Path) -> None:
+    archive.writestr("dataset_dict.json", json.dumps({"splits": [str(secret / "secret")]}))
+
+
+def a_link(archive: zipfile.ZipFile, secret: Path) -> None:
+    link = zipfile.ZipInfo("pairs.jsonl")
+    link.external_attr = 0o120777 << 16
+    archive.writestr(link, str(secret / "secret.jsonl"))
+
+
+@pytest.mark.parametrize("make", [bad_meta, bad_meta_above, bad_root, bad_state, bad_splits, a_link])
+def test_an_archive_is_a_cage(make: Callable[[zipfile.ZipFile, Path], None], tmp_path: Path) -> None:
+    secret = outside(tmp_path)
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        make(archive, secret)
+    with pytest.raises(DataError) as caught:
+        list(iter_all(load(tmp_path / "bad.zip")))
+    assert caught.value.kind == "path outside its folder" or "neither below" in caught.value.finding
+
+
+def test_a_saved_data_set_has_its_files_in_its_own_folder(tmp_path: Path) -> None:
+    secret = outside(tmp_path)
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list(PAIRS).save_to_disk(saved)
+    state = json.loads((saved / "state.json").read_bytes())
+    state["_data_files"] = [{"filename": f"../secret/{next(secret.glob('secret/*.arrow')).name}"}]
+    (saved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="which is no name of a file in it"):
+        load(saved)
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pivot_plugin.data.sources.ALWAYS_UNPACKED", 1_000_000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pairs.jsonl", b"0" * 20_000_000)
+    with pytest.raises(DataError, match=r"bomb.zip has [\d,]+ bytes and unpacks to 20,000,000") as caught:
+        load(tmp_path / "bomb.zip")
+    assert caught.value.kind == "archive bomb"
+    assert not list((tmp_path / "cache" / "archives").glob("*"))
+
+
+def test_two_processes_may_unpack_one_archive(tmp_path: Path) -> None:
+    path = as_zip(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: len(list(iter_all(load(path)))), range(8)))
+    assert found == [4] * 8
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow", ".zip"])
+def test_a_pipe_is_no_file(suffix: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        load(tmp_path / f"pipe{suffix}")
+
+
+@pytest.mark.parametrize("name", ["json", "parquet", "imagefolder", "csv", "text"])
+def test_a_reader_of_datasets_is_no_name_of_a_data_set(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"'{name}' cannot be read: no such file or folder"):
+        load(name)
+
+
+def test_a_damaged_arrow_file_is_refused_and_takes_no_process_down(tmp_path: Path) -> None:
+    """Offsets that point behind the end: unchecked, reading the strings between them ends the process."""
+    datasets.Dataset.from_list(PAIRS * 50).save_to_disk(tmp_path / "saved")
+    content = next((tmp_path / "saved").glob("*.arrow")).read_bytes()
+    offsets = np.arange(3, 40, dtype=np.int32) * len("yes")
+    at = content.index(offsets.tobytes())
+    broken = content[:at] + np.full(37, 2**30, dtype=np.int32).tobytes() + content[at + 4 * 37 :]
+    (tmp_path / "rows.arrow").write_bytes(broken)
+    with pytest.raises(DataError, match=r"rows.arrow cannot be read as arrow: ArrowInvalid"):
+        load(tmp_path / "rows.arrow")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}', "the key 'prompt' stands there twice"),
+        ('{"prompt": ' + "1" * 5000 + "}", "ValueError"),
+        ("[" * 100_000, "RecursionError"),
+    ],
+)
+def test_json_that_is_read_by_halves_elsewhere_is_refused(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(line)
+    with pytest.raises(DataError, match=f"Line 1 of pairs.jsonl is not JSON: .*{said}"):
+        list(iter_all(load(tmp_path / "pairs.jsonl")))
+    (tmp_path / "pairs.json").write_text(f"[{line}]")
+    with pytest.raises(DataError, match=r"pairs\.json is not JSON"):
+        load(tmp_path / "pairs.json")
+
+
+def test_a_stream_that_breaks_says_where() -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"prompt": "a?", "chosen": "b", "rejected": "c"}
+        raise OSError("the disk is gone")
+
+    with pytest.raises(DataError, match="row 1 of prefs cannot be read: the disk is gone"):
+        list(load(broken()))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bad_rows_are_left_out_up_to_a_bound(streamed: bool, tmp_path: Path) -> None:
+    good, bad = {"prompt": "a?", "chosen": "b", "rejected": "c"}, {"prompt": "a?", "chosen": "b"}
+    rows: list[Any] = [bad, good, good, *[good, bad] * 60]
+    source = iter(rows) if streamed else rows
+    kept = list(load(source, on_bad_row="skip", skipped=tmp_path / "skipped.jsonl"))  # type: ignore[call-overload]
+    assert len(kept) == 62
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 61
+    source = iter([good, *[bad] * 300]) if streamed else [good, *[bad] * 300]
+    with pytest.raises(DataError, match=r"rows of prefs are bad, 5\d%.*more than 50% are not left out; the last"):
+        list(load(source, on_bad_row="skip", skipped=tmp_path / "skipped.jsonl"))  # type: ignore[call-overload]

@@ -72,7 +72,7 @@ def test_the_plan_is_made_once(
 @pytest.fixture
 def begun(llava: Tiny, tmp_path: Path) -> Run:
     rows = [row(f"{n}?", "yes", "no", picture(40, 40, n)) for n in range(16)]
-    return begin(*llava, options_for(tmp_path / "run"), lambda: (PairDataset(rows).verify(), None))
+    return begin(*llava, options_for(tmp_path / "run"), lambda judge: (PairDataset(rows).verify(judge=judge), None))
 
 
 def test_a_share_of_the_rows_is_held_out_where_none_are_given(begun: Run) -> None:
@@ -84,14 +84,14 @@ def test_a_share_of_the_rows_is_held_out_where_none_are_given(begun: Run) -> Non
 
 def test_where_too_few_rows_are_there_to_hold_some_out_the_watch_is_off(llava: Tiny, tmp_path: Path) -> None:
     pairs = PairDataset([row("?", "yes", "no", picture(40, 40, 1))])
-    run = begin(*llava, options_for(tmp_path / "run"), lambda: (pairs.verify(), None))
+    run = begin(*llava, options_for(tmp_path / "run"), lambda judge: (pairs.verify(), None))
     assert run.held_out is None
     assert run.config.eval_strategy == "no" and not run.config.load_best_model_at_end
 
 
 def test_rows_given_to_be_held_out_are_taken_as_they_are(llava: Tiny, tmp_path: Path) -> None:
     rows = PairDataset([row(f"{n}?", "yes", "no", picture(40, 40, n)) for n in range(16)]).verify()
-    run = begin(*llava, options_for(tmp_path / "run"), lambda: (rows, rows.select([0])))
+    run = begin(*llava, options_for(tmp_path / "run"), lambda judge: (rows, rows.select([0])))
     assert run.rows is rows and run.held_out is not None and len(run.held_out) == 1
 
 

@@ -1,0 +1,29 @@
+"""Who says, before training, which rows a run cannot take: the collator that will meet them."""
+
+from transformers import ProcessorMixin
+
+from pivot_plugin.config import InstructConfig, RolloutConfig, TowerConfig
+from pivot_plugin.data.judging import Collator, Questions, RowJudge
+from pivot_plugin.models.image_tokens import ImageTokens
+
+from .batch import ForestCollator
+from .conversation_batch import ConversationCollator
+
+
+def judge_of(config: TowerConfig, processor: ProcessorMixin, image_token_id: int, every_size: bool) -> RowJudge:
+    """Who says which rows a run cannot take.
+
+    Args:
+        config: of the run.
+        processor: the model's.
+        image_token_id: the token that stands for one image feature.
+        every_size: as for `RowJudge`.
+    """
+    collator: Collator
+    if isinstance(config, RolloutConfig):
+        collator = Questions(ImageTokens(processor, image_token_id))
+    elif isinstance(config, InstructConfig):
+        collator = ConversationCollator(processor, image_token_id, config.plain, config.max_length)
+    else:
+        collator = ForestCollator(processor, image_token_id, max_length=config.max_length)  # type: ignore[attr-defined]
+    return RowJudge(collator, every_size)
