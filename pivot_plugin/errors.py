@@ -11,7 +11,8 @@ PivotError
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LISTED = 14
 
@@ -88,3 +89,46 @@ def unknown(what: str, name: object, known: Iterable[object], finding: str = "")
         finding or f"There is no {what} {name!r}.",
         f"Did you mean {' or '.join(near)}?" if near else f"There are {listed or 'none'}.",
     )
+
+
+SAID = 300
+
+
+@contextmanager
+def foreign_code(
+    finding: str, remedy: str, error_cls: type[PivotError] = DataError, kind: str | None = None
+) -> Iterator[None]:
+    """Call the code of others meanwhile, on what others have written: whatever it raises comes out as an error of ours.
+
+    Decoders and parsers raise what they like of a broken file: no list of exceptions is complete.
+
+    Args:
+        finding: which thing cannot be used, as the beginning of a sentence that what was raised ends.
+        remedy: what to do next.
+        error_cls: of the error.
+        kind: of the defect, for a `DataError`.
+
+    Raises:
+        PivotError: for every exception; one of ours comes out as it is.
+    """
+    try:
+        yield
+    except PivotError:
+        raise
+    except Exception as error:
+        details = (kind,) if kind is not None else ()
+        raise error_cls(f"{finding}: {said(error)}.", remedy, *details) from error
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, in one line and not at any length; its class where that is not plain from the words."""
+    try:
+        text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    except Exception:
+        text = ""
+    # a lone surrogate can be written nowhere
+    text = text.encode("utf-8", "backslashreplace").decode().rstrip(".")
+    text = text if len(text) <= SAID else f"{text[:SAID]}..."
+    if isinstance(error, OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

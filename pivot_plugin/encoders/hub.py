@@ -18,8 +18,9 @@ from pivot_plugin import __version__
 from pivot_plugin.deadline import within
 from pivot_plugin.errors import PublishError
 
-from .record import PROVENANCE, is_plain_file, sha256
-from .secrets import HTTP_ERROR, hidden
+from .contents import is_plain_file, sha256
+from .record import PROVENANCE
+from .secrets import HTTP_ERROR, hidden, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Hub:
                 "Look at what changed there, and run the same command again.",
             ) from error
         unchanged = f"{self.repo_id} is unchanged, the encoder is not published"
-        status = _status(error)
+        status = status_of(error)
         if isinstance(error, TimeoutError):
             raise PublishError(
                 f"The commit to {self.repo_id} got no answer in time. By now {unchanged}; it may still land.",
@@ -218,7 +219,7 @@ class Hub:
             except LocalTokenNotFoundError as error:
                 raise PublishError("There is no token to publish with.", LOGIN) from error
             except (HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
-                status = _status(error)
+                status = status_of(error)
                 if attempt < ATTEMPTS and status in RETRIED:
                     time.sleep(_wait(error, attempt))
                     continue
@@ -242,11 +243,6 @@ def _same(path: Path, entry: Any) -> bool:
         )
     content = path.read_bytes()
     return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
 
 
 def _wait(error: Exception, attempt: int) -> float:

@@ -16,9 +16,9 @@ from pivot_plugin import __version__
 from pivot_plugin.errors import EncoderError, PublishError
 
 from .card import CARD
+from .contents import PICKLES, check_hashes
 from .hub import COMMIT_LIMIT_S, Hub
-from .loading import PICKLES
-from .record import PROVENANCE, check_hashes, read_provenance
+from .record import PROVENANCE, read_provenance
 
 logger = logging.getLogger(__name__)
 

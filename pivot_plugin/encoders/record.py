@@ -1,10 +1,8 @@
-"""pivot.json: where an encoder comes from, and a hash of every weight file. It may come from strangers.
+"""pivot.json: where an encoder comes from, and a hash of every file that is read. It may come from strangers.
 
 Read with limits (size, depth, kinds of values), and only names of files in the same folder are believed.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,13 +12,13 @@ from typing import Any
 from pivot_plugin import __version__
 from pivot_plugin.errors import EncoderError
 
-PROVENANCE = "pivot.json"
+from .contents import RECORD as PROVENANCE
+from .contents import is_plain_file
+from .plain import REMEDY, read_plain
+
 PROJECTOR_FILE = "projector.safetensors"
-FORMAT = 1
-LARGEST = 4_000_000
-DEEPEST = 12
+FORMAT = 2
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
-REMEDY = "Save or download the encoder again."
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     file = folder / PROVENANCE
     if not file.exists():
         return {}
-    if (size := file.stat().st_size) > LARGEST:
-        raise EncoderError(f"{PROVENANCE} has {size:,} bytes, more than {LARGEST:,}.", REMEDY)
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise EncoderError(f"{str(file)!r} is not JSON: {error}.", REMEDY) from error
-    if not isinstance(record, dict) or not isinstance(record.get("sha256", {}), dict):
+    record = read_plain(file, "provenance record")
+    if not isinstance(record.get("sha256", {}), dict):
         raise EncoderError(f"{str(file)!r} is no provenance record.", REMEDY)
-    if _depth(record) > DEEPEST:
-        raise EncoderError(f"{PROVENANCE} is nested more than {DEEPEST} deep.", REMEDY)
     if not isinstance(record.get("format", FORMAT), int) or record.get("format", FORMAT) > FORMAT:
         raise EncoderError(
             f"{PROVENANCE} has format {record.get('format')!r}, this version of the package reads up to {FORMAT}.",
@@ -88,48 +79,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_hashes(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Compare every weight file with its recorded hash.
-
-    Args:
-        folder: of an encoder.
-        record: its provenance.
-
-    Returns:
-        names of the files that were checked.
-
-    Raises:
-        EncoderError: naming a file that is missing, changed, or has no hash where others have.
-    """
-    expected = record.get("sha256", {})
-    for name, digest in expected.items():
-        file = folder / name
-        if not file.is_file():
-            raise EncoderError(f"{name} is missing in {str(folder)!r}.", REMEDY)
-        if (found := sha256(file)) != digest:
-            raise EncoderError(
-                f"{name} in {str(folder)!r} has changed since it was saved: sha256 {found[:12]}..., {PROVENANCE} "
-                f"says {str(digest)[:12]}....",
-                REMEDY,
-            )
-    if record:
-        for file in sorted(folder.glob("*.safetensors")):
-            if file.name not in expected:
-                raise EncoderError(f"{file.name} in {str(folder)!r} has no hash in {PROVENANCE}.", REMEDY)
-    return list(expected)
-
-
-def is_plain_file(name: object) -> bool:
-    """Whether something is the name of a file in a folder, and leads nowhere else."""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def without_paths(value: Any) -> Any:
     """A record without paths of this machine: of each, its last part stays."""
     if isinstance(value, Mapping):
@@ -141,18 +90,6 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str) and len(value) < 4096 and (value.startswith(("/", "~", "./", "../")) or ":\\" in value):
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _depth(value: Any) -> int:
-    if isinstance(value, dict):
-        return 1 + max(map(_depth, value.values()), default=0)
-    if isinstance(value, list):
-        return 1 + max(map(_depth, value), default=0)
-    return 0
 
 
 def plain_name(source: object) -> str:

@@ -24,3 +24,9 @@ def hidden(error: object, token: str | None = None) -> str:
         if secret and len(secret) > 3:
             text = text.replace(secret, "<token>")
     return _LIKE_A_TOKEN.sub("<token>", text)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status of a refused answer; None where there was no answer."""
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)

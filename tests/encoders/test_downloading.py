@@ -10,7 +10,8 @@ import torch
 
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
-from pivot_plugin.encoders.record import LARGEST
+from pivot_plugin.encoders.contents import sha256
+from pivot_plugin.encoders.plain import LARGEST
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
@@ -200,7 +201,7 @@ def test_records_that_are_too_large_deep_or_new_are_refused(saved: Path) -> None
         (json.dumps({**record, "format": 99}), "has format 99"),
         (json.dumps({**record, "sha256": {"../config.json": "0"}}), "no name in its folder"),
         (json.dumps({**record, "sha256": {"model.safetensors": 3}}), "has no hash"),
-        (json.dumps(record).replace('"format": 1', '"format": NaN'), "is not JSON"),
+        (json.dumps(record).replace('"format": 2', '"format": NaN'), "is not JSON"),
     ):
         (saved / "pivot.json").write_text(content)
         with pytest.raises(EncoderError, match=message) as caught:
@@ -213,6 +214,9 @@ def test_a_folder_with_its_processor(saved: Path) -> None:
     assert type(processor).__name__.startswith("CLIPImageProcessor")
     assert encoder.pivot_origin.folder == saved and encoder.pivot_origin.repo is None
     (saved / "preprocessor_config.json").unlink()
+    with pytest.raises(EncoderError, match="preprocessor_config.json is missing"):
+        pivot.load_encoder(saved, with_processor=True)
+    (saved / "pivot.json").unlink()
     with pytest.raises(EncoderError, match="holds no image processor"):
         pivot.load_encoder(saved, with_processor=True)
     with pytest.raises(EncoderError, match="has no revision 'v1'"):
@@ -233,12 +237,18 @@ def test_a_published_encoder_is_verified(family: str, tiny: Any, tmp_path: Path)
 def test_verification_finds_what_does_not_agree(saved: Path) -> None:
     record = json.loads((saved / "pivot.json").read_text())
     # the same weights, read at another layer
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
+    config = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(json.dumps({**json.loads(config), "vision_feature_layer": -1}))
+    found = pivot.verify(saved)
+    assert not found.passed
+    assert found.checks[-1].name == "files" and "config.json" in found.checks[-1].detail
+    # and by somebody who knows of hashes
+    hashes = {**record["sha256"], "config.json": sha256(saved / "config.json")}
+    (saved / "pivot.json").write_text(json.dumps({**record, "sha256": hashes}))
     found = pivot.verify(saved)
     assert not found.passed
     assert found.checks[-1].name == "features" and "apart" in found.checks[-1].detail
-    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "config.json").write_text(config)
     (saved / "pivot.json").write_text(json.dumps({**record, "signature": {"width": "many"}}))
     assert pivot.verify(saved).checks[-1].passed is False
     (saved / "pivot.json").write_text(json.dumps({n: v for n, v in record.items() if n != "signature"}))

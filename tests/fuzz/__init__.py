@@ -1,0 +1,6 @@
+"""Property tests with thousands of examples; `make fuzz` asks for more of them."""
+
+import os
+
+# examples per property: few in `make test`, PIVOT_FUZZ of them in `make fuzz`
+EXAMPLES = int(os.environ.get("PIVOT_FUZZ", "200"))
