@@ -1,21 +1,23 @@
 """A repository on the Hub, written to so that what stands there is known afterwards.
 
-The Hub's client does not retry a commit, sets it no time limit, and raises when only the answer was lost. So a commit
-has a time limit of its own here, and after any failure the repository is read again before anything is said about it.
+The Hub's client does not retry a commit, sets no time limit, and raises when only the answer was lost. So every
+question has a time limit of its own here, a commit names the state that it was made from, and after any failure the
+repository is read again before anything is said about it.
 """
 
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
 
 from pivot_plugin import __version__
-from pivot_plugin.deadline import within
+from pivot_plugin.deadline import Overdue, within
 from pivot_plugin.errors import PublishError
 
 from .contents import is_plain_file, sha256
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 COMMIT_LIMIT_S = 180.0
+ANSWER_LIMIT_S = 60.0
 ATTEMPTS = 4
 LONGEST_WAIT_S = 60.0
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -33,12 +36,40 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 NEW_REPO_FILES = (".gitattributes", "README.md")
 WITHOUT_XET = "A Hub without a Xet store? Set HF_HUB_DISABLE_XET=1 and run the same command again."
 LOGIN = "Log in with a token that may write (hf auth login), or pass token=."
+AGAIN = "Run the same command again later: what is published is recognised."
+
+
+@dataclass(frozen=True)
+class State:
+    """A branch, tag or pull request at one moment.
+
+    Attributes:
+        commit: it stands at.
+        names: of its files.
+        private: whether its repository is.
+    """
+
+    commit: str
+    names: frozenset[str]
+    private: bool
+
+    def stale(self, names: Sequence[str]) -> list[str]:
+        """Weights of an earlier publication of ours that are not part of a new one.
+
+        Args:
+            names: of the new one's files.
+        """
+        if PROVENANCE not in self.names:
+            return []
+        ours = {name for name in self.names if is_plain_file(name) and name.endswith(".safetensors")}
+        return sorted(((ours | {"model.safetensors.index.json"}) & self.names) - set(names))
 
 
 class Hub:
     """One branch of one repository, and what can be known of it.
 
-    Every method raises PublishError where the Hub refuses or fails, and says whether something is changed there.
+    Every method raises PublishError where the Hub refuses or fails. What it says of the state there is what is known at
+    that point: before the commit no file can have changed, after it everything is read again.
 
     Args:
         repo_id: "owner/name".
@@ -50,56 +81,128 @@ class Hub:
         self.api = HfApi(token=token, library_name="pivot_plugin", library_version=__version__)
         self.repo_id, self.revision, self.token = repo_id, revision, token
 
-    def prepare(self, private: bool | None) -> None:
-        """Make sure of repository and branch."""
-        self.asked("create the repository", lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
-        if self.revision != "main":
-            self.asked(
-                f"create the branch {self.revision!r}",
-                lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True),
+    def create(self, private: bool | None) -> None:
+        """Make sure of the repository."""
+        self._before(
+            "create the repository", lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        )
+
+    def create_branch(self) -> None:
+        """Make the branch, from the main one."""
+        self._before(
+            f"create the branch {self.revision!r}",
+            lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True),
+        )
+
+    def state(self, revision: str) -> State | None:
+        """What stands at a revision; None where it does not exist."""
+
+        def read() -> State | None:
+            try:
+                info = self.api.model_info(self.repo_id, revision=revision, timeout=ANSWER_LIMIT_S)
+            except RevisionNotFoundError:
+                return None
+            return State(
+                str(info.sha), frozenset(str(file.rfilename) for file in info.siblings or []), bool(info.private)
             )
 
-    def head(self) -> str:
-        """The commit the branch stands at."""
-        info = self.asked("read the repository", lambda: self.api.model_info(self.repo_id, revision=self.revision))
-        return str(info.sha)
+        return self._asked("read the repository", read)
 
-    def stale_files(self, new: dict[str, int], exist_ok: bool) -> list[str]:
-        """Files of an earlier publication of ours that are not part of this one.
+    def refuse_others(self, state: State) -> None:
+        """Refuse a repository that holds what is not ours.
 
         Raises:
-            PublishError: if the repository holds something else and that was not allowed.
+            PublishError: with the first of its files.
         """
-        info = self.asked("read the repository", lambda: self.api.model_info(self.repo_id, revision=self.revision))
-        present = {str(file.rfilename) for file in info.siblings or []}
-        if PROVENANCE not in present:
-            if (others := sorted(present - set(NEW_REPO_FILES))) and not exist_ok:
-                raise PublishError(
-                    f"{self.repo_id} holds something else already: {', '.join(others[:5])}. Nothing was changed.",
-                    "Choose another name, or pass exist_ok=True (--exist-ok): its other files stay.",
-                )
-            return []
-        ours = [name for name in present if is_plain_file(name) and name.endswith(".safetensors")]
-        return sorted(name for name in [*ours, "model.safetensors.index.json"] if name in present and name not in new)
+        others = sorted(state.names - set(NEW_REPO_FILES))
+        if PROVENANCE not in state.names and others:
+            raise PublishError(
+                f"{self.repo_id} holds something else already: {', '.join(others[:5])}. Nothing was changed.",
+                "Choose another name, or pass exist_ok=True (--exist-ok): its other files stay.",
+            )
 
-    def holds(self, files: Sequence[Path]) -> bool:
-        """Whether the branch holds files with exactly these contents."""
+    def holds(self, files: Sequence[Path], commit: str) -> bool:
+        """Whether a commit holds files with exactly these contents."""
         names = [path.name for path in files]
-        present = self.asked(
+        present = self._asked(
             "read the files",
-            lambda: {
-                str(entry.path): entry for entry in self.api.get_paths_info(self.repo_id, names, revision=self.revision)
-            },
+            lambda: {str(entry.path): entry for entry in self.api.get_paths_info(self.repo_id, names, revision=commit)},
         )
         return all(path.name in present and _same(path, present[path.name]) for path in files)
+
+    def is_this(self, state: State, files: Sequence[Path]) -> bool:
+        """Whether a state is this publication: all of its files, and no weights of an earlier one."""
+        names = [path.name for path in files]
+        return state.names >= set(names) and not state.stale(names) and self.holds(files, state.commit)
 
     def url(self, commit: str) -> str:
         """The address of a commit."""
         return f"{self.api.endpoint}/{self.repo_id}/commit/{commit}"
 
-    def upload(self, additions: Sequence[CommitOperationAdd], create_pr: bool) -> None:
-        """Send the weights; nothing of them can be seen before the commit."""
-        self.asked(
+    def pull_request(self, files: Sequence[Path], message: str) -> tuple[str, str] | None:
+        """Commit and address of an open pull request of this publication; None where there is none."""
+
+        def read() -> list[Any]:
+            found = self.api.get_repo_discussions(
+                self.repo_id, discussion_type="pull_request", discussion_status="open"
+            )
+            return [one for one in found if one.title == message and one.git_reference]
+
+        for proposed in self._asked("read the pull requests", read):
+            state = self.state(proposed.git_reference)
+            if state is not None and self.is_this(state, files):
+                return state.commit, str(proposed.url)
+        return None
+
+    def publish(
+        self, files: Sequence[Path], before: State, message: str, create_pr: bool, time_limit: float
+    ) -> tuple[str, str]:
+        """Make one commit of all files; after a failure find out what became of it.
+
+        Args:
+            files: of the encoder.
+            before: what stands on the branch; weights of it that are not part of the new encoder go.
+            message: first line of the commit.
+            create_pr: propose it as a pull request.
+            time_limit: seconds that the commit may take.
+
+        Returns:
+            its id and its address, or that of the pull request.
+        """
+        stale = before.stale([path.name for path in files])
+        for attempt in range(1, ATTEMPTS + 1):
+            # anew for each attempt: the client notes in them what it found on the branch
+            additions = [CommitOperationAdd(path.name, path) for path in files]
+            self._upload(additions, create_pr)
+            operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+            try:
+                made = within(
+                    time_limit,
+                    lambda operations=operations: self.api.create_commit(  # type: ignore[misc]
+                        self.repo_id,
+                        operations,
+                        commit_message=message,
+                        revision=self.revision,
+                        parent_commit=before.commit,
+                        create_pr=create_pr or None,
+                    ),
+                )
+                return str(made.oid), str(made.pr_url or made.commit_url)
+            # the client raises its own errors, those of its HTTP library, and those of the disk
+            except Exception as error:
+                found = self._found_after(error, files, before, message, create_pr)
+                if found is not None:
+                    holder, commit, address = found
+                    logger.warning("The answer to the commit was lost, but %s holds all files at %s.", holder, commit)
+                    return commit, address
+                wait = self._wait_for_another(error, attempt, create_pr)
+                logger.warning("The commit failed (%s) and is tried again in %.0f s.", hidden(error, self.token), wait)
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _upload(self, additions: Sequence[CommitOperationAdd], create_pr: bool) -> None:
+        """Send the weights; nothing of them can be seen before the commit. It takes what time it takes."""
+        self._before(
             "upload the weights",
             lambda: self.api.preupload_lfs_files(
                 self.repo_id,
@@ -109,125 +212,127 @@ class Hub:
                 # the commit's own upload step must find them sent
                 free_memory=False,
             ),
+            limit=None,
         )
 
-    def commit(
-        self, operations: Sequence[Any], files: Sequence[Path], message: str, create_pr: bool, time_limit: float
-    ) -> tuple[str, str]:
-        """Make the commit; after a failure find out what became of it.
-
-        Args:
-            operations: additions, sent already, and deletions.
-            files: that are added; by them a commit whose answer was lost is recognised.
-            message: first line of the commit.
-            create_pr: propose it as a pull request.
-            time_limit: seconds that the commit may take.
-
-        Returns:
-            its id and its address, or that of the pull request.
-        """
-        before = self.head()
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                made: CommitInfo = within(
-                    time_limit,
-                    lambda: self.api.create_commit(
-                        self.repo_id,
-                        operations,
-                        commit_message=message,
-                        revision=self.revision,
-                        parent_commit=None if create_pr else before,
-                        create_pr=create_pr or None,
-                    ),
-                )
-                return str(made.oid), str(made.pr_url or made.commit_url)
-            except (HTTP_ERROR, OSError, TimeoutError, RuntimeError) as error:
-                wait = self._after_failure(error, before, files, create_pr, attempt)
-                if wait is None:
-                    head = self.head()
-                    logger.warning(
-                        "The answer to the commit was lost, but %s holds all files at %s.", self.repo_id, head
-                    )
-                    return head, self.url(head)
-                logger.warning("The commit failed (%s) and is tried again in %.0f s.", hidden(error, self.token), wait)
-                time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _after_failure(
-        self, error: Exception, before: str, files: Sequence[Path], create_pr: bool, attempt: int
-    ) -> float | None:
-        """None where the commit has landed all the same, else how long to wait before another attempt.
+    def _found_after(
+        self, error: Exception, files: Sequence[Path], before: State, message: str, create_pr: bool
+    ) -> tuple[str, str, str] | None:
+        """Where the commit stands that failed all the same, its id and its address; None where nothing has changed.
 
         Raises:
-            PublishError: if another attempt would not help, saying whether the repository is changed.
+            PublishError: if that cannot be read, or somebody else has changed the branch.
         """
         why = hidden(error, self.token)
-        if create_pr:
-            raise PublishError(
-                f"The pull request to {self.repo_id} failed: {why} The branch {self.revision!r} is unchanged.",
-                "Look at the repository's pull requests, and try again.",
-            ) from error
         try:
-            head = self.head()
-            landed = head != before and self.holds(files)
+            if create_pr:
+                proposed = self.pull_request(files, message)
+                return None if proposed is None else (f"the pull request {proposed[1]}", *proposed)
+            now = self.state(self.revision)
+            if now is None:
+                raise PublishError(f"{self.repo_id} has no branch {self.revision!r} any more.", AGAIN)
+            if now.commit == before.commit:
+                return None
+            if self.is_this(now, files):
+                return self.repo_id, now.commit, self.url(now.commit)
         except PublishError as unread:
             raise PublishError(
-                f"The commit to {self.repo_id} failed: {why} Whether it has landed could not be read: {unread.finding}",
-                "Run the same command again later: what is published is recognised.",
+                f"The commit to {self.repo_id} failed: {why} Whether it has landed is not known. {unread.finding}",
+                AGAIN,
             ) from error
-        if landed:
-            return None
-        if head != before:
-            raise PublishError(
-                f"{self.repo_id} changed while the encoder was published: it is at {head[:12]}, was at {before[:12]}. "
-                "The encoder is not published.",
-                "Look at what changed there, and run the same command again.",
-            ) from error
-        unchanged = f"{self.repo_id} is unchanged, the encoder is not published"
-        status = status_of(error)
+        raise PublishError(
+            f"{self.repo_id} changed while the encoder was published: it is at {now.commit[:12]}, was at "
+            f"{before.commit[:12]}. The encoder is not published.",
+            "Look at what changed there, and run the same command again: it replaces all of an encoder, or nothing.",
+        ) from error
+
+    def _wait_for_another(self, error: Exception, attempt: int, create_pr: bool) -> float:
+        """Seconds before another attempt.
+
+        Raises:
+            PublishError: if another would not help; nothing has changed then.
+        """
+        why = hidden(error, self.token)
+        unchanged = (
+            f"no pull request with these files is open at {self.repo_id}"
+            if create_pr
+            else f"{self.repo_id} is unchanged, the encoder is not published"
+        )
         if isinstance(error, TimeoutError):
             raise PublishError(
-                f"The commit to {self.repo_id} got no answer in time. By now {unchanged}; it may still land.",
-                "Run the same command again: what is published by then is recognised.",
+                f"The commit to {self.repo_id} got no answer in time. By now {unchanged}; it may still land.", AGAIN
             ) from error
-        transient = status in RETRIED or status is None
-        if not transient or attempt == ATTEMPTS:
-            raise PublishError(f"The commit failed: {why} {unchanged.capitalize()}.", _remedy(status)) from error
+        if not _may_pass(error) or attempt == ATTEMPTS:
+            raise PublishError(
+                f"The commit failed: {why} {unchanged[0].upper()}{unchanged[1:]}.", _remedy(status_of(error))
+            ) from error
         return _wait(error, attempt)
 
-    def tag(self, name: str, commit: str) -> None:
-        """Set a tag on a commit."""
-        self.asked(
-            f"set the tag {name!r}",
-            lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=False),
-        )
+    def tagged(self, name: str) -> str | None:
+        """The commit that a tag is on; None where there is no such tag."""
+        refs = self._asked("read the tags", lambda: self.api.list_repo_refs(self.repo_id))
+        return next((str(tag.target_commit) for tag in refs.tags if tag.name == name), None)
 
-    def asked(self, what: str, ask: Callable[[], T]) -> T:
+    def tag(self, name: str, commit: str, files: Sequence[Path]) -> None:
+        """Set a tag on a commit, or find it set; on another commit of the same files is as good.
+
+        Raises:
+            PublishError: if it is not set, is on something else, or if that is not known, with which.
+        """
+        try:
+            self._asked(
+                f"set the tag {name!r}",
+                lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=False),
+            )
+        except PublishError as error:
+            try:
+                on = self.tagged(name)
+                if on is not None and (on == commit or self.holds(files, on)):
+                    return
+            except PublishError as unread:
+                raise PublishError(
+                    f"Whether its tag {name!r} is set is not known: {error.finding} {unread.finding}", AGAIN
+                ) from error
+            if on is not None:
+                raise PublishError(
+                    f"Its tag is not set: {name!r} is on {on[:12]}, which is something else.", "Choose another tag."
+                ) from error
+            raise PublishError(f"Its tag is not set: {error.finding}", error.remedy) from error
+
+    def _before(self, what: str, ask: Callable[[], T], limit: float | None = ANSWER_LIMIT_S) -> T:
+        """An answer to what comes before the commit, when no file there can have changed."""
+        try:
+            return self._asked(what, ask, limit)
+        except PublishError as error:
+            raise PublishError(f"{error.finding} No file there was changed.", error.remedy) from error.__cause__
+
+    def _asked(self, what: str, ask: Callable[[], T], limit: float | None = ANSWER_LIMIT_S) -> T:
         """An answer of the Hub; one that it may give later is asked for again.
 
         Args:
             what: is asked of it, for errors: "read the files".
-            ask: the call.
+            ask: the call; one that may be repeated.
+            limit: seconds to wait for it.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return ask()
+                return ask() if limit is None else within(limit, ask)
             except OfflineModeIsEnabled as error:
                 raise PublishError(
                     f"Offline mode is on, so that nothing can be published: {error}", "Unset HF_HUB_OFFLINE."
                 ) from error
             except LocalTokenNotFoundError as error:
                 raise PublishError("There is no token to publish with.", LOGIN) from error
-            except (HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
+            # the client raises its own errors, those of its HTTP library, of what it cannot parse, and of the disk
+            except Exception as error:
                 status = status_of(error)
-                if attempt < ATTEMPTS and status in RETRIED:
+                if attempt < ATTEMPTS and _may_pass(error):
                     time.sleep(_wait(error, attempt))
                     continue
                 # the client has no other way up once it has chosen this one
                 by_xet = status is None and "xet" in str(error).lower()
                 raise PublishError(
-                    f"Could not {what} of {self.repo_id}: {hidden(error, self.token)} What was visible there is "
-                    "unchanged.",
+                    f"Could not {what} of {self.repo_id}: {hidden(error, self.token)}.",
                     WITHOUT_XET if by_xet else _remedy(status),
                 ) from error
         raise AssertionError("the last attempt returns or raises")
@@ -243,6 +348,14 @@ def _same(path: Path, entry: Any) -> bool:
         )
     content = path.read_bytes()
     return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed: of a refusal that says so, and of a connection that broke."""
+    if isinstance(error, Overdue):
+        return False
+    status = status_of(error)
+    return status in RETRIED or (status is None and isinstance(error, HTTP_ERROR | ConnectionError))
 
 
 def _wait(error: Exception, attempt: int) -> float:
