@@ -18,7 +18,7 @@ from pivot_plugin.errors import EncoderError, PublishError, foreign_code
 from .card import CARD, PICTURE
 from .compatibility import read_header
 from .contents import PICKLES, check_hashes, is_plain_file
-from .record import PROVENANCE, read_provenance
+from .record import PLACES, PROVENANCE, read_provenance
 from .secrets import known_tokens
 
 # of the files that the record lists, by their ends
@@ -31,7 +31,6 @@ _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}"
     r"|\bxox[abprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b\w+://[^\s/@:]+:[^\s/@]+@"
 )
-_HOME = re.compile(r"(?<![\w.])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\+Users\\+[\w.-]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,6 @@ def _private(line: str, token: str | None) -> str | None:
     if any(len(secret) >= 8 and secret in line for secret in secrets) or _SECRET.search(line):
         return "what looks like a token or a password"
     own = {str(Path.home()), str(Path.cwd())}
-    if _HOME.search(line) or any(len(place) > 4 and re.search(rf"{re.escape(place)}(?![\w-])", line) for place in own):
+    if PLACES.search(line) or any(len(place) > 4 and re.search(rf"{re.escape(place)}(?![\w-])", line) for place in own):
         return "a path of this machine"
     return None

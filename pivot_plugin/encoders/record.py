@@ -3,6 +3,7 @@
 Read with limits (size, depth, kinds of values), and only names of files in the same folder are believed.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,6 +17,10 @@ from .contents import RECORD as PROVENANCE
 from .contents import is_plain_file
 from .plain import REMEDY, read_plain
 
+# folders of users, and what lies in them
+PLACES = re.compile(r"(?<![\w.:/])/(?:home|Users)/[^\s'\"]+|\b[A-Za-z]:\\+[^\s'\"]+", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".zip", ".tar", ".gz", ".yaml", ".txt")
 PROJECTOR_FILE = "projector.safetensors"
 FORMAT = 2
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
@@ -80,24 +85,43 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """A record without paths of this machine: of each, its last part stays."""
+    """A record without paths of this machine: of each, its last part stays; in keys and within sentences too."""
     if isinstance(value, Mapping):
-        return {str(key): without_paths(item) for key, item in value.items()}
+        return {_without_path(str(key)): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [without_paths(item) for item in value]
     if isinstance(value, Path):
         return value.name
-    if isinstance(value, str) and len(value) < 4096 and (value.startswith(("/", "~", "./", "../")) or ":\\" in value):
-        return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, str):
+        return _without_path(value)
+    return value if isinstance(value, int | float | bool | None) else str(value)
+
+
+def _without_path(text: str) -> str:
+    if len(text) < 4096 and (text.startswith(("/", "~", "./", "../", "file:")) or ":\\" in text):
+        return _last_part(text)
+    for place in (str(Path.cwd()), str(Path.home())):
+        if len(place) > 4:
+            text = re.sub(rf"{re.escape(place)}(?:/[^\s'\"]*)?(?![\w-])", lambda found: _last_part(found[0]), text)
+    return PLACES.sub(lambda found: _last_part(found[0]), text)
+
+
+def _last_part(path: str) -> str:
+    parts = path.replace("\\", "/").rstrip("/").rsplit("/", maxsplit=2)
+    # the folder of a user is called like the user
+    return "" if len(parts) > 1 and parts[-2].lower() in ("home", "users") else parts[-1]
 
 
 def plain_name(source: object) -> str:
     """A Hub id as it is, of a local path its last part, and nothing for what has no name."""
     text = str(source) if isinstance(source, str | Path) else ""
     path = Path(text)
-    if not text or path.is_absolute() or text.startswith((".", "~")) or path.exists():
-        return path.name
+    try:
+        is_local = isinstance(source, Path) or path.exists()
+    except (OSError, ValueError):
+        is_local = False
+    if is_local or not _HUB_ID.fullmatch(text) or path.suffix in DATA_SUFFIXES:
+        return _last_part(text.partition("?")[0])
     return text
 
 

@@ -133,7 +133,7 @@ def test_the_card_shows_maps_scores_and_plugins_sections(
         manager().register(plugin, f"test-card-{number}")
     try:
         with caplog.at_level(logging.WARNING):
-            folder = result.save(tmp_path / "encoder", licence="mit")
+            folder = result.save(tmp_path / "encoder", licence="mit", picture=True)
     finally:
         for plugin in plugins:
             manager().unregister(plugin)
@@ -146,7 +146,9 @@ def test_the_card_shows_maps_scores_and_plugins_sections(
     with Image.open(folder / "saliency.png") as sheet:
         # four pairs, five pictures each
         assert sheet.size[0] == 5 * 168 + 4 * 6
-    without = result.save(tmp_path / "other", picture=False)
+    # they are pictures of the user's data: in what is published only where that was asked for
+    for without in (result.save(tmp_path / "other"), result.output_dir / "encoder"):
+        assert not (without / "saliency.png").exists()
     assert not (without / "saliency.png").exists()
     assert "saliency.png" not in (without / "README.md").read_text()
 
