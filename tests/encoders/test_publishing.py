@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pivot_plugin import encoders
 from pivot_plugin.encoders import PublishOptions
-from pivot_plugin.encoders.contents import sha256
 from tests.fuzz import FUZZING
 from tests.helpers import hub_server
+from tests.helpers.encoders import rehash
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
 
@@ -35,15 +35,6 @@ def publish(client: Any, folder: Path, **options: Any) -> dict[str, Any]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def rehash(folder: Path) -> None:
-    """Have the record know the files as they are now."""
-    record = json.loads((folder / "pivot.json").read_text())
-    record["sha256"] = {
-        path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in ("pivot.json", "README.md")
-    }
-    (folder / "pivot.json").write_text(json.dumps(record))
 
 
 def published(hub: Hub, folder: Path, revision: str = "main") -> bool:
