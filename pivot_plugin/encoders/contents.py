@@ -15,7 +15,7 @@ from pivot_plugin.errors import EncoderError, foreign_code
 from .compatibility import read_header
 from .plain import REMEDY, read_plain
 
-RECORD = "pivot.json"
+PROVENANCE = "pivot.json"
 CONFIG, PROCESSOR_CONFIG = "config.json", "preprocessor_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # of a PEFT model: what transformers would load the base of, whatever that is
@@ -150,8 +150,8 @@ def check_hashes(folder: Path, record: Mapping[str, Any], digest_of: Callable[[P
     if record:
         for name in present:
             # records of format 1 had hashes of weights alone
-            if name not in (*expected, RECORD) and (name.endswith(".safetensors") or record.get("format", 1) > 1):
-                raise EncoderError(f"{name} in {str(folder)!r} has no hash in {RECORD}.", REMEDY)
+            if name not in (*expected, PROVENANCE) and (name.endswith(".safetensors") or record.get("format", 1) > 1):
+                raise EncoderError(f"{name} in {str(folder)!r} has no hash in {PROVENANCE}.", REMEDY)
     return list(expected)
 
 

@@ -78,7 +78,7 @@ def downloaded(repo: str, download: Download) -> tuple[Path, str | None, list[st
     names: list[str] = []
     try:
         if not local_files_only:
-            names = _answered(lambda: _names(repo, download.revision, download))
+            names = answered(lambda: _names(repo, download.revision, download))
     except (OfflineModeIsEnabled, ConnectionError) as error:
         logger.info("%s is looked for in the cache alone: %s", repo, hidden(error, download.token))
         local_files_only = True
@@ -96,7 +96,7 @@ def downloaded(repo: str, download: Download) -> tuple[Path, str | None, list[st
             folder = _had_again(repo, download, local_files_only, broken)
         if not local_files_only and _COMMIT.fullmatch(folder.name):
             # of the commit that came down, should the branch have moved meanwhile
-            names = _answered(lambda: _names(repo, folder.name, download))
+            names = answered(lambda: _names(repo, folder.name, download))
     except EncoderError:
         raise
     except Exception as error:
@@ -136,8 +136,15 @@ def _is_cached(repo: str, download: Download) -> bool:
     return True
 
 
-def _answered(ask: Callable[[], T]) -> T:
-    """An answer of the Hub, asked for once more where it broke off or may come later."""
+def answered(ask: Callable[[], T]) -> T:
+    """An answer of the Hub, asked for once more where it broke off or may come later.
+
+    Args:
+        ask: the question; one that changes nothing.
+
+    Raises:
+        Overdue: if it does not come in time; else what the Hub's client raises.
+    """
     try:
         return within(ANSWER_LIMIT_S, ask)
     except OfflineModeIsEnabled:

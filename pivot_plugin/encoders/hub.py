@@ -20,8 +20,7 @@ from pivot_plugin import __version__
 from pivot_plugin.deadline import Overdue, within
 from pivot_plugin.errors import PublishError
 
-from .contents import is_plain_file, sha256
-from .record import PROVENANCE
+from .contents import PROVENANCE, is_plain_file, sha256
 from .secrets import HTTP_ERROR, hidden, status_of
 
 logger = logging.getLogger(__name__)

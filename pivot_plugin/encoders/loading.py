@@ -18,10 +18,20 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from pivot_plugin.errors import EncoderError, foreign_code
 
-from .contents import CONFIG, OF_LORA, PICKLES, PROCESSOR_CONFIG, WEIGHTS, check_hashes, held_numbers, read_files
+from .contents import (
+    CONFIG,
+    OF_LORA,
+    PICKLES,
+    PROCESSOR_CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    check_hashes,
+    held_numbers,
+    read_files,
+)
 from .downloading import Download, downloaded
 from .plain import check_ranges, read_plain
-from .record import PROVENANCE, Origin, read_provenance
+from .record import Origin, read_provenance
 
 logger = logging.getLogger(__name__)
 

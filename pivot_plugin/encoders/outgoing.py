@@ -17,8 +17,8 @@ from pivot_plugin.errors import EncoderError, PublishError, foreign_code
 
 from .card import CARD, PICTURE
 from .compatibility import read_header
-from .contents import PICKLES, check_hashes, is_plain_file
-from .record import PLACES, PROVENANCE, read_provenance
+from .contents import PICKLES, PROVENANCE, check_hashes, is_plain_file
+from .record import PLACES, read_provenance
 from .secrets import known_tokens
 
 # of the files that the record lists, by their ends

@@ -13,8 +13,7 @@ from typing import Any
 from pivot_plugin import __version__
 from pivot_plugin.errors import EncoderError
 
-from .contents import RECORD as PROVENANCE
-from .contents import is_plain_file
+from .contents import PROVENANCE, is_plain_file
 from .plain import REMEDY, read_plain
 
 # folders of users, and what lies in them

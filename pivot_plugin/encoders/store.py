@@ -33,10 +33,10 @@ from pivot_plugin.files import whole_folder
 
 from .card import CARD, PICTURE, card
 from .compatibility import save_model
-from .contents import sha256
+from .contents import PROVENANCE, sha256
 from .contract import contract
 from .loading import has_auto_class
-from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, versions, without_paths
+from .record import FORMAT, PROJECTOR_FILE, versions, without_paths
 from .signature import signature
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ from typing import Any
 
 from pivot_plugin.errors import EncoderError
 
+from .contents import PROVENANCE
 from .downloading import Download
 from .loading import encoder_of, fetch, image_processor_in
-from .record import PROVENANCE, Origin
+from .record import Origin
 from .signature import differs, signature
 
 

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import load_encoder
-from pivot_plugin.encoders.record import PROVENANCE
+from pivot_plugin.encoders.contents import PROVENANCE
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.files import RUN_FILE
 from pivot_plugin.models.find import check_processor, find_adapter
