@@ -5,6 +5,7 @@ could be read is looked at here first, and what leads elsewhere is refused.
 """
 
 import hashlib
+import json
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 from pivot_plugin.errors import EncoderError, foreign_code
 
-from .compatibility import read_header
 from .plain import REMEDY, read_plain
 
 PROVENANCE = "pivot.json"
@@ -107,6 +107,34 @@ def held_numbers(folder: Path) -> int:
                 if tensor != "__metadata__":
                     total += _numel(entry["shape"])
     return total
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin.
+
+    Args:
+        file: to read the beginning of.
+
+    Raises:
+        EncoderError: if the file is no safetensors file, or shorter than it says, as after half a download.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            if length > size - 8:
+                raise ValueError("its header is cut off")
+            header: dict[str, Any] = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EncoderError(f"{str(file)!r} is no whole safetensors file: {error}.", "Have it again.") from error
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise EncoderError(
+            f"{str(file)!r} is cut off: it has {size:,} bytes and says it has {expected:,}.",
+            "Download or save it again.",
+        )
+    return header, 8 + length
 
 
 def _numel(shape: list[int]) -> int:

@@ -16,8 +16,7 @@ from huggingface_hub import ModelCard
 from pivot_plugin.errors import EncoderError, PublishError, foreign_code
 
 from .card import CARD, PICTURE
-from .compatibility import read_header
-from .contents import PICKLES, PROVENANCE, check_hashes, is_plain_file
+from .contents import PICKLES, PROVENANCE, check_hashes, is_plain_file, read_header
 from .record import PLACES, read_provenance
 from .secrets import known_tokens
 

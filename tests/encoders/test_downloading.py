@@ -19,8 +19,8 @@ from pivot_plugin.encoders.plain import LARGEST
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
-from tests.fuzz import FUZZING
 from tests.helpers import hub_server
+from tests.helpers.fuzzing import FUZZING
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import TOKEN, Fault, Hub
 

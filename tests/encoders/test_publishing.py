@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pivot_plugin import encoders
 from pivot_plugin.encoders import PublishOptions
-from tests.fuzz import FUZZING
 from tests.helpers import hub_server
 from tests.helpers.encoders import rehash
+from tests.helpers.fuzzing import FUZZING
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
 
