@@ -4,7 +4,6 @@ Libraries that load a folder read whatever they find in it, by names and links t
 could be read is looked at here first, and what leads elsewhere is refused.
 """
 
-import hashlib
 import json
 import stat
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pivot_plugin.errors import EncoderError, foreign_code
+from pivot_plugin.files import sha256
 
 from .plain import REMEDY, read_plain
 
@@ -193,9 +193,3 @@ def is_plain_file(name: object) -> bool:
         and "\0" not in name
         and len(name) < 256
     )
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

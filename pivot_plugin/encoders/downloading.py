@@ -21,9 +21,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from pivot_plugin.deadline import Overdue, within
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.files import sha256
+from pivot_plugin.hub.secrets import HTTP_ERROR, hidden, status_of
 
-from .contents import PICKLES, sha256
-from .secrets import HTTP_ERROR, hidden, status_of
+from .contents import PICKLES
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from huggingface_hub import HfApi
 
 from pivot_plugin.errors import PublishError
+from pivot_plugin.hub.secrets import hidden
 
 from .card import FAMILY_TAG, TAG
 from .downloading import answered
-from .secrets import hidden
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from pivot_plugin.errors import EncoderError, PublishError, foreign_code
+from pivot_plugin.hub.secrets import known_tokens
 
 from .card import CARD, PICTURE
 from .contents import PICKLES, PROVENANCE, check_hashes, is_plain_file, read_header
 from .record import PLACES, read_provenance
-from .secrets import known_tokens
 
 # of the files that the record lists, by their ends
 PUBLISHED = (".json", ".safetensors", ".png")
@@ -47,6 +47,11 @@ class Outgoing:
     left_out: tuple[str, ...]
     record: dict[str, Any]
     card: str
+
+    @property
+    def by_name(self) -> dict[str, Path]:
+        """The files, by name."""
+        return {path.name: path for path in self.files}
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -15,11 +15,20 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from pivot_plugin import __version__
 from pivot_plugin.errors import PublishError
+from pivot_plugin.hub.repository import COMMIT_LIMIT_S, Hub, Publishing, State
 
-from .hub import COMMIT_LIMIT_S, Hub, State
+from .contents import INDEX, PROVENANCE, is_plain_file
 from .outgoing import Outgoing, outgoing
 
 logger = logging.getLogger(__name__)
+
+ENCODER = Publishing(
+    noun="the encoder",
+    repo_type="model",
+    is_ours=lambda state: PROVENANCE in state.names,
+    # in the folder itself: weights that people keep beside it in others stay
+    goes=lambda name: name == INDEX or (is_plain_file(name) and name.endswith(".safetensors")),
+)
 
 
 @dataclass(frozen=True)
@@ -112,14 +121,14 @@ def publish(
         commit_message
         or f"{going.record.get('encoder_class')} after preference optimisation (pivot_plugin {__version__})"
     )
-    hub = Hub(repo_id, revision, token)
+    hub = Hub(repo_id, revision, token, ENCODER)
     before = _prepared(hub, private, exist_ok, tag, going)
     commit, url = _published(hub, going, before, message, create_pr, time_limit)
     published = Publication(repo_id, revision, commit, url, going.sizes, left_out=list(going.left_out))
     if tag is None:
         return published
     try:
-        hub.tag(tag, commit, going.files)
+        hub.tag(tag, commit, going.by_name)
     except PublishError as error:
         raise PublishError(f"The encoder is published at {commit[:12]}. {error.finding}", error.remedy) from error
     return replace(published, tag=tag)
@@ -127,19 +136,8 @@ def publish(
 
 def _prepared(hub: Hub, private: bool | None, exist_ok: bool, tag: str | None, going: Outgoing) -> State:
     """The state that the commit is to be made from, of a repository and a branch that may be written to."""
-    hub.create(private)
-    state = hub.state(hub.revision)
-    # a branch that is made begins as the main one, and is not made for what may not be written there
-    standing = state or hub.state("main")
-    if standing is not None:
-        if private and not standing.private:
-            raise PublishError(
-                f"{hub.repo_id} exists and is public, and the encoder is to be private. Nothing was changed.",
-                "Choose another name, or make the repository private in its settings.",
-            )
-        if not exist_ok:
-            hub.refuse_others(standing)
-    if tag is not None and (on := hub.tagged(tag)) is not None and not hub.holds(going.files, on):
+    state = hub.begin(private, exist_ok)
+    if tag is not None and (on := hub.tagged(tag)) is not None and not hub.holds(going.by_name, on):
         raise PublishError(
             f"{hub.repo_id} has the tag {tag!r} already, on {on[:12]}, which is something else. Nothing was changed.",
             "Choose another tag.",
@@ -161,10 +159,10 @@ def _published(
 ) -> tuple[str, str]:
     """Commit and address of the publication: made now, or found to be there."""
     if create_pr:
-        if (proposed := hub.pull_request(going.files, message)) is not None:
+        if (proposed := hub.pull_request(going.by_name, message)) is not None:
             logger.info("A pull request to %s with exactly these files is open already.", hub.repo_id)
             return proposed
-    elif hub.is_this(before, going.files):
+    elif hub.is_this(before, going.by_name):
         logger.info("%s holds exactly these files already.", hub.repo_id)
         return before.commit, hub.url(before.commit)
-    return hub.publish(going.files, before, message, create_pr, time_limit)
+    return hub.publish(going.by_name, before, message, create_pr, time_limit)

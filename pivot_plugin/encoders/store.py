@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import IN_BLOCKS, WHOLE_VIEW
 from pivot_plugin.errors import EncoderError, ModelError
-from pivot_plugin.files import whole_folder
+from pivot_plugin.files import sha256, whole_folder
 
 from .card import CARD, PICTURE, card
 from .compatibility import save_model
-from .contents import PROVENANCE, sha256
+from .contents import PROVENANCE
 from .contract import contract
 from .loading import has_auto_class
 from .record import FORMAT, PROJECTOR_FILE, versions, without_paths

@@ -13,14 +13,14 @@ import torch
 
 import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
-from pivot_plugin.encoders.contents import sha256
 from pivot_plugin.encoders.downloading import ANSWER_LIMIT_S, STALL_LIMIT_S
 from pivot_plugin.encoders.plain import LARGEST
 from pivot_plugin.errors import EncoderError
+from pivot_plugin.files import sha256
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
 from tests.helpers import hub_server
-from tests.helpers.fuzzing import FUZZING
+from tests.helpers.examples import FUZZING
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import TOKEN, Fault, Hub
 

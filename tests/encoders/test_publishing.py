@@ -16,7 +16,7 @@ from pivot_plugin import encoders
 from pivot_plugin.encoders import PublishOptions
 from tests.helpers import hub_server
 from tests.helpers.encoders import rehash
-from tests.helpers.fuzzing import FUZZING
+from tests.helpers.examples import FUZZING
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
 
@@ -106,7 +106,7 @@ def test_a_dry_run_sends_nothing(hub: Hub, client: Any, saved: Path) -> None:
         (Fault("create", "status", 403), "absent", "may not write"),
         (Fault("create", "status", 500, AT_ONCE), "complete", ""),
         (Fault("preupload", "status", 429, AT_ONCE), "complete", ""),
-        (Fault("preupload", "status", 403), "unchanged", "upload the weights"),
+        (Fault("preupload", "status", 403), "unchanged", "upload the files"),
         (Fault("batch", "status", 503, AT_ONCE), "complete", ""),
         (Fault("put", "drop"), "complete", ""),
         (Fault("put", "status", 500, AT_ONCE), "complete", ""),

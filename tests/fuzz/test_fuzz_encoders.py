@@ -12,7 +12,7 @@ import pivot_plugin as pivot
 from pivot_plugin.encoders import save_encoder
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing import build
-from tests.helpers.fuzzing import EXAMPLES
+from tests.helpers.examples import EXAMPLES
 from tests.helpers.tampering import ADDED, Tampering, outcome, state_of, tamperings
 
 FAMILIES = ("llava", "qwen2_5_vl")

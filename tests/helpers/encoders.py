@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from pivot_plugin.encoders.assemble import CHAT_TEMPLATES
-from pivot_plugin.encoders.contents import sha256
+from pivot_plugin.files import sha256
 from pivot_plugin.testing.families import byte_tokenizer
 from tests.helpers.processes import python
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 import pivot_plugin as pivot
-from pivot_plugin.encoders.contents import sha256
 from pivot_plugin.errors import PivotError
+from pivot_plugin.files import sha256
 
 VALUES: list[Any] = [
     *(0, 1, -1, 2, 3, 7, 224, 10**6, 10**9, 10**18, -(10**9), 10**400),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivot_plugin.runs.provenance import LORA, PUBLISHED, published_settings
-from tests.helpers.fuzzing import EXAMPLES
+from tests.helpers.examples import EXAMPLES
 
 SECRET = "hf_AbCdEf0123456789AbCd"
 PRIVATE = (SECRET, "/home/alice/project", "alice@host", "run of alice", "http://10.0.0.1:8080", "..\\alice", "~/x")

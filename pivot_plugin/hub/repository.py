@@ -8,10 +8,10 @@ repository is read again before anything is said about it.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
@@ -19,8 +19,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from pivot_plugin import __version__
 from pivot_plugin.deadline import Overdue, within
 from pivot_plugin.errors import PublishError
+from pivot_plugin.files import sha256
 
-from .contents import PROVENANCE, is_plain_file, sha256
 from .secrets import HTTP_ERROR, hidden, status_of
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,10 @@ LOGIN = "Log in with a token that may write (hf auth login), or pass token=."
 AGAIN = "Run the same command again later: what is published is recognised."
 
 
+Files = Mapping[str, Path]
+"""Of a publication: from names in the repository to files here."""
+
+
 @dataclass(frozen=True)
 class State:
     """A branch, tag or pull request at one moment.
@@ -45,23 +49,42 @@ class State:
     Attributes:
         commit: it stands at.
         names: of its files.
+        tags: of its card.
         private: whether its repository is.
     """
 
     commit: str
     names: frozenset[str]
+    tags: frozenset[str]
     private: bool
 
-    def stale(self, names: Sequence[str]) -> list[str]:
-        """Weights of an earlier publication of ours that are not part of a new one.
+
+@dataclass(frozen=True)
+class Publishing:
+    """What kind of thing is published.
+
+    Attributes:
+        noun: for it, with its article, in the singular: "the encoder".
+        repo_type: "model" or "dataset".
+        is_ours: whether a state is an earlier publication of this kind.
+        goes: whether a file of an earlier one, which is not part of the new one, is to go.
+    """
+
+    noun: str
+    repo_type: Literal["model", "dataset"]
+    is_ours: Callable[[State], bool]
+    goes: Callable[[str], bool]
+
+    def stale(self, state: State, names: Collection[str]) -> list[str]:
+        """Files of an earlier publication that are not part of a new one.
 
         Args:
+            state: that stands there.
             names: of the new one's files.
         """
-        if PROVENANCE not in self.names:
+        if not self.is_ours(state):
             return []
-        ours = {name for name in self.names if is_plain_file(name) and name.endswith(".safetensors")}
-        return sorted(((ours | {"model.safetensors.index.json"}) & self.names) - set(names))
+        return sorted(name for name in state.names.difference(names) if self.goes(name))
 
 
 class Hub:
@@ -74,23 +97,54 @@ class Hub:
         repo_id: "owner/name".
         revision: the branch.
         token: that may write; the one you are logged in with where None.
+        publishing: what is.
     """
 
-    def __init__(self, repo_id: str, revision: str, token: str | None) -> None:
+    def __init__(self, repo_id: str, revision: str, token: str | None, publishing: Publishing) -> None:
         self.api = HfApi(token=token, library_name="pivot_plugin", library_version=__version__)
-        self.repo_id, self.revision, self.token = repo_id, revision, token
+        self.repo_id, self.revision, self.token, self.publishing = repo_id, revision, token, publishing
+        self.repo_type = publishing.repo_type
 
     def create(self, private: bool | None) -> None:
         """Make sure of the repository."""
         self._before(
-            "create the repository", lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+            "create the repository",
+            lambda: self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=private, exist_ok=True),
         )
+
+    def begin(self, private: bool | None, exist_ok: bool) -> State | None:
+        """Make sure of a repository that may be written to.
+
+        Args:
+            private: of one that is created; one that exists and is public is refused with True.
+            exist_ok: write beside what is not ours.
+
+        Returns:
+            what stands on the branch; None where it does not exist.
+
+        Raises:
+            PublishError: if it may not be written to; nothing there was changed then.
+        """
+        self.create(private)
+        state = self.state(self.revision)
+        # a branch that is made begins as the main one, and is not made for what may not be written there
+        standing = state or self.state("main")
+        if standing is not None:
+            if private and not standing.private:
+                raise PublishError(
+                    f"{self.repo_id} exists and is public, and {self.publishing.noun} is to be private. Nothing was "
+                    "changed.",
+                    "Choose another name, or make the repository private in its settings.",
+                )
+            if not exist_ok:
+                self.refuse_others(standing)
+        return state
 
     def create_branch(self) -> None:
         """Make the branch, from the main one."""
         self._before(
             f"create the branch {self.revision!r}",
-            lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True),
+            lambda: self.api.create_branch(self.repo_id, branch=self.revision, repo_type=self.repo_type, exist_ok=True),
         )
 
     def state(self, revision: str) -> State | None:
@@ -98,12 +152,13 @@ class Hub:
 
         def read() -> State | None:
             try:
-                info = self.api.model_info(self.repo_id, revision=revision, timeout=ANSWER_LIMIT_S)
+                info = self.api.repo_info(
+                    self.repo_id, revision=revision, repo_type=self.repo_type, timeout=ANSWER_LIMIT_S
+                )
             except RevisionNotFoundError:
                 return None
-            return State(
-                str(info.sha), frozenset(str(file.rfilename) for file in info.siblings or []), bool(info.private)
-            )
+            names = frozenset(str(file.rfilename) for file in info.siblings or [])
+            return State(str(info.sha), names, frozenset(map(str, info.tags or [])), bool(info.private))
 
         return self._asked("read the repository", read)
 
@@ -114,36 +169,44 @@ class Hub:
             PublishError: with the first of its files.
         """
         others = sorted(state.names - set(NEW_REPO_FILES))
-        if PROVENANCE not in state.names and others:
+        if others and not self.publishing.is_ours(state):
             raise PublishError(
                 f"{self.repo_id} holds something else already: {', '.join(others[:5])}. Nothing was changed.",
                 "Choose another name, or pass exist_ok=True (--exist-ok): its other files stay.",
             )
 
-    def holds(self, files: Sequence[Path], commit: str) -> bool:
+    def holds(self, files: Files, commit: str) -> bool:
         """Whether a commit holds files with exactly these contents."""
-        names = [path.name for path in files]
         present = self._asked(
             "read the files",
-            lambda: {str(entry.path): entry for entry in self.api.get_paths_info(self.repo_id, names, revision=commit)},
+            lambda: {
+                str(entry.path): entry
+                for entry in self.api.get_paths_info(
+                    self.repo_id, list(files), revision=commit, repo_type=self.repo_type
+                )
+            },
         )
-        return all(path.name in present and _same(path, present[path.name]) for path in files)
+        return all(name in present and _same(path, present[name]) for name, path in files.items())
 
-    def is_this(self, state: State, files: Sequence[Path]) -> bool:
-        """Whether a state is this publication: all of its files, and no weights of an earlier one."""
-        names = [path.name for path in files]
-        return state.names >= set(names) and not state.stale(names) and self.holds(files, state.commit)
+    def is_this(self, state: State, files: Files) -> bool:
+        """Whether a state is this publication: all of its files, and none of an earlier one that has to go."""
+        return (
+            state.names >= files.keys()
+            and not self.publishing.stale(state, files.keys())
+            and self.holds(files, state.commit)
+        )
 
     def url(self, commit: str) -> str:
         """The address of a commit."""
-        return f"{self.api.endpoint}/{self.repo_id}/commit/{commit}"
+        kind = "" if self.repo_type == "model" else f"{self.repo_type}s/"
+        return f"{self.api.endpoint}/{kind}{self.repo_id}/commit/{commit}"
 
-    def pull_request(self, files: Sequence[Path], message: str) -> tuple[str, str] | None:
+    def pull_request(self, files: Files, message: str) -> tuple[str, str] | None:
         """Commit and address of an open pull request of this publication; None where there is none."""
 
         def read() -> list[Any]:
             found = self.api.get_repo_discussions(
-                self.repo_id, discussion_type="pull_request", discussion_status="open"
+                self.repo_id, discussion_type="pull_request", discussion_status="open", repo_type=self.repo_type
             )
             return [one for one in found if one.title == message and one.git_reference]
 
@@ -153,14 +216,12 @@ class Hub:
                 return state.commit, str(proposed.url)
         return None
 
-    def publish(
-        self, files: Sequence[Path], before: State, message: str, create_pr: bool, time_limit: float
-    ) -> tuple[str, str]:
+    def publish(self, files: Files, before: State, message: str, create_pr: bool, time_limit: float) -> tuple[str, str]:
         """Make one commit of all files; after a failure find out what became of it.
 
         Args:
-            files: of the encoder.
-            before: what stands on the branch; weights of it that are not part of the new encoder go.
+            files: of the publication.
+            before: what stands on the branch; what of it is of an earlier publication alone goes.
             message: first line of the commit.
             create_pr: propose it as a pull request.
             time_limit: seconds that the commit may take.
@@ -168,10 +229,10 @@ class Hub:
         Returns:
             its id and its address, or that of the pull request.
         """
-        stale = before.stale([path.name for path in files])
+        stale = self.publishing.stale(before, files.keys())
         for attempt in range(1, ATTEMPTS + 1):
             # anew for each attempt: the client notes in them what it found on the branch
-            additions = [CommitOperationAdd(path.name, path) for path in files]
+            additions = [CommitOperationAdd(name, path) for name, path in files.items()]
             self._upload(additions, create_pr)
             operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
             try:
@@ -181,6 +242,7 @@ class Hub:
                         self.repo_id,
                         operations,
                         commit_message=message,
+                        repo_type=self.repo_type,
                         revision=self.revision,
                         parent_commit=before.commit,
                         create_pr=create_pr or None,
@@ -199,13 +261,14 @@ class Hub:
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    def _upload(self, additions: Sequence[CommitOperationAdd], create_pr: bool) -> None:
-        """Send the weights; nothing of them can be seen before the commit. It takes what time it takes."""
+    def _upload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
+        """Send large files; nothing of them can be seen before the commit. It takes what time it takes."""
         self._before(
-            "upload the weights",
+            "upload the files",
             lambda: self.api.preupload_lfs_files(
                 self.repo_id,
                 additions,
+                repo_type=self.repo_type,
                 revision=self.revision,
                 create_pr=create_pr or None,
                 # the commit's own upload step must find them sent
@@ -215,7 +278,7 @@ class Hub:
         )
 
     def _found_after(
-        self, error: Exception, files: Sequence[Path], before: State, message: str, create_pr: bool
+        self, error: Exception, files: Files, before: State, message: str, create_pr: bool
     ) -> tuple[str, str, str] | None:
         """Where the commit stands that failed all the same, its id and its address; None where nothing has changed.
 
@@ -240,9 +303,9 @@ class Hub:
                 AGAIN,
             ) from error
         raise PublishError(
-            f"{self.repo_id} changed while the encoder was published: it is at {now.commit[:12]}, was at "
-            f"{before.commit[:12]}. The encoder is not published.",
-            "Look at what changed there, and run the same command again: it replaces all of an encoder, or nothing.",
+            f"{self.repo_id} changed while {self.publishing.noun} was published: it is at {now.commit[:12]}, was at "
+            f"{before.commit[:12]}. {self.publishing.noun.capitalize()} is not published.",
+            "Look at what changed there, and run the same command again: it replaces all of what is there, or nothing.",
         ) from error
 
     def _wait_for_another(self, error: Exception, attempt: int, create_pr: bool) -> float:
@@ -255,7 +318,7 @@ class Hub:
         unchanged = (
             f"no pull request with these files is open at {self.repo_id}"
             if create_pr
-            else f"{self.repo_id} is unchanged, the encoder is not published"
+            else f"{self.repo_id} is unchanged, {self.publishing.noun} is not published"
         )
         if isinstance(error, TimeoutError):
             raise PublishError(
@@ -269,10 +332,10 @@ class Hub:
 
     def tagged(self, name: str) -> str | None:
         """The commit that a tag is on; None where there is no such tag."""
-        refs = self._asked("read the tags", lambda: self.api.list_repo_refs(self.repo_id))
+        refs = self._asked("read the tags", lambda: self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type))
         return next((str(tag.target_commit) for tag in refs.tags if tag.name == name), None)
 
-    def tag(self, name: str, commit: str, files: Sequence[Path]) -> None:
+    def tag(self, name: str, commit: str, files: Files) -> None:
         """Set a tag on a commit, or find it set; on another commit of the same files is as good.
 
         Raises:
@@ -281,7 +344,9 @@ class Hub:
         try:
             self._asked(
                 f"set the tag {name!r}",
-                lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=False),
+                lambda: self.api.create_tag(
+                    self.repo_id, tag=name, revision=commit, repo_type=self.repo_type, exist_ok=False
+                ),
             )
         except PublishError as error:
             try:
@@ -373,4 +438,4 @@ def _remedy(status: int | None) -> str:
         return "This token may not write there: use one that may, or choose another owner."
     if status in (409, 412):
         return "Somebody else writes there: look at the repository, and run the same command again."
-    return "Run the same command again later; weights that have arrived are not sent again."
+    return "Run the same command again later; what has arrived is not sent again."
