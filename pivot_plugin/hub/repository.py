@@ -152,7 +152,7 @@ class Hub:
 
         def read() -> State | None:
             try:
-                info = self.api.repo_info(
+                info: Any = self.api.repo_info(
                     self.repo_id, revision=revision, repo_type=self.repo_type, timeout=ANSWER_LIMIT_S
                 )
             except RevisionNotFoundError:
