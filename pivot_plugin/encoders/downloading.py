@@ -257,6 +257,12 @@ def _is_named_by_content(blob: Path) -> bool:
     return True
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file that was downloaded; the name of its content, which it was compared with, where that is it."""
+    blob = path.resolve()
+    return blob.name if path.is_symlink() and _SHA256.fullmatch(blob.name) else sha256(path)
+
+
 def _had_again(repo: str, download: Download, local_files_only: bool, broken: list[Path]) -> Path:
     """The folder of a repository's files after those that are broken were thrown away and had again.
 

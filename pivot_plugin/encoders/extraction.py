@@ -109,8 +109,8 @@ def tower_of(source: str | Path) -> PreTrainedModel:
     if not is_lora(source):
         try:
             config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError):
-            # of another repository, or nothing: whoever loads it says so
+        # of another repository, or nothing, or broken: whoever loads it says so
+        except Exception:
             config = None
         if config is not None and type(config) not in AutoModelForImageTextToText._model_mapping:
             return load_encoder(source)

@@ -29,7 +29,7 @@ from .contents import (
     held_numbers,
     read_files,
 )
-from .downloading import Download, downloaded
+from .downloading import Download, digest, downloaded
 from .plain import check_ranges, read_plain
 from .record import Origin, read_provenance
 
@@ -150,7 +150,7 @@ def fetch(path: str | Path, download: Download) -> Origin:
             f"{repo or str(folder)!r} holds {OF_LORA} beside an encoder, by which another model would be loaded.",
             "Load its base with transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
         )
-    check_hashes(folder, record)
+    check_hashes(folder, record, digest if repo else None)
     if record and record.get("format", 1) < 2:
         logger.info("The record of %s is of an early version: settings have no hashes.", repo or folder.name)
     if not record:

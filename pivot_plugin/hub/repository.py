@@ -248,7 +248,10 @@ class Hub:
                         create_pr=create_pr or None,
                     ),
                 )
+                self._refuse_mixture(str(made.oid), files)
                 return str(made.oid), str(made.pr_url or made.commit_url)
+            except PublishError:
+                raise
             # the client raises its own errors, those of its HTTP library, and those of the disk
             except Exception as error:
                 found = self._found_after(error, files, before, message, create_pr)
@@ -260,6 +263,24 @@ class Hub:
                 logger.warning("The commit failed (%s) and is tried again in %.0f s.", hidden(error, self.token), wait)
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+    def _refuse_mixture(self, commit: str, files: Files) -> None:
+        """Notice where the client made no commit, because somebody else had just put the same files there, and more.
+
+        Raises:
+            PublishError: with one of the files that should have gone.
+        """
+        try:
+            state = self.state(commit)
+        except PublishError:
+            # that the commit was made is known from its own answer
+            return
+        if state is not None and (stale := self.publishing.stale(state, files.keys())):
+            raise PublishError(
+                f"{self.repo_id} changed while {self.publishing.noun} was published: beside its files {stale[0]} of "
+                "somebody else stands there.",
+                "Run the same command again: it replaces all of what is there, or nothing.",
+            )
 
     def _upload(self, additions: list[CommitOperationAdd], create_pr: bool) -> None:
         """Send large files; nothing of them can be seen before the commit. It takes what time it takes."""

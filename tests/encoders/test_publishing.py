@@ -216,6 +216,18 @@ def test_what_somebody_puts_there_meanwhile_is_not_overwritten(hub: Hub, client:
         assert "holds something else already" in publish(client, saved)["finding"]
 
 
+def test_the_same_files_with_more_beside_them_are_no_publication(hub: Hub, client: Any, saved: Path) -> None:
+    """The client makes no commit where all files stand there already."""
+    publish(client, saved)
+    card = (saved / "README.md").read_text()
+    (saved / "README.md").write_text(f"{card}\nours\n")
+    theirs = {**hub.files(KEY), "README.md": f"{card}\nours\n".encode(), "model-00002-of-00002.safetensors": b"theirs"}
+    hub.meanwhile["preupload"] = lambda: hub.repos[KEY].add("main", theirs, "the other")
+    found = publish(client, saved)
+    assert found["error"] == "PublishError" and "model-00002-of-00002.safetensors" in found["finding"]
+    assert "answer" in publish(client, saved) and published(hub, saved)
+
+
 def test_a_private_encoder_does_not_go_into_a_public_repository(hub: Hub, client: Any, saved: Path) -> None:
     hub.repos[KEY] = hub_server.Repo()
     hub.repos[KEY].add("main", {".gitattributes": b""}, "initial commit")

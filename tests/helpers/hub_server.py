@@ -341,11 +341,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         @route("POST", rf"{API}/preupload/{REV}", "preupload")
         def preupload(self, kind: str, id: str, rev: str) -> None:
             self.writer()
-            self.at(self.repo(kind, id), rev)
-            modes = [
-                {"path": f["path"], "uploadMode": "lfs" if _is_large(f["path"]) else "regular", "shouldIgnore": False}
-                for f in json.loads(self.body)["files"]
-            ]
+            repo = self.repo(kind, id)
+            present = repo.commits[self.at(repo, rev)]
+
+            def mode(path: str) -> dict[str, Any]:
+                answer = {"path": path, "uploadMode": "lfs" if _is_large(path) else "regular", "shouldIgnore": False}
+                if path not in present:
+                    return answer
+                # by which the client leaves out what is there already
+                content = present[path]
+                return {**answer, "oid": hashlib.sha256(content).hexdigest() if _is_large(path) else _git_hash(content)}
+
+            modes = [mode(file["path"]) for file in json.loads(self.body)["files"]]
             self.send(200, {"files": modes})
 
         @route("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", "batch")
