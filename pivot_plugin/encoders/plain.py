@@ -56,6 +56,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "dropout", "drop_path_rate"), _SHARE),
     "attention_probs_dropout_prob": _SHARE,
     "mlp_ratio": _SCALE,
+    # a name is made for each of them
+    "num_labels": Range(0, 100_000, True),
     "rope_theta": Range(1e-9, 1e15),
     "rescale_factor": _SCALE,
     "image_std": _SCALE,

@@ -32,6 +32,7 @@ def refused(folder: Path, words: str) -> None:
         ("config.json", "layer_norm_eps", 1e9),
         ("config.json", "attention_dropout", 2.0),
         ("config.json", "anything", 10**300),
+        ("config.json", "num_labels", 10**9),
         ("preprocessor_config.json", "rescale_factor", 0),
         ("preprocessor_config.json", "image_std", [0.5, 0.0, 0.5]),
         ("preprocessor_config.json", "image_mean", [1e9, 0.5, 0.5]),

@@ -70,7 +70,7 @@ class Tampering:
         """Change the folder."""
         self.change(folder)
         file = folder / "pivot.json"
-        if self.record == "removed":
+        if self.record == "removed" and not file.is_dir():
             file.unlink(missing_ok=True)
         elif self.record == "rewritten" and self.file != "pivot.json" and file.is_file():
             record = json.loads(file.read_text())
