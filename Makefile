@@ -33,14 +33,15 @@ test-families: env
 # asks every family, and writes what is found into its record and into README
 families: env
 	$(BIN)/python -m pivot_plugin.testing.zoo_findings tests/testing/families.json README.md
-# The property tests at length, in one process so that a seed repeats a run, and every kind of run killed and gone on with;
-# failing examples are counted by kind, and kept as tests. `make fuzz PIVOT_FUZZ=500 KILLS=5` for a shorter look.
+
+# The property tests and the table of the Hub's faults at length, in one process so that a seed repeats a run, and every
+# kind of run killed and gone on with; failing examples are counted by kind, and kept as tests. `make fuzz PIVOT_FUZZ=500 KILLS=5` for a shorter look.
 PIVOT_FUZZ ?= 10000
 FUZZ_SEED ?= $(shell date +%s)
 KILLS ?= 50
 fuzz: env
 	PIVOT_FUZZ=$(PIVOT_FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s -p no:randomly --hypothesis-seed=$(FUZZ_SEED) \
-		tests/fuzz
+		tests/fuzz tests/runs/test_provenance.py tests/encoders/test_publishing.py tests/encoders/test_downloading.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.kills --kills $(KILLS) --seed $(FUZZ_SEED)
 
 # Features in other releases of transformers, each in an environment of its own that is made once in .releases.

@@ -4,6 +4,7 @@ A reader of anything written here sees the old state or the new one, never half 
 the same path: the last to finish wins.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -72,6 +73,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(path: Path) -> Path:

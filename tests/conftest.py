@@ -143,7 +143,7 @@ def _hub() -> Iterator[hub_server.Hub]:
 @pytest.fixture
 def hub(_hub: hub_server.Hub) -> hub_server.Hub:
     """An empty Hub."""
-    for kept in (_hub.repos, _hub.uploaded, _hub.faults, _hub.asked, _hub.siblings):
+    for kept in (_hub.repos, _hub.uploaded, _hub.faults, _hub.asked, _hub.siblings, _hub.meanwhile):
         kept.clear()
     return _hub
 

@@ -28,6 +28,7 @@ LAYERS = (
     ("adapters",),
     ("hooks",),
     ("config",),
+    ("hub",),
     ("files", "extras", "deadline", "choices", "typed"),
     ("errors",),
 )
@@ -135,7 +136,7 @@ def test_the_encoders_load_no_trl_and_few_modules_of_ours(names: str) -> None:
     modules = loaded_by(f"from pivot_plugin.encoders import {names}")
     assert "trl" not in modules
     ours = own(modules)
-    assert len(ours) < 20, ours
+    assert len(ours) < 27, ours
 
 
 @pytest.mark.parametrize("hook", ["pivot_rewards", "pivot_objectives", "pivot_probes", "pivot_sources"])

@@ -20,7 +20,7 @@ def push(
     message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Also into a repository with other contents.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every file and the card; send nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Publish a saved encoder on the Hub in one commit. Safe to repeat after a failure.
@@ -30,6 +30,7 @@ def push(
     from dataclasses import asdict
 
     import pivot_plugin as pivot
+    from pivot_plugin.encoders.card import CARD, PICTURE
 
     encoder = folder / "encoder" if (folder / "run.json").is_file() else folder
     published = pivot.publish(
@@ -50,6 +51,12 @@ def push(
         print(f"One commit to {repo_id} ({revision}):")
         for name, size in published.files.items():
             print(f"  {size:>14,}  {name}")
+        if published.left_out:
+            print(f"Left out: {', '.join(published.left_out)}")
+        if PICTURE in published.files:
+            print(f"{PICTURE} shows pictures of your held-out rows.")
+        print(f"The card, {CARD}, as it will look; its settings and names are those of pivot.json:\n")
+        print(published.card)
         return
     print(f"Published: {published.url}")
 

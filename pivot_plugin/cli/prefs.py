@@ -147,6 +147,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="Folder of saved pairs.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Also into a repository with other contents.")] = False,
 ) -> None:
     """Put saved pairs on the Hub in one commit, with their data card.
 
@@ -154,7 +155,7 @@ def push(
     """
     from pivot_plugin.data.storage import push as upload
 
-    print(upload(folder, repo_id, private=private or None))
+    print(upload(folder, repo_id, private=private or None, exist_ok=exist_ok))
 
 
 def _processor(name: str | None) -> object | None:

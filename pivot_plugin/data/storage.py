@@ -8,13 +8,15 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, Features, Image, List, Value
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from PIL.Image import Image as PILImage
 
 from pivot_plugin import __version__
-from pivot_plugin.errors import DataError, SettingsError, foreign_code
+from pivot_plugin.errors import DataError, PublishError, SettingsError, foreign_code
 from pivot_plugin.files import whole_folder
+from pivot_plugin.hub.repository import COMMIT_LIMIT_S, Hub, Publishing
 
 from .checking import CheckReport, check
 from .images import ImageAccess
@@ -36,6 +38,8 @@ FEATURES = Features(
 SHARD_BYTES = 200_000_000
 SHARD_ROWS = 20_000
 CARD = "README.md"
+TAG = "pivot"
+NAMES = 'Give "owner/name".'
 CARD_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
@@ -72,44 +76,65 @@ def save(pairs: PairDataset, folder: str | Path, built: str = "") -> CheckReport
     return report
 
 
-def push(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Put saved pairs on the Hub in one commit.
+PAIRS = Publishing(
+    noun="the data set",
+    repo_type="dataset",
+    # the tag of the card that `save` writes
+    is_ours=lambda state: TAG in state.tags,
+    goes=lambda name: name.startswith("data/") and name.endswith(".parquet"),
+)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    *,
+    exist_ok: bool = False,
+) -> str:
+    """Put saved pairs on the Hub in one commit: the card and the parquet files, whatever else lies in the folder.
+
+    Safe to repeat: what is published already is recognised.
 
     Args:
         folder: written by `save`.
         repo_id: "owner/name" of the data set.
-        private: of a repository that is created; the owner's default where None.
+        private: of a repository that is created; the owner's default where None. One that exists and is public is
+            refused with True.
         token: with write access; the one you are logged in with where None.
+        exist_ok: put them into a repository that holds something else; what else it holds stays.
 
     Returns:
         address of the commit.
 
     Raises:
-        DataError: if the folder holds no saved pairs.
-        SettingsError: if the Hub refuses.
+        DataError: if the folder holds no saved pairs, or links in their place.
+        PublishError: if the Hub refuses or fails; its text says whether the repository is changed, or that this is not
+            known.
     """
     source = Path(folder)
     remedy = "Write it with pivot_plugin.preferences.save."
     with foreign_code(f"{str(source)[:200]!r} cannot be read", remedy):
-        if not (source / CARD).is_file() or not list(source.glob("data/*.parquet")):
+        shards = sorted(source.glob("data/*.parquet"))
+        if not (source / CARD).is_file() or not shards:
             raise DataError(f"{str(source)!r} holds no saved pairs.", remedy)
-    api = HfApi(token=token)
+    files = {CARD: source / CARD} | {f"data/{shard.name}": shard for shard in shards}
+    for name, file in files.items():
+        if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
+            raise DataError(f"{name} in {str(source)!r} is a link, and not published.", "Put the file itself there.")
+    hub = Hub(repo_id, "main", token, PAIRS)
     try:
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        return str(
-            api.upload_folder(
-                folder_path=source,
-                repo_id=repo_id,
-                repo_type="dataset",
-                commit_message=f"Preference pairs, written by pivot_plugin {__version__}",
-                delete_patterns="data/*.parquet",
-            ).commit_url
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SettingsError(
-            f"The pairs could not be put on the Hub as {repo_id!r}: {error}",
-            "Check the name and your login (`hf auth login`); nothing half-done is visible there, so try again.",
-        ) from error
+        validate_repo_id(repo_id)
+        if (before := hub.begin(private, exist_ok)) is None:
+            raise PublishError(f"{repo_id} has no main branch.", "Make it, or choose another name.")
+        if hub.is_this(before, files):
+            return hub.url(before.commit)
+        message = f"Preference pairs, written by pivot_plugin {__version__}"
+        return hub.publish(files, before, message, create_pr=False, time_limit=COMMIT_LIMIT_S)[1]
+    except (PublishError, HFValidationError) as error:
+        finding, remedy = (error.finding, error.remedy) if isinstance(error, PublishError) else (error, NAMES)
+        raise PublishError(f"The pairs could not be put on the Hub as {repo_id!r}: {finding}", remedy) from error
 
 
 def _shards(pairs: PairDataset) -> Iterator[list[dict[str, Any]]]:
@@ -153,7 +178,7 @@ def _card(pairs: PairDataset, report: CheckReport, built: str) -> DatasetCard:
         name = pairs.plain(position).get("source", "unnamed")
         sources[name] = sources.get(name, 0) + 1
     data = DatasetCardData(
-        tags=["preference", "dpo", "image-text", "pivot"],
+        tags=["preference", "dpo", "image-text", TAG],
         task_categories=["visual-question-answering"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )

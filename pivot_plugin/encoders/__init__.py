@@ -6,8 +6,10 @@ store.py record.py signature.py      the folder: written, its provenance, and ho
 compatibility.py                     names and settings that every release of transformers reads
 exporting/                           the encoder as timm, LLaVA-NeXT and InternVL read it
 card.py                              the model card
+contents.py plain.py                 what of a folder is read, and what its plain values may be
 loading.py verification.py           read and checked
-publishing.py hub.py listing.py      the Hub
+outgoing.py publishing.py hub.py     what goes out, and onto the Hub
+downloading.py listing.py            from the Hub
 secrets.py                           what is shown of its errors
 
 A name is imported when it is first used: who loads an encoder needs nothing of what publishes one.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from pivot_plugin import __version__
+
+from .downloading import answered
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,9 @@ def licence_of(base: str) -> str | None:
     if Path(base).is_dir() and not card.is_file():
         return None
     try:
-        licence = ModelCard.load(card if card.is_file() else base).data.license
-    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        licence = answered(lambda: ModelCard.load(card if card.is_file() else base)).data.license
+    # of a stranger's card or a Hub that fails: an encoder that is paid for is saved all the same
+    except Exception as error:
         logger.info("The licence of %s is not known (%s).", base, type(error).__name__)
         return None
     return str(licence) if licence else None

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from pivot_plugin.errors import EncoderError
 from pivot_plugin.files import write_whole
 
+from .contents import read_header
+
 CHECKED: dict[str, tuple[str, ...]] = {
     "clip_vision_model": ("4.37.2", "4.57.6", "5.0.0", "5.8.0", "5.24.0"),
     "siglip_vision_model": ("4.37.2", "4.57.6", "5.0.0", "5.8.0", "5.24.0"),
@@ -164,34 +166,6 @@ def rename_tensors(file: Path, rename: Callable[[str], str]) -> None:
             shutil.copyfileobj(source, target, 1 << 24)
 
     write_whole(file, copy)
-
-
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their bytes begin.
-
-    Args:
-        file: to read the beginning of.
-
-    Raises:
-        EncoderError: if the file is no safetensors file, or shorter than it says, as after half a download.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            if length > size - 8:
-                raise ValueError("its header is cut off")
-            header: dict[str, Any] = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EncoderError(f"{str(file)!r} is no whole safetensors file: {error}.", "Have it again.") from error
-    expected = 8 + length + max(ends, default=0)
-    if size < expected:
-        raise EncoderError(
-            f"{str(file)!r} is cut off: it has {size:,} bytes and says it has {expected:,}.",
-            "Download or save it again.",
-        )
-    return header, 8 + length
 
 
 def with_both_rotary_forms(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from pivot_plugin.errors import PublishError
+from pivot_plugin.hub.secrets import hidden
 
 from .card import FAMILY_TAG, TAG
-from .secrets import HTTP_ERROR, hidden
+from .downloading import answered
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ def list_encoders(author: str | None = None, token: str | None = None, limit: in
         PublishError: if the Hub cannot be asked.
     """
     try:
-        found = list(HfApi(token=token).list_models(filter=TAG, author=author, limit=limit, full=True, cardData=True))
-    except (HTTP_ERROR, OfflineModeIsEnabled, OSError) as error:
+        api = HfApi(token=token)
+        found = answered(
+            lambda: list(api.list_models(filter=TAG, author=author, limit=limit, full=True, cardData=True))
+        )
+    # the client raises its own errors, those of its HTTP library, and of what it cannot parse
+    except Exception as error:
         raise PublishError(f"The Hub could not be asked: {hidden(error, token)}", "Try again later.") from error
     listed = []
     for info in found:

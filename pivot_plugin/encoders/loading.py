@@ -1,49 +1,50 @@
 """Encoders from a folder or the Hub: only what is safe to read is read, and only what is whole is returned.
 
-Downloaded are JSON files and safetensors, never pickles, and code only when asked for. Hashes are compared with
-`pivot.json`, because a download is checked for its size alone.
+Downloaded are JSON files and safetensors, never pickles, and code only when asked for. Files are compared with the
+hashes in `pivot.json`, plain values with what a tower can have, and the model that they describe with the weights there
+are, before any of it is built.
 """
 
-import json
 import logging
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError
+import torch
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from pivot_plugin.errors import EncoderError
+from pivot_plugin.errors import EncoderError, foreign_code
 
-from .record import PROVENANCE, Origin, check_hashes, read_provenance
-from .secrets import hidden
+from .contents import (
+    CONFIG,
+    OF_LORA,
+    PICKLES,
+    PROCESSOR_CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    check_hashes,
+    held_numbers,
+    read_files,
+)
+from .downloading import Download, digest, downloaded
+from .plain import check_ranges, read_plain
+from .record import Origin, read_provenance
 
 logger = logging.getLogger(__name__)
 
-READ = ("*.json", "*.safetensors", "README.md", "*.png")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Download:
-    """How the files of an encoder are had.
-
-    Attributes:
-        revision, trust_remote_code, token, cache_dir, local_files_only: as for `load_encoder`.
-    """
-
-    revision: str | None = None
-    trust_remote_code: bool = False
-    token: str | None = None
-    cache_dir: str | Path | None = None
-    local_files_only: bool = False
+# where transformers looks for settings of models and image processors
+PROCESSOR_CONFIGS = (PROCESSOR_CONFIG, "processor_config.json")
+SETTINGS = (CONFIG, *PROCESSOR_CONFIGS, "generation_config.json")
+# of the picture that every image processor prepares once: not square, and of whole patches of no size
+TRIED = (61, 47)
+REMEDY = "Give the folder of an encoder, or save or download it again."
+# of the weights that a configuration describes to those there are: quantised ones are packed by eights
+MOST_TIMES = 8
+# numbers of tables that are made of a configuration and not saved
+MOST_IN_TABLES = 1 << 26
 
 
 @overload
@@ -113,15 +114,7 @@ def load_encoder(
     )
     origin = fetch(path, download)
     encoder = encoder_of(origin, trust_remote_code)
-    if not with_processor:
-        return encoder
-    try:
-        return encoder, AutoImageProcessor.from_pretrained(origin.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"{origin.name} holds no image processor: {hidden(error, token)}",
-            "Load one of the same size from its base.",
-        ) from error
+    return (encoder, image_processor_in(origin.folder, trust_remote_code)) if with_processor else encoder
 
 
 def fetch(path: str | Path, download: Download) -> Origin:
@@ -140,10 +133,11 @@ def fetch(path: str | Path, download: Download) -> Origin:
             raise EncoderError(
                 f"{str(path)!r} is a folder, and has no revision {download.revision!r}.", "Leave revision out."
             )
-        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        read_files(folder)
+        names = [entry.name for entry in folder.iterdir()]
     else:
         repo = str(path)
-        folder, commit, names = _downloaded(repo, download)
+        folder, commit, names = downloaded(repo, download)
     record = read_provenance(folder)
     _refuse_code(repo or str(folder), folder, names, record, download.trust_remote_code)
     if record.get("weights") == "lora":
@@ -151,7 +145,14 @@ def fetch(path: str | Path, download: Download) -> Origin:
             f"{repo or str(folder)!r} holds the LoRA of an encoder, not an encoder.",
             "Load its base with transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
         )
-    check_hashes(folder, record)
+    if (folder / OF_LORA).exists():
+        raise EncoderError(
+            f"{repo or str(folder)!r} holds {OF_LORA} beside an encoder, by which another model would be loaded.",
+            "Load its base with transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
+        )
+    check_hashes(folder, record, digest if repo else None)
+    if record and record.get("format", 1) < 2:
+        logger.info("The record of %s is of an early version: settings have no hashes.", repo or folder.name)
     if not record:
         logger.warning("%s has no %s: it has no provenance, and no hashes to check.", repo or folder.name, PROVENANCE)
     return Origin(folder, repo, commit, record)
@@ -167,24 +168,26 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
     Raises:
         EncoderError: if the folder holds no encoder, or its weights do not fill it.
     """
-    folder = origin.folder
-    try:
-        recorded = origin.record.get("encoder_class")
+    folder, recorded = origin.folder, origin.record.get("encoder_class")
+    with foreign_code(f"{str(folder)!r} holds no encoder that transformers can load", REMEDY, EncoderError):
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"it has no {CONFIG}")
+        settings = read_plain(folder / CONFIG)
         encoder_cls = _encoder_class(folder, recorded, origin.record.get("encoder_package"), trust_remote_code)
-        safe = None if trust_remote_code else True
+        if not trust_remote_code:
+            _refuse_settings(folder, settings, encoder_cls)
         encoder, loading = encoder_cls.from_pretrained(
             folder,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
-            use_safetensors=safe,
+            use_safetensors=None if trust_remote_code else True,
+            # named below, with the first of them
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise EncoderError(
-            f"{str(folder)!r} holds no encoder that transformers can load: {error}", "Give the folder of an encoder."
-        ) from error
     # a vision class pointed at a whole MLLM loads with random weights and a mere warning
     if loading["missing_keys"] or loading["mismatched_keys"]:
-        absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
+        other = [str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"]]
+        absent = sorted([*loading["missing_keys"], *other])
         raise EncoderError(
             f"{str(folder)!r} does not fill a {type(encoder).__name__}: {len(absent)} tensors are missing or of "
             f"another size, the first {absent[0]!r}.",
@@ -202,6 +205,62 @@ def encoder_of(origin: Origin, trust_remote_code: bool = False) -> PreTrainedMod
     return encoder.eval()
 
 
+def image_processor_in(folder: str | Path, trust_remote_code: bool = False) -> BaseImageProcessor:
+    """The image processor of an encoder's folder, after it has prepared a picture.
+
+    Args:
+        folder: of the encoder; or the name of a model, whose image processor transformers finds.
+        trust_remote_code: as for `load_encoder`.
+
+    Raises:
+        EncoderError: if there is none, or one that cannot prepare a picture.
+    """
+    name = f"{str(folder)!r} holds no image processor that can be used"
+    with foreign_code(name, "Load one of the same size from its base.", EncoderError):
+        for file in PROCESSOR_CONFIGS:
+            if (Path(folder) / file).exists() and not trust_remote_code:
+                check_ranges(read_plain(Path(folder) / file), file)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        prepared = image_processor(images=[Image.new("RGB", TRIED)], return_tensors="pt")
+        for value in prepared.values():
+            if not torch.isfinite(value).all():
+                raise ValueError("a black picture becomes what is no number")
+    return cast(BaseImageProcessor, image_processor)
+
+
+def _refuse_settings(folder: Path, settings: dict[str, Any], encoder_cls: type[Any]) -> None:
+    """Refuse a configuration with values that cannot be, or of more than the weights there are.
+
+    Weights that do not fill the encoder are refused in the end, but building it comes before that, and may take all
+    memory there is.
+
+    Raises:
+        EncoderError: with the value, or both numbers.
+    """
+    check_ranges(settings, CONFIG)
+    for name in settings:
+        if callable(getattr(PreTrainedConfig, name, None)):
+            raise EncoderError(f"{CONFIG} has {name!r}, which is no setting.", REMEDY)
+    if settings.get("transformers_weights") is not None:
+        raise EncoderError(
+            f"{CONFIG} has its weights read from {settings['transformers_weights']!r}.", f"Keep them in {WEIGHTS}."
+        )
+    with torch.device("meta"):
+        if encoder_cls is AutoModel:
+            model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        else:
+            model = encoder_cls._from_config(encoder_cls.config_class.from_pretrained(folder))
+    held = held_numbers(folder)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    tables = sum(buffer.numel() for buffer in model.buffers())
+    if described > MOST_TIMES * held + MOST_IN_TABLES or tables > held + MOST_IN_TABLES:
+        raise EncoderError(
+            f"{str(folder)!r} does not fill a {type(model).__name__}: {CONFIG} describes {described:,} weights and "
+            f"{tables:,} numbers in tables, its files hold {held:,} numbers.",
+            "Give the folder of a stand-alone encoder, not of a whole MLLM.",
+        )
+
+
 def _refuse_left_over(origin: Origin, encoder: PreTrainedModel, names: list[str]) -> None:
     """Refuse weights that are more than the class they are said to be of; others' heads are named and left out.
 
@@ -217,57 +276,12 @@ def _refuse_left_over(origin: Origin, encoder: PreTrainedModel, names: list[str]
     logger.warning("Of %s %s: no part of a %s.", origin.name, finding, type(encoder).__name__)
 
 
-def _downloaded(repo: str, download: Download) -> tuple[Path, str | None, list[str]]:
-    """Folder of a repository's files, its commit, and the names of all files it has there."""
-    names: list[str] = []
-    patterns = list(READ) + (["*.py", *(f"*{suffix}" for suffix in PICKLES)] if download.trust_remote_code else [])
-    api, local_files_only = HfApi(token=download.token), download.local_files_only
-
-    def names_at(commit: str | None) -> list[str]:
-        present = [str(file.rfilename) for file in api.model_info(repo, revision=commit).siblings or []]
-        for name in present:
-            if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
-                raise EncoderError(
-                    f"{repo} has a file named {name!r}, which leads out of its folder.", "Do not use this repository."
-                )
-        return present
-
-    try:
-        try:
-            if not local_files_only:
-                names = names_at(download.revision)
-        except (OfflineModeIsEnabled, ConnectionError) as error:
-            logger.info("%s is looked for in the cache alone: %s", repo, hidden(error, download.token))
-            local_files_only = True
-        folder = Path(
-            snapshot_download(
-                repo,
-                revision=download.revision,
-                token=download.token,
-                cache_dir=download.cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-        )
-        if not local_files_only:
-            # of the commit that came down, should the branch have moved meanwhile
-            names = names_at(folder.name)
-    except EncoderError:
-        raise
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise EncoderError(
-            f"{repo!r} is no folder, and no such repository could be had: {hidden(error, download.token)}",
-            "Check the path or the id, the revision, and whether the repository needs a token.",
-        ) from error
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else download.revision
-    return folder, commit, names or [str(file.relative_to(folder)) for file in folder.rglob("*")]
-
-
 def _refuse_code(
     name: str, folder: Path, files: Sequence[str], record: dict[str, Any], trust_remote_code: bool
 ) -> None:
     """Refuse what would run code: modules the configuration names, and pickles where no safetensors are."""
-    code = sorted({entry for file in folder.glob("*.json") for entry in _auto_map(file)})
+    settings = [read_plain(file) for file in sorted(folder.glob("*.json")) if file.name in SETTINGS]
+    code = sorted({entry for values in settings for entry in _code_in(values)})
     scripts = sorted(file for file in files if file.endswith(".py"))
     pickles = sorted(file for file in files if file.endswith(PICKLES))
     # beside safetensors, older repositories keep pickles, which are not even downloaded; ours have none
@@ -285,15 +299,16 @@ def _refuse_code(
     logger.warning("%s runs code from its author, as trust_remote_code=True allows: %s.", name, ", ".join(runs))
 
 
-def _auto_map(file: Path) -> list[str]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
-    classes = settings.get("auto_map") if isinstance(settings, dict) else None
-    if isinstance(classes, dict):
-        return [str(value) for value in classes.values()]
-    return [str(classes)] if classes else []
+def _code_in(settings: dict[str, Any]) -> Iterator[str]:
+    """What settings have run: classes beside them, and kernels of repositories, in any part of them."""
+    for name, value in settings.items():
+        if name == "auto_map" and value:
+            yield from map(str, value.values()) if isinstance(value, dict) else [str(value)]
+        elif name.lstrip("_").startswith(("attn_implementation", "experts_implementation")):
+            # "owner/name", or by part of the model
+            yield from (str(one) for one in (value.values() if isinstance(value, dict) else [value]) if "/" in str(one))
+        elif isinstance(value, dict):
+            yield from _code_in(value)
 
 
 def has_auto_class(encoder: PreTrainedModel) -> bool:
@@ -324,7 +339,7 @@ def _encoder_class(folder: Path, recorded: object, package: object, trust_remote
     """
     if (encoder_cls := _transformers_class(recorded, package)) is not None:
         return encoder_cls
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    model_type = read_plain(folder / CONFIG).get("model_type")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if _auto_classes(config):

@@ -1,10 +1,9 @@
-"""pivot.json: where an encoder comes from, and a hash of every weight file. It may come from strangers.
+"""pivot.json: where an encoder comes from, and a hash of every file that is read. It may come from strangers.
 
 Read with limits (size, depth, kinds of values), and only names of files in the same folder are believed.
 """
 
-import hashlib
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,13 +13,16 @@ from typing import Any
 from pivot_plugin import __version__
 from pivot_plugin.errors import EncoderError
 
-PROVENANCE = "pivot.json"
+from .contents import PROVENANCE, is_plain_file
+from .plain import REMEDY, read_plain
+
+# folders of users, and what lies in them
+PLACES = re.compile(r"(?<![\w.:/])/(?:home|Users)/[^\s'\"]+|\b[A-Za-z]:\\+[^\s'\"]+", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".zip", ".tar", ".gz", ".yaml", ".txt")
 PROJECTOR_FILE = "projector.safetensors"
-FORMAT = 1
-LARGEST = 4_000_000
-DEEPEST = 12
+FORMAT = 2
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
-REMEDY = "Save or download the encoder again."
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     file = folder / PROVENANCE
     if not file.exists():
         return {}
-    if (size := file.stat().st_size) > LARGEST:
-        raise EncoderError(f"{PROVENANCE} has {size:,} bytes, more than {LARGEST:,}.", REMEDY)
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise EncoderError(f"{str(file)!r} is not JSON: {error}.", REMEDY) from error
-    if not isinstance(record, dict) or not isinstance(record.get("sha256", {}), dict):
+    record = read_plain(file, "provenance record")
+    if not isinstance(record.get("sha256", {}), dict):
         raise EncoderError(f"{str(file)!r} is no provenance record.", REMEDY)
-    if _depth(record) > DEEPEST:
-        raise EncoderError(f"{PROVENANCE} is nested more than {DEEPEST} deep.", REMEDY)
     if not isinstance(record.get("format", FORMAT), int) or record.get("format", FORMAT) > FORMAT:
         raise EncoderError(
             f"{PROVENANCE} has format {record.get('format')!r}, this version of the package reads up to {FORMAT}.",
@@ -88,79 +83,44 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_hashes(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Compare every weight file with its recorded hash.
-
-    Args:
-        folder: of an encoder.
-        record: its provenance.
-
-    Returns:
-        names of the files that were checked.
-
-    Raises:
-        EncoderError: naming a file that is missing, changed, or has no hash where others have.
-    """
-    expected = record.get("sha256", {})
-    for name, digest in expected.items():
-        file = folder / name
-        if not file.is_file():
-            raise EncoderError(f"{name} is missing in {str(folder)!r}.", REMEDY)
-        if (found := sha256(file)) != digest:
-            raise EncoderError(
-                f"{name} in {str(folder)!r} has changed since it was saved: sha256 {found[:12]}..., {PROVENANCE} "
-                f"says {str(digest)[:12]}....",
-                REMEDY,
-            )
-    if record:
-        for file in sorted(folder.glob("*.safetensors")):
-            if file.name not in expected:
-                raise EncoderError(f"{file.name} in {str(folder)!r} has no hash in {PROVENANCE}.", REMEDY)
-    return list(expected)
-
-
-def is_plain_file(name: object) -> bool:
-    """Whether something is the name of a file in a folder, and leads nowhere else."""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def without_paths(value: Any) -> Any:
-    """A record without paths of this machine: of each, its last part stays."""
+    """A record without paths of this machine: of each, its last part stays; in keys and within sentences too."""
     if isinstance(value, Mapping):
-        return {str(key): without_paths(item) for key, item in value.items()}
+        return {_without_path(str(key)): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [without_paths(item) for item in value]
     if isinstance(value, Path):
         return value.name
-    if isinstance(value, str) and len(value) < 4096 and (value.startswith(("/", "~", "./", "../")) or ":\\" in value):
-        return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, str):
+        return _without_path(value)
+    return value if isinstance(value, int | float | bool | None) else str(value)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+def _without_path(text: str) -> str:
+    if len(text) < 4096 and (text.startswith(("/", "~", "./", "../", "file:")) or ":\\" in text):
+        return _last_part(text)
+    for place in (str(Path.cwd()), str(Path.home())):
+        if len(place) > 4:
+            text = re.sub(rf"{re.escape(place)}(?:/[^\s'\"]*)?(?![\w-])", lambda found: _last_part(found[0]), text)
+    return PLACES.sub(lambda found: _last_part(found[0]), text)
 
 
-def _depth(value: Any) -> int:
-    if isinstance(value, dict):
-        return 1 + max(map(_depth, value.values()), default=0)
-    if isinstance(value, list):
-        return 1 + max(map(_depth, value), default=0)
-    return 0
+def _last_part(path: str) -> str:
+    parts = path.replace("\\", "/").rstrip("/").rsplit("/", maxsplit=2)
+    # the folder of a user is called like the user
+    return "" if len(parts) > 1 and parts[-2].lower() in ("home", "users") else parts[-1]
 
 
 def plain_name(source: object) -> str:
     """A Hub id as it is, of a local path its last part, and nothing for what has no name."""
     text = str(source) if isinstance(source, str | Path) else ""
     path = Path(text)
-    if not text or path.is_absolute() or text.startswith((".", "~")) or path.exists():
-        return path.name
+    try:
+        is_local = isinstance(source, Path) or path.exists()
+    except (OSError, ValueError):
+        is_local = False
+    if is_local or not _HUB_ID.fullmatch(text) or path.suffix in DATA_SUFFIXES:
+        return _last_part(text.partition("?")[0])
     return text
 
 

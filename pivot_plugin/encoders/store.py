@@ -29,13 +29,14 @@ from transformers import PreTrainedModel
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import IN_BLOCKS, WHOLE_VIEW
 from pivot_plugin.errors import EncoderError, ModelError
-from pivot_plugin.files import whole_folder
+from pivot_plugin.files import sha256, whole_folder
 
 from .card import CARD, PICTURE, card
 from .compatibility import save_model
+from .contents import PROVENANCE
 from .contract import contract
 from .loading import has_auto_class
-from .record import FORMAT, PROJECTOR_FILE, PROVENANCE, sha256, versions, without_paths
+from .record import FORMAT, PROJECTOR_FILE, versions, without_paths
 from .signature import signature
 
 logger = logging.getLogger(__name__)
@@ -201,9 +202,10 @@ def _finish(
 ) -> None:
     """Write what stands beside the weights."""
     record = without_paths(_described(adapter, encoder) | dict(provenance))
-    record["sha256"] = {path.name: sha256(path) for path in sorted(aside.glob("*.safetensors"))}
     if on_card.picture is not None:
         on_card.picture.save(aside / PICTURE)
+    # of everything but the record itself and the card, whose words people change
+    record["sha256"] = {path.name: sha256(path) for path in sorted(aside.iterdir())}
     (aside / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     written = card(
         record,

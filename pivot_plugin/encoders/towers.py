@@ -9,15 +9,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import FEATURE_LAYER
 from pivot_plugin.choices import Projector
-from pivot_plugin.errors import EncoderError, SettingsError
+from pivot_plugin.errors import EncoderError, SettingsError, foreign_code
 from pivot_plugin.hooks import collect
 from pivot_plugin.models.find import find_adapter
 
+from .loading import image_processor_in
 from .record import PROJECTOR_FILE, origin_of
 
 # LLaVA's, and the paper's (arXiv 2510.16333, appendix E.1)
@@ -158,8 +159,8 @@ def image_processor_of(encoder: PreTrainedModel) -> object:
     origin = origin_of(encoder)
     source = str(origin.folder) if origin else encoder.name_or_path
     try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return image_processor_in(source)
+    except EncoderError as error:
         raise SettingsError(
             f"No image processor is known for this {type(encoder).__name__}.",
             "Pass image_processor=, or load the encoder by pivot.load_encoder.",
@@ -182,7 +183,8 @@ def _first_layer(
             "There is no projector to take the first layer of.",
             "Load the encoder by pivot.load_encoder, or pass projector_weights=.",
         )
-    tensors = load_file(file)
+    with foreign_code(f"{str(file)!r} holds no projector", "Save or download the encoder again.", EncoderError):
+        tensors = load_file(file)
     recorded = origin.record.get("projector_first_layer") if origin else None
     # of weights without a record, the layer that is called as this projector's
     name = str(recorded or adapter.projector_first_layer or "").rpartition(".")[2]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import load_encoder
-from pivot_plugin.encoders.record import PROVENANCE
+from pivot_plugin.encoders.contents import PROVENANCE
+from pivot_plugin.encoders.loading import image_processor_in
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.files import RUN_FILE
 from pivot_plugin.models.find import check_processor, find_adapter
@@ -151,8 +152,8 @@ def _is_encoder(folder: Path) -> bool:
 
 def _image_processor(name: str, encoder: PreTrainedModel) -> object:
     try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        return image_processor_in(name)
+    except EncoderError as error:
         raise ModelError(
             f"No image processor was given for {type(encoder).__name__}, and none could be loaded from {name!r}.",
             "Pass processor=AutoImageProcessor.from_pretrained(...).",

@@ -26,6 +26,8 @@ from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.report import saliency_sheet, write_report
 from pivot_plugin.training.cost import Cost
 
+from .provenance import published_settings
+
 Weights = Literal["encoder", "lora"]
 
 
@@ -82,7 +84,7 @@ class PivotResult:
         weights: Weights = "encoder",
         *,
         licence: str | None = None,
-        picture: bool = True,
+        picture: bool = False,
         max_shard_size: str = SHARD,
     ) -> Path:
         """Write the encoder with its projector, provenance and card.
@@ -91,7 +93,7 @@ class PivotResult:
             folder: to write; replaced as a whole if it holds an encoder already.
             weights: "encoder", a stand-alone transformers model; or "lora", a PEFT folder for the base encoder.
             licence: for the card; that of the base model where None, "other" where that is not known.
-            picture: put saliency maps of four held-out pairs, and so their images, into the card.
+            picture: put saliency maps of four held-out pairs, and so images of your data, into the folder and its card.
             max_shard_size: of weight files, as transformers takes it.
 
         Raises:
@@ -105,7 +107,7 @@ class PivotResult:
             "data": self.origin.get("data"),
             "cost": self.origin.get("cost"),
             "versions": self.origin.get("versions") or versions(),
-            "settings": self.settings,
+            "settings": published_settings(self.settings),
             "metrics": self.metrics,
             "probes": _before_and_after(self.probes),
             "weight_change": self.weight_change,
@@ -155,7 +157,7 @@ class PivotResult:
         *,
         weights: Weights = "encoder",
         licence: str | None = None,
-        picture: bool = True,
+        picture: bool = False,
         max_shard_size: str = SHARD,
         **options: Unpack[PublishOptions],
     ) -> Publication:

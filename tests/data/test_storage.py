@@ -9,7 +9,7 @@ import pytest
 from pivot_plugin.data import storage
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.preferences import PairDataset, load, save
-from tests.helpers import picture, row
+from tests.helpers import hub_server, picture, row
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import Fault, Hub
 
@@ -101,8 +101,8 @@ def test_pairs_go_to_the_hub_in_one_commit(hub: Hub, client: Client, rows: Any, 
     for _ in range(2):
         run = client(PUSH.format(folder=tmp_path / "saved"))
         assert "datasets/tester/pairs/commit" in run["answer"], run
-    # the commit that made the repository, and one each
-    assert len(hub.repos["datasets/tester/pairs"].commits) == 3
+    # the commit that made the repository, and one: what is published already is recognised
+    assert len(hub.repos["datasets/tester/pairs"].commits) == 2
     files = hub.files("datasets/tester/pairs")
     assert {name for name in files if not name.startswith(".")} == {"README.md", "data/train-00000.parquet"}
     assert files["data/train-00000.parquet"] == (tmp_path / "saved" / "data" / "train-00000.parquet").read_bytes()
@@ -120,3 +120,51 @@ def test_a_hub_that_refuses_is_said(hub: Hub, client: Client, rows: Any, tmp_pat
     assert len(hub.repos["datasets/tester/pairs"].commits) == 1
     with pytest.raises(DataError, match="holds no saved pairs"):
         storage.push(tmp_path, "tester/pairs")
+
+
+PAIRS_ACTIONS = [
+    (kind, action, status, times)
+    for kind in ("create", "info", "paths", "preupload", "batch", "put", "commit")
+    for action, status in (("drop", 0), ("lose", 0), ("truncate", 0), ("status", 403), ("status", 503))
+    for times in (1, 30)
+]
+
+
+@pytest.mark.slow
+def test_what_is_said_of_pairs_after_a_fault_is_so(hub: Hub, client: Client, rows: Any, tmp_path: Path) -> None:
+    save(PairDataset(rows), tmp_path / "saved")
+    (tmp_path / "saved" / ".env").write_text("HF_TOKEN=x")
+    push, key = PUSH.format(folder=tmp_path / "saved"), "datasets/tester/pairs"
+    client("import time; time.slept, time.sleep = time.sleep, lambda seconds: None")
+    try:
+        for kind, action, status, times in PAIRS_ACTIONS:
+            hub.repos.clear()
+            hub.uploaded.clear()
+            hub.faults[:] = [Fault(kind, action, status, {"Retry-After": "0"}, times)]
+            found = client(push)
+            hub.faults.clear()
+            there = key in hub.repos and "README.md" in hub.files(key)
+            if "answer" in found:
+                assert there
+            else:
+                assert found["error"] == "PublishError" and found["remedy"], found
+                assert not there or "not known" in found["finding"], (kind, action, status, found)
+            assert "answer" in client(push)
+            assert len(hub.repos[key].commits) == 2
+            assert set(hub.files(key)) == {".gitattributes", "README.md", "data/train-00000.parquet"}
+    finally:
+        client("import time; time.sleep = time.slept")
+
+
+@pytest.mark.slow
+def test_pairs_do_not_overwrite_what_is_not_ours(hub: Hub, client: Client, rows: Any, tmp_path: Path) -> None:
+    save(PairDataset(rows), tmp_path / "saved")
+    push, key = PUSH.format(folder=tmp_path / "saved"), "datasets/tester/pairs"
+    theirs = {".gitattributes": b"", "README.md": b"mine", "data/train-00000.parquet": b"years of work"}
+    hub.repos[key] = hub_server.Repo()
+    hub.repos[key].add("main", theirs, "somebody's")
+    assert "holds something else already" in client(push)["finding"] and hub.files(key) == theirs
+    assert "answer" in client(push.replace("')", "', exist_ok=True)"))
+    (tmp_path / "saved" / "data" / "train-00000.parquet").rename(tmp_path / "elsewhere.parquet")
+    (tmp_path / "saved" / "data" / "train-00000.parquet").symlink_to(tmp_path / "elsewhere.parquet")
+    assert client(push)["error"] == "DataError"

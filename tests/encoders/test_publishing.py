@@ -1,7 +1,10 @@
 """Publishing, against the released client and a Hub that fails in every way: one commit, and the truth about it."""
 
+import itertools
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from pivot_plugin import encoders
 from pivot_plugin.encoders import PublishOptions
 from tests.helpers import hub_server
+from tests.helpers.encoders import rehash
+from tests.helpers.examples import FUZZING
 from tests.helpers.hub_client import Client
 from tests.helpers.hub_server import READ_ONLY, TOKEN, Fault, Hub
 
@@ -73,8 +78,16 @@ def test_branches_tags_pull_requests_and_privacy(hub: Hub, client: Any, saved: P
     assert proposed["answer"]["url"].endswith("/discussions/1")
     assert set(hub.files(KEY)) == {".gitattributes"}
     again = publish(client, saved, revision="v2", tag="v2.0")
-    assert again["error"] == "PublishError"
-    assert "published at" in again["finding"] and "its tag is not set" in again["finding"]
+    assert again["answer"]["commit"] == found["answer"]["commit"] and again["answer"]["tag"] == "v2.0"
+    assert publish(client, saved, create_pr=True)["answer"] == proposed["answer"] and len(repo.proposed) == 1
+
+
+def test_a_tag_on_something_else_is_refused_before_anything_is_changed(hub: Hub, client: Any, saved: Path) -> None:
+    publish(client, saved, tag="v1")
+    (saved / "README.md").write_text((saved / "README.md").read_text() + "\nmore\n")
+    found = publish(client, saved, tag="v1")
+    assert found["error"] == "PublishError" and "Nothing was changed" in found["finding"]
+    assert "Choose another tag" in found["remedy"] and len(hub.repos[KEY].commits) == 2
 
 
 def test_a_dry_run_sends_nothing(hub: Hub, client: Any, saved: Path) -> None:
@@ -93,7 +106,7 @@ def test_a_dry_run_sends_nothing(hub: Hub, client: Any, saved: Path) -> None:
         (Fault("create", "status", 403), "absent", "may not write"),
         (Fault("create", "status", 500, AT_ONCE), "complete", ""),
         (Fault("preupload", "status", 429, AT_ONCE), "complete", ""),
-        (Fault("preupload", "status", 403), "unchanged", "upload the weights"),
+        (Fault("preupload", "status", 403), "unchanged", "upload the files"),
         (Fault("batch", "status", 503, AT_ONCE), "complete", ""),
         (Fault("put", "drop"), "complete", ""),
         (Fault("put", "status", 500, AT_ONCE), "complete", ""),
@@ -160,32 +173,142 @@ def test_a_change_by_somebody_else_meanwhile_is_noticed(hub: Hub, client: Any, s
     """The branch moves between the look at it and the commit."""
     publish(client, saved)
     (saved / "README.md").write_text((saved / "README.md").read_text() + "\nmore\n")
-    hub.faults.append(Fault("commit", "status", 412))
-    fault = hub.faults[0]
-
-    class Moves(dict[str, str]):
-        pass
-
-    def move() -> dict[str, str]:
-        hub.repos[KEY].add("main", {**hub.files(KEY), "other.txt": b"x"}, "somebody else")
-        return {}
-
-    # the answer's headers are read when the fault strikes
-    class Struck(Fault):
-        @property
-        def headers(self) -> dict[str, str]:  # type: ignore[override]
-            return move()
-
-        @headers.setter
-        def headers(self, value: dict[str, str]) -> None:
-            pass
-
-    hub.faults[0] = Struck(fault.kind, fault.action, fault.status)
+    more = {**hub.files(KEY), "other.txt": b"x"}
+    hub.meanwhile["commit"] = lambda: hub.repos[KEY].add("main", more, "somebody else")
     found = publish(client, saved)
     assert found["error"] == "PublishError"
     assert "changed while the encoder was published" in found["finding"]
     assert "not published" in found["finding"]
     assert hub.files(KEY)["other.txt"] == b"x"
+
+
+BEFORE_THE_COMMIT = ("create", "info", "paths", "preupload", "batch", "put", "yaml", "commit")
+
+
+@pytest.mark.parametrize("moment", BEFORE_THE_COMMIT)
+def test_two_publishers_leave_the_one_or_the_other(hub: Hub, client: Any, saved: Path, moment: str) -> None:
+    """Whenever the other's commit lands: all of it stands there, or all of ours, and what is said is so."""
+    publish(client, saved)
+    theirs = dict(hub.files(KEY)) | {"model-00002-of-00002.safetensors": b"theirs", "config.json": b"theirs"}
+    (saved / "README.md").write_text((saved / "README.md").read_text() + "\nours\n")
+    (saved / "saliency.png").write_bytes(b"ours")
+    rehash(saved)
+    hub.meanwhile[moment] = lambda: hub.repos[KEY].add("main", theirs, "the other")
+    hub.uploaded.clear()
+    found = publish(client, saved)
+    assert "answer" in found or found["error"] == "PublishError", found
+    assert published(hub, saved) if "answer" in found else hub.files(KEY) == theirs
+    assert "answer" in found or "not published" in found["finding"]
+    hub.meanwhile.clear()
+    assert "answer" in publish(client, saved) and published(hub, saved)
+
+
+@pytest.mark.parametrize("moment", BEFORE_THE_COMMIT)
+def test_what_somebody_puts_there_meanwhile_is_not_overwritten(hub: Hub, client: Any, saved: Path, moment: str) -> None:
+    theirs = {".gitattributes": b"", "config.json": b"theirs", "thesis.pdf": b"years of work"}
+    hub.repos[KEY] = hub_server.Repo()
+    hub.repos[KEY].add("main", {".gitattributes": b""}, "initial commit")
+    hub.meanwhile[moment] = lambda: hub.repos[KEY].add("main", theirs, "somebody else")
+    found = publish(client, saved)
+    if not hub.meanwhile:
+        assert found["error"] == "PublishError", found
+        assert hub.files(KEY) == theirs
+        assert "holds something else already" in publish(client, saved)["finding"]
+
+
+def test_the_same_files_with_more_beside_them_are_no_publication(hub: Hub, client: Any, saved: Path) -> None:
+    """The client makes no commit where all files stand there already."""
+    publish(client, saved)
+    card = (saved / "README.md").read_text()
+    (saved / "README.md").write_text(f"{card}\nours\n")
+    theirs = {**hub.files(KEY), "README.md": f"{card}\nours\n".encode(), "model-00002-of-00002.safetensors": b"theirs"}
+    hub.meanwhile["preupload"] = lambda: hub.repos[KEY].add("main", theirs, "the other")
+    found = publish(client, saved)
+    assert found["error"] == "PublishError" and "model-00002-of-00002.safetensors" in found["finding"]
+    assert "answer" in publish(client, saved) and published(hub, saved)
+
+
+def test_a_private_encoder_does_not_go_into_a_public_repository(hub: Hub, client: Any, saved: Path) -> None:
+    hub.repos[KEY] = hub_server.Repo()
+    hub.repos[KEY].add("main", {".gitattributes": b""}, "initial commit")
+    found = publish(client, saved, private=True)
+    assert "exists and is public" in found["finding"] and set(hub.files(KEY)) == {".gitattributes"}
+
+
+# A table that grows: whatever goes wrong wherever, what is said is so, and the same command mends it
+
+
+KINDS = (
+    "create",
+    "info",
+    "refs",
+    "paths",
+    "preupload",
+    "batch",
+    "put",
+    "yaml",
+    "commit",
+    "branch",
+    "tag",
+    "discussions",
+)
+ACTIONS = (
+    *(("drop", 0, 1), ("drop", 0, 20), ("lose", 0, 1), ("lose", 0, 20), ("truncate", 0, 1), ("cut", 0, 1)),
+    *(("status", status, times) for status in (401, 403, 404, 409, 412, 429, 500, 503) for times in (1, 20)),
+)
+ROADS: tuple[dict[str, Any], ...] = ({"tag": "v1"}, {"create_pr": True}, {"revision": "v2", "tag": "v1"})
+
+
+def what_is_said_is_so(hub: Hub, client: Any, saved: Path, faults: list[Fault], road: dict[str, Any]) -> None:
+    """Publish under faults; then without, which ends well, with one commit and one tag or one pull request."""
+    hub.repos.clear()
+    hub.uploaded.clear()
+    hub.faults[:] = faults
+    found = publish(client, saved, **road)
+    hub.faults.clear()
+    repo = hub.repos.get(KEY)
+    branch = road.get("revision", "main")
+    there = repo is not None and any(
+        {n: c for n, c in repo.commits[oid].items() if n != ".gitattributes"} == contents(saved)
+        for oid in (repo.branches.get(f"refs/pr/{number}" if road.get("create_pr") else branch) for number in (1, 2))
+        if oid
+    )
+    words = found.get("finding", "")
+    if "answer" in found:
+        assert there and repo is not None
+        assert road.get("tag") is None or repo.tags[road["tag"]] == found["answer"]["commit"]
+    else:
+        assert found["error"] == "PublishError" and found["remedy"], found
+        unknown = "not known" in words
+        assert unknown or there == ("is published at" in words), (words, there)
+        if "tag is not set" in words:
+            assert repo is not None and not repo.tags, words
+        assert unknown or there or re.search("No file there was changed|[Uu]nchanged|Could not read|[Nn]o pull", words)
+    assert TOKEN not in json.dumps(found)
+    again = publish(client, saved, **road)
+    assert "answer" in again, again
+    repo = hub.repos[KEY]
+    assert len(repo.commits) == 2 and len(repo.proposed) == (1 if road.get("create_pr") else 0)
+    assert road.get("tag") is None or repo.tags == {road["tag"]: again["answer"]["commit"]}
+
+
+@pytest.fixture
+def hurried(client: Any) -> Iterator[Any]:
+    """A client that does not wait between attempts."""
+    client("import time; time.slept, time.sleep = time.sleep, lambda seconds: None")
+    yield client
+    client("import time; time.sleep = time.slept")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_said_after_a_fault_is_so(hub: Hub, hurried: Any, saved: Path, kind: str) -> None:
+    """All of the table in `make fuzz`, else every action once."""
+    cases = list(itertools.product(ROADS, ACTIONS))
+    roads = {"discussions": 1, "branch": 2}
+    if not FUZZING:
+        cases = [(ROADS[roads.get(kind, 0)], action) for action in ACTIONS if action[1] in (0, 403, 409, 503)]
+    for road, (action, status, times) in cases:
+        what_is_said_is_so(hub, hurried, saved, [Fault(kind, action, status, AT_ONCE, times)], road)
 
 
 def test_a_hub_without_a_xet_store_is_said_with_the_way_around(hub: Hub, saved: Path, tmp_path: Path) -> None:

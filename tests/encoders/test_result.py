@@ -126,15 +126,22 @@ def test_the_record_says_where_everything_comes_from(run: Any) -> None:
 def test_nothing_of_this_machine_is_published(llava: Any, fast: Any, tmp_path: Path) -> None:
     options = fast | {"reference_cache": str(tmp_path / "private" / "cache"), "logging_dir": None}
     options.pop("logging_dir")
+    options |= {"hub_token": "hf_AbCdEf0123456789AbCd", "run_name": "secret-project of alice", "project": "alice"}
+    options |= {"model_init_kwargs": None, "beta": 0.2}
     llava[0].name_or_path = str(tmp_path / "secret-project" / "model")
     result = pivot.optimize(llava[0], PAIRS[4:], processor=llava[1], eval_prefs=PAIRS[:4], **options)
     result.save(tmp_path / "lora", "lora")
     for folder in (result.output_dir / "encoder", tmp_path / "lora"):
         for path in folder.iterdir():
             content = path.read_bytes()
-            for place in (str(tmp_path), str(Path.home()), "secret-project"):
+            for place in (str(tmp_path), str(Path.home()), "secret-project", "hf_AbCdEf", "alice"):
                 assert place.encode() not in content, (path.name, place)
-    assert json.loads((result.output_dir / "encoder" / "pivot.json").read_text())["base"]["mllm"] == "model"
+    record = json.loads((result.output_dir / "encoder" / "pivot.json").read_text())
+    assert record["base"]["mllm"] == "model"
+    assert record["settings"]["beta"] == 0.2 and "hub_token" not in record["settings"]
+    assert set(pivot.publish(result.output_dir / "encoder", "me/eyes", dry_run=True).files) == {
+        path.name for path in (result.output_dir / "encoder").iterdir()
+    }
 
 
 def test_the_card_shows_maps_scores_and_plugins_sections(
@@ -157,7 +164,7 @@ def test_the_card_shows_maps_scores_and_plugins_sections(
         manager().register(plugin, f"test-card-{number}")
     try:
         with caplog.at_level(logging.WARNING):
-            folder = result.save(tmp_path / "encoder", licence="mit")
+            folder = result.save(tmp_path / "encoder", licence="mit", picture=True)
     finally:
         for plugin in plugins:
             manager().unregister(plugin)
@@ -170,7 +177,9 @@ def test_the_card_shows_maps_scores_and_plugins_sections(
     with Image.open(folder / "saliency.png") as sheet:
         # four pairs, five pictures each
         assert sheet.size[0] == 5 * 168 + 4 * 6
-    without = result.save(tmp_path / "other", picture=False)
+    # they are pictures of the user's data: in what is published only where that was asked for
+    for without in (result.save(tmp_path / "other"), result.output_dir / "encoder"):
+        assert not (without / "saliency.png").exists()
     assert not (without / "saliency.png").exists()
     assert "saliency.png" not in (without / "README.md").read_text()
 

@@ -1,5 +1,6 @@
 """Small encoders and language models of many kinds, and what transformers alone makes of a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from pivot_plugin.encoders.assemble import CHAT_TEMPLATES
+from pivot_plugin.files import sha256
 from pivot_plugin.testing.families import byte_tokenizer
 from tests.helpers.processes import python
 
@@ -123,3 +125,12 @@ def plain(folder: Path) -> str:
     run = python(PLAIN, folder, folder=folder)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.strip()
+
+
+def rehash(folder: Path) -> None:
+    """Have the record know the files as they are now."""
+    record = json.loads((folder / "pivot.json").read_text())
+    record["sha256"] = {
+        path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in ("pivot.json", "README.md")
+    }
+    (folder / "pivot.json").write_text(json.dumps(record))

@@ -36,6 +36,7 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    proposed: list[str] = field(default_factory=list)
 
     def add(self, branch: str, files: dict[str, bytes], message: str) -> str:
         oid = hashlib.sha1(f"{len(self.commits)}{branch}{message}".encode()).hexdigest()
@@ -54,7 +55,8 @@ class Fault:
     """What goes wrong.
 
     Attributes:
-        kind: of request: create, info, preupload, batch, put, commit, resolve, list, paths, tag, branch.
+        kind: of request: create, info, preupload, batch, put, commit, resolve, list, paths, tree, tag, branch, refs,
+            discussions, yaml.
         action: "status"; "drop" before anything is done; "lose" the answer after it is done; "cut" a body in the
             middle, "truncate" it, "corrupt" a byte of it; "slow"; "hang" for `seconds`.
         status: for "status".
@@ -81,6 +83,7 @@ class Hub:
         faults: to come.
         asked: (kind of request, status) in order.
         siblings: names of files that every repository claims to have besides.
+        meanwhile: what others do just before a request of a kind is answered, once.
     """
 
     url: str = ""
@@ -89,6 +92,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, int]] = field(default_factory=list)
     siblings: list[str] = field(default_factory=list)
+    meanwhile: dict[str, Callable[[], object]] = field(default_factory=dict)
 
     def files(self, key: str, revision: str = "main") -> dict[str, bytes]:
         """Paths and contents at a revision."""
@@ -166,6 +170,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.send(404, {"error": f"not here: {self.command} {path}"})
             match, kind, function = found[0]
             self.kind = kind
+            if (others := hub.meanwhile.pop(kind, None)) is not None:
+                others()
             self.fault = self.due(kind)
             action = self.fault.action if self.fault else ""
             if action == "drop":
@@ -335,11 +341,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         @route("POST", rf"{API}/preupload/{REV}", "preupload")
         def preupload(self, kind: str, id: str, rev: str) -> None:
             self.writer()
-            self.at(self.repo(kind, id), rev)
-            modes = [
-                {"path": f["path"], "uploadMode": "lfs" if _is_large(f["path"]) else "regular", "shouldIgnore": False}
-                for f in json.loads(self.body)["files"]
-            ]
+            repo = self.repo(kind, id)
+            present = repo.commits[self.at(repo, rev)]
+
+            def mode(path: str) -> dict[str, Any]:
+                answer = {"path": path, "uploadMode": "lfs" if _is_large(path) else "regular", "shouldIgnore": False}
+                if path not in present:
+                    return answer
+                # by which the client leaves out what is there already
+                content = present[path]
+                return {**answer, "oid": hashlib.sha256(content).hexdigest() if _is_large(path) else _git_hash(content)}
+
+            modes = [mode(file["path"]) for file in json.loads(self.body)["files"]]
             self.send(200, {"files": modes})
 
         @route("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", "batch")
@@ -381,8 +394,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     files.pop(value["path"])
             answer = {}
             if self.query.get("create_pr"):
-                rev = "refs/pr/1"
-                answer["pullRequestUrl"] = f"{hub.url}/{id}/discussions/1"
+                repo.proposed.append(header["summary"])
+                rev = f"refs/pr/{len(repo.proposed)}"
+                answer["pullRequestUrl"] = f"{hub.url}/{id}/discussions/{len(repo.proposed)}"
             oid = repo.add(rev, files, header["summary"])
             place = f"{hub.url}/{kind}/{id}".replace("/models/", "/")
             self.send(200, {"success": True, "commitOid": oid, "commitUrl": f"{place}/commit/{oid}", **answer})
@@ -404,6 +418,37 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 raise Refused(409, f"Tag reference exists already: {name}")
             repo.tags[name] = self.at(repo, rev)
             self.send(200, {})
+
+        @route("GET", rf"{API}/refs", "refs")
+        def refs(self, kind: str, id: str) -> None:
+            repo = self.repo(kind, id)
+
+            def listed(named: dict[str, str], prefix: str) -> list[dict[str, str]]:
+                return [
+                    {"name": name, "ref": f"{prefix}{name}", "targetCommit": oid}
+                    for name, oid in named.items()
+                    if not name.startswith("refs/")
+                ]
+
+            branches, tags = listed(repo.branches, "refs/heads/"), listed(repo.tags, "refs/tags/")
+            self.send(200, {"branches": branches, "tags": tags, "converts": []})
+
+        @route("GET", rf"{API}/discussions", "discussions")
+        def discussions(self, kind: str, id: str) -> None:
+            repo = self.repo(kind, id)
+            listed = [
+                {
+                    "title": title,
+                    "num": number,
+                    "author": {"name": OWNER},
+                    "createdAt": "2026-01-01T00:00:00.000Z",
+                    "status": "open",
+                    "repo": {"name": id, "type": "model"},
+                    "isPullRequest": True,
+                }
+                for number, title in enumerate(repo.proposed, start=1)
+            ]
+            self.send(200, {"discussions": listed, "count": len(listed), "start": 0})
 
         # Downloads
 

@@ -19,8 +19,23 @@ def hidden(error: object, token: str | None = None) -> str:
         token: that was given, if any.
     """
     text = str(error)
-    known = (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), get_token())
-    for secret in known:
-        if secret and len(secret) > 3:
+    for secret in known_tokens(token):
+        if len(secret) > 3:
             text = text.replace(secret, "<token>")
     return _LIKE_A_TOKEN.sub("<token>", text)
+
+
+def known_tokens(token: str | None = None) -> list[str]:
+    """Every token for the Hub that this process could use.
+
+    Args:
+        token: that was given, if any.
+    """
+    known = (token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), get_token())
+    return [secret for secret in known if isinstance(secret, str) and secret]
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status of a refused answer; None where there was no answer."""
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)

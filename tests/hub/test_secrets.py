@@ -5,7 +5,7 @@ import sys
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from pivot_plugin.encoders.secrets import HTTP_ERROR, hidden
+from pivot_plugin.hub.secrets import HTTP_ERROR, hidden
 
 
 def test_tokens_are_taken_out_of_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
