@@ -132,7 +132,8 @@ def optimize(
         output_dir=run.output_dir,
         metrics=metrics,
         history=history,
-        weight_change=weight_change(run.adapter, training.before),
+        # of a model that was divided the keeper alone has the weights
+        weight_change={} if run.model.device.type == "meta" else weight_change(run.adapter, training.before),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,

@@ -21,6 +21,7 @@ Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 """
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -129,7 +130,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
                 "processor": processor_fingerprint(processing_class),
                 "max_length": args.max_length,
                 "ld_alpha": args.ld_alpha,
-                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(unwrapped(model).dtype),
+                "precision": self._precision(args, unwrapped(model)),
             }
             if args.precompute_ref_log_probs
             else {}
@@ -233,12 +234,17 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
-        seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if per_sequence else nullcontext([])
+        over_processes = not per_sequence and "sft" in self.loss_types and self.accelerator.num_processes > 1
+        watched = per_sequence or over_processes
+        seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if watched else nullcontext([])
         with seen as outputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if per_sequence:
             loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
+        elif over_processes:
+            correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"])
+            loss = loss + self._sft_weight() * correction
         batch: ForestBatch = inputs["forest"]
         loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
         return (loss, result[1]) if return_outputs else loss
@@ -254,6 +260,29 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             yield seen
         finally:
             hook.remove()
+
+    def _over_all_tokens(self, logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """What to add to TRL's mean over a process's chosen tokens, so that all processes' mean is that of all tokens.
+
+        Args:
+            logps, completion_mask: as for `_per_sequence_instead`.
+        """
+        total = logps.chunk(2)[0].sum()
+        tokens = completion_mask[:, 1:].chunk(2)[0].sum().float()
+        mean_share = self.accelerator.reduce(tokens, "mean")
+        return total / tokens.clamp(min=1) - total / mean_share.clamp(min=1)
+
+    def _precision(self, args: PivotConfig, model: PreTrainedModel) -> str:
+        """In which log-probabilities are computed: that of autocast, which a launcher may bring along, or the model's."""
+        asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        launched = args.mixed_precision if getattr(args, "mixed_precision", None) else asked
+        brought = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = next((name for name in (asked, launched, brought) if name != "no"), "no")
+        if precision not in (asked, "no"):
+            logger.warning(
+                "The launcher brings %s along, so that this run computes in it; bf16=True says the same.", precision
+            )
+        return str(model.dtype) if precision == "no" else precision
 
     def _sft_weight(self) -> float:
         weights = self.loss_weights or [1.0] * len(self.loss_types)
