@@ -35,7 +35,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 
 from pivot_plugin.adapters import VisionAdapter
@@ -52,6 +52,7 @@ from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
+from .sharding import as_it_is
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,9 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         ModelError: for a model no adapter knows, or a processor that does not belong to it.
         SettingsError: for settings that exclude each other.
     """
+
+    _runs_fsdp = False
+    _reference_by_name = True
 
     def __init__(
         self,
@@ -158,12 +162,27 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             processing_class=processing_class,
             data_collator=self._collator,
             peft_config=peft_config,
+            callbacks=[*(kwargs.pop("callbacks", None) or []), _WithoutReferenceModel(self)],
             **kwargs,
         )
+        self._reference_by_name = True
+        self.callback_handler.pop_callback(_WithoutReferenceModel)
         self._answer_from_forest()
         self._watch_training()
 
     # The seams of DPOTrainer
+
+    @property
+    def is_fsdp_enabled(self) -> bool:  # type: ignore[override]
+        """Whether FSDP runs; not while TRL decides whether to load a reference by the model's name.
+
+        Under FSDP it would load one, although the pass over the pairs uses the model, which is whole until it trains.
+        """
+        return self._runs_fsdp and self._reference_by_name
+
+    @is_fsdp_enabled.setter
+    def is_fsdp_enabled(self, runs: bool) -> None:
+        self._runs_fsdp = runs
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         points = isinstance(dataset, Dataset) and set(POINTER) <= set(dataset.column_names)
@@ -206,7 +225,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         written = time.monotonic()
         bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
         try:
-            with evaluating(model, self.accelerator.device):
+            with evaluating(model, self.accelerator.device), as_it_is(model):
                 for start in range(0, len(share), size):
                     positions = share[start : start + size]
                     batch = self._forest_collator([pairs[position] for position in positions])
@@ -300,7 +319,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         chosen, rejected = [], []
         size = self.args.per_device_eval_batch_size
-        with evaluating(model, self.accelerator.device):
+        with evaluating(model, self.accelerator.device), as_it_is(model):
             for start in range(0, len(pairs), size):
                 positions = range(start, min(start + size, len(pairs)))
                 inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
@@ -329,6 +348,16 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if "ref_chosen_logps" not in rows.column_names:
             return self.score(self._collator.source_of(rows))
         return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
+
+
+class _WithoutReferenceModel(TrainerCallback):
+    """Told by transformers' constructor that it is done, when TRL's goes on to the reference."""
+
+    def __init__(self, trainer: PivotTrainer) -> None:
+        self._trainer = trainer
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._reference_by_name = not args.precompute_ref_log_probs
 
 
 def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
     deepspeed = accelerator.state.deepspeed_plugin
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     return fsdp is not None or (deepspeed is not None and deepspeed.zero_stage == 3)
+
+
+def as_it_is(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute with a model meanwhile, whether an engine has divided it by now or not."""
+    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return nullcontext() if divided else undivided()
 
 
 @contextmanager
