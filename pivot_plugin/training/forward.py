@@ -128,11 +128,9 @@ def install(
             return fused_forward(*args, **kwargs)
         asked = {name: kwargs[name] for name in HANDED_ON if name in kwargs}
         reader = _Reader(model, adapter, reading, fused_forward)
-        with whole_head(model):
-            outputs = reader.read(forest.to(model.device), asked)
-        if blank and not forest.image_inputs:
-            outputs.log_probs = outputs.log_probs + through_tower(model, on_inputs(blank, model))
-        return outputs
+        unseen = {} if forest.image_inputs else on_inputs(blank or {}, model)
+        with whole_head(model), through_tower(model, unseen):
+            return reader.read(forest.to(model.device), asked)
 
     model.forward = forward
 

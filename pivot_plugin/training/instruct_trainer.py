@@ -94,12 +94,9 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         # `generate` reads the signature to know what the model takes
         @functools.wraps(fused_forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with whole_head(model):
-                outputs = fused_forward(*args, **kwargs)
-            log_probs = getattr(outputs, "log_probs", None)
-            if log_probs is not None and not blank.keys() & kwargs.keys():
-                outputs.log_probs = log_probs + through_tower(model, on_inputs(blank, model))
-            return outputs
+            unseen = {} if blank.keys() & kwargs.keys() else on_inputs(blank, model)
+            with whole_head(model), through_tower(model, unseen):
+                return fused_forward(*args, **kwargs)
 
         model.forward = forward
 

@@ -168,21 +168,35 @@ class _Averaged(torch.autograd.Function):
         return gradient / torch.distributed.get_world_size()
 
 
-def through_tower(model: PreTrainedModel, blank: Mapping[str, Any]) -> torch.Tensor:
-    """Zero, computed from a blank image through tower and projector.
+@contextmanager
+def through_tower(model: PreTrainedModel, blank: Mapping[str, Any]) -> Iterator[None]:
+    """Send a blank image through tower and projector meanwhile, and add zero times what comes out to the embeddings.
 
     A process whose batch shows no image would leave out what the others compute: FSDP and ZeRO wait for it to take part
-    in gathering the tower's weights, DDP for its gradients.
+    in gathering the tower's weights, DDP for its gradients, all in the same order. MLLMs embed their tokens, encode
+    their images and put both together; so it is done here, which gives backward passes one order too.
 
     Args:
         model: the MLLM.
-        blank: processor outputs of a blank image, where the model is and in its precision.
+        blank: processor outputs of a blank image, where the model is and in its precision; empty for nothing.
     """
+    if not blank:
+        yield
+        return
     encode = model.base_model.get_image_features
     names = inspect.signature(encode).parameters
-    features = encode(**{name: value for name, value in blank.items() if name in names})
-    tensors = list(_tensors(features.pooler_output)) + list(_tensors(getattr(features, "deepstack_features", None)))
-    return torch.stack([(0.0 * tensor.float()).sum() for tensor in tensors]).sum()
+
+    def add(module: nn.Module, args: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        features = encode(**{name: value for name, value in blank.items() if name in names})
+        for tensor in _tensors([features.pooler_output, getattr(features, "deepstack_features", None)]):
+            embeddings = embeddings + (0.0 * tensor).sum().to(embeddings.dtype)
+        return embeddings
+
+    hook = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
