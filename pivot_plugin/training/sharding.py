@@ -74,8 +74,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def as_it_is(model: nn.Module) -> AbstractContextManager[None]:
     """Compute with a model meanwhile, whether an engine has divided it by now or not."""
-    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return nullcontext() if divided else undivided()
+    return nullcontext() if is_divided(model) else undivided()
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether this process lacks weights of a model, because an engine has divided or the main process gathered it."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") or p.is_meta for p in model.parameters())
 
 
 @contextmanager
