@@ -9,7 +9,7 @@ import typer
 from pivot_plugin.choices import OnBadRow, Train
 from pivot_plugin.errors import SettingsError
 
-from .launching import ACCELERATE, PROCESSES
+from .launching import ACCELERATE, MACHINE_RANK, MACHINES, PROCESSES, RENDEZVOUS
 
 RunFolder = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the run.")]
 TrainedParts = Annotated[Train, typer.Option(help="Which parts of the model train.")]
@@ -26,6 +26,9 @@ SFTSettings = Annotated[
 ]
 AccelerateConfig = Annotated[Path | None, ACCELERATE]
 Processes = Annotated[int | None, PROCESSES]
+Machines = Annotated[int | None, MACHINES]
+MachineRank = Annotated[int | None, MACHINE_RANK]
+Rendezvous = Annotated[str | None, RENDEZVOUS]
 
 
 def lora_rank(text: str) -> int | None:
