@@ -292,11 +292,10 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         return total / tokens.clamp(min=1) - total / mean_share.clamp(min=1)
 
     def _precision(self, args: PivotConfig, model: PreTrainedModel) -> str:
-        """In which log-probabilities are computed: that of autocast, which a launcher may bring along, or the model's."""
+        """In which log-probabilities are computed: autocast's, which a launcher may bring along, or the model's."""
         asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-        launched = args.mixed_precision if getattr(args, "mixed_precision", None) else asked
         brought = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        precision = next((name for name in (asked, launched, brought) if name != "no"), "no")
+        precision = next((name for name in (asked, brought) if name != "no"), "no")
         if precision not in (asked, "no"):
             logger.warning(
                 "The launcher brings %s along, so that this run computes in it; bf16=True says the same.", precision

@@ -286,7 +286,7 @@ def _full(parameter: torch.Tensor, keep: bool) -> torch.Tensor:
 def _partitioned(parameter: torch.Tensor) -> Any:
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    import deepspeed
+    import deepspeed  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     return deepspeed.zero.GatheredParameters([parameter])
 
