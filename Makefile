@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test fuzz test-families families test-releases lint types env clean
+.PHONY: demo check test fuzz test-distributed test-families families test-releases lint types env clean
 
 env: .venv/installed
 
@@ -21,10 +21,14 @@ demo: env
 
 # while writing: all but the tests that are marked as training or slow (see CONTRIBUTING.md)
 check: env lint types
-	$(PYTEST) --ignore tests/compatibility -m "not training and not slow"
+	$(PYTEST) --ignore tests/compatibility -m "not training and not slow and not distributed"
 
 test: env lint types
-	$(PYTEST) --ignore tests/compatibility
+	$(PYTEST) --ignore tests/compatibility -m "not distributed"
+
+# every engine with every part that trains, in several processes; a diagonal of it is part of `make test`
+test-distributed: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/training/test_engines.py
 
 # every family of the zoo, and the conformance kit; part of `make test`
 test-families: env

@@ -10,7 +10,7 @@ import typer
 from pivot_plugin.choices import OnBadRow, Train
 from pivot_plugin.errors import SettingsError
 
-from .launching import ACCELERATE, PROCESSES
+from .launching import ACCELERATE, MACHINE_RANK, MACHINES, PROCESSES, RENDEZVOUS
 
 # of the verbs, and of the recipe of SPECS: options of the commands, or what cannot be written on a command line
 ARGUMENTS = (
@@ -67,6 +67,9 @@ SFTSettings = Annotated[
 ]
 AccelerateConfig = Annotated[Path | None, ACCELERATE]
 Processes = Annotated[int | None, PROCESSES]
+Machines = Annotated[int | None, MACHINES]
+MachineRank = Annotated[int | None, MACHINE_RANK]
+Rendezvous = Annotated[str | None, RENDEZVOUS]
 
 
 def lora_rank(text: str) -> int | None:

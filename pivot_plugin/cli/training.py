@@ -10,7 +10,7 @@ import typer
 
 from pivot_plugin.errors import SettingsError
 
-from .launching import relaunched
+from .launching import Nodes, relaunched
 from .options import (
     AccelerateConfig,
     BadRows,
@@ -18,7 +18,10 @@ from .options import (
     HeldOutShare,
     ImageFolder,
     Lora,
+    MachineRank,
+    Machines,
     Processes,
+    Rendezvous,
     Resume,
     RunFolder,
     SFTSettings,
@@ -53,6 +56,9 @@ def optimize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
+    num_machines: Machines = None,
+    machine_rank: MachineRank = None,
+    rendezvous: Rendezvous = None,
 ) -> None:
     """Make a model's vision encoder better on preference pairs: given ones, or the model's own answers to questions.
 
@@ -65,7 +71,7 @@ def optimize(
     if rewards:
         weighted = [reward_weight(text) for text in rewards]
         options |= {"rewards": [name for name, _ in weighted], "reward_weights": [weight for _, weight in weighted]}
-    if relaunched(accelerate_config, num_processes):
+    if relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
     questions = bool(rewards) or objective in ("grpo", "rloo")
     import pivot_plugin as pivot
@@ -178,13 +184,16 @@ def align(
     settings: SFTSettings = None,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
+    num_machines: Machines = None,
+    machine_rank: MachineRank = None,
+    rendezvous: Rendezvous = None,
 ) -> None:
     """Teach an MLLM's projector the language of its language model.
 
     pivot align mllm blip_laion_cc_sbu_558k.json --image-folder images -o aligned
     """
     options = settings_of(settings)
-    if relaunched(accelerate_config, num_processes):
+    if relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
     import pivot_plugin as pivot
 
@@ -214,6 +223,9 @@ def instruct(
     settings: SFTSettings = None,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
+    num_machines: Machines = None,
+    machine_rank: MachineRank = None,
+    rendezvous: Rendezvous = None,
 ) -> None:
     """Teach an MLLM to answer questions about images.
 
@@ -221,7 +233,7 @@ def instruct(
     """
     options = settings_of(settings)
     rank = lora_rank(lora)
-    if relaunched(accelerate_config, num_processes):
+    if relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
     import pivot_plugin as pivot
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
@@ -72,7 +73,8 @@ def save_encoder(
 ) -> Path:
     """Write the vision tower of an MLLM as a stand-alone encoder.
 
-    The folder is written aside and renamed, so that an old one stays whole until the new one is complete.
+    The folder is written aside and renamed, so that an old one stays whole until the new one is complete. Of processes
+    that were launched together the main one writes; the others return at once.
 
     Args:
         adapter: of the MLLM.
@@ -87,6 +89,8 @@ def save_encoder(
     Raises:
         EncoderError: if the folder holds something else, or cannot be written.
     """
+    if not _writes():
+        return Path(folder)
     image_processor = adapter.image_processor(processor)
     encoder = encoder or adapter.extract()
     _note_views(adapter, encoder, image_processor)
@@ -128,6 +132,8 @@ def save_lora(
     Raises:
         EncoderError: if the tower has no LoRA, or as `save_encoder`.
     """
+    if not _writes():
+        return Path(folder)
     prefix = f"base_model.model.{adapter.tower_path}."
     own = {
         f"base_model.model.{name.removeprefix(prefix)}": tensor.detach().cpu().contiguous()
@@ -152,6 +158,11 @@ def save_lora(
         save_file(own, aside / "adapter_model.safetensors", {"format": "pt"})
         _finish(aside, adapter, adapter.tower, {"weights": "lora", **provenance}, OnCard(sections, picture))
     return Path(folder)
+
+
+def _writes() -> bool:
+    """Whether this process writes: transformers writes weights in the main one alone, of those launched together."""
+    return not PartialState._shared_state or PartialState().is_main_process
 
 
 def _signature(encoder: PreTrainedModel, image_processor: object) -> dict[str, Any] | None:

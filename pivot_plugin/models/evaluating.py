@@ -19,13 +19,19 @@ def evaluating(model: nn.Module, device: torch.device | None = None) -> Iterator
     """
     training = {module: module.training for module in model.modules()}
     try:
-        if device is not None:
+        if device is not None and model_device(model) != device:
             model.to(device)
         model.eval()
         yield
     finally:
         for module, was_training in training.items():
             module.training = was_training
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """Where a model's first parameter is, None where it has none; one that an engine has divided stays there."""
+    first = next(model.parameters(), None)
+    return None if first is None else first.device
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.training.cost import Cost, metered
 from pivot_plugin.training.plan import TrainingPlan
+from pivot_plugin.training.sharding import is_divided
 from pivot_plugin.training.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,11 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
             set_seed(seed)
             yield InPlace(snapshot.weights, cost)
     except BaseException as error:
-        snapshot.restore()
+        if is_divided(adapter.model):
+            # the others may be gone, and without them its weights are not whole; the failure itself must be seen
+            logger.warning("The model's weights are divided among processes, and stay so: load it again.")
+        else:
+            snapshot.restore()
         if isinstance(error, PivotError):
             raise
         checkpoint = last_checkpoint(folder)

@@ -199,13 +199,9 @@ def _load_rows(
 def _save_model(run: Run, trainer: InstructTrainer) -> None:
     """Write the whole model, LoRA merged, as an ordinary transformers folder; to be called by every process."""
     folder = run.output_dir / MODEL_FOLDER
-    if merge_lora(trainer) is None:
-        # gathers what FSDP and DeepSpeed keep in shards
-        trainer.save_model(str(folder))
-    elif run.keeper:
-        run.model.save_pretrained(folder)
+    # gathers what FSDP and DeepSpeed keep in shards
+    merge_lora(trainer)
     if run.keeper:
+        run.model.save_pretrained(folder)
         rewrite_for_every_release(folder)
-        # a pickle of the settings, which run.json has in words
-        (folder / "training_args.bin").unlink(missing_ok=True)
         run.processor.save_pretrained(folder)

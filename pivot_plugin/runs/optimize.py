@@ -201,7 +201,10 @@ def _optimize(
         output_dir=run.output_dir,
         metrics=metrics if run.ended is None else run.ended["metrics"],
         history=history if run.ended is None else run.ended["history"],
-        weight_change=weight_change(run.adapter, dict(this.before or training.before)),
+        # of a model that was divided the keeper alone has the weights
+        weight_change=(
+            {} if run.model.device.type == "meta" else weight_change(run.adapter, dict(this.before or training.before))
+        ),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,

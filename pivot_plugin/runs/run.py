@@ -37,6 +37,7 @@ from pivot_plugin.training.checkpoints import check_checkpoint, last_checkpoint
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
+from pivot_plugin.training.sharding import check_engine, gather, undivided
 
 from .folder import claim, finished_record, write_record
 from .in_place import InPlace, in_place
@@ -225,12 +226,14 @@ def begin(
         ModelError, DataError: for a model or rows that cannot be used.
     """
     config = options.config
+    check_engine(config)
     base = str(model) if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
     if _is_keeper(config):
         claim(options.folder, options.settings, options.resume)
     config.distributed_state.wait_for_everyone()
     ended = finished_record(options.folder) if options.resume else None
-    model, processor = load_model(model, processor)
+    with undivided():
+        model, processor = load_model(model, processor)
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     check_tower(adapter)
@@ -264,7 +267,9 @@ def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
 
 
 def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
-    """Merge the LoRA that was trained into the model.
+    """Make the model that was trained an ordinary one: what an engine has divided is gathered, the LoRA merged.
+
+    To be called by every process. Of a model that was divided the main process has the weights, others none.
 
     Args:
         trainer: after training.
@@ -272,10 +277,15 @@ def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] |
     Returns:
         the LoRA's configuration and its weights on the host, None where weights trained themselves.
     """
-    model = trainer.model
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    gather(model, trainer.accelerator, getattr(trainer, "deepspeed", None))
     if not isinstance(model, PeftModel):
         return None
-    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in get_peft_model_state_dict(model).items()}
+    weights = {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in get_peft_model_state_dict(model).items()
+        if not tensor.is_meta
+    }
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, LoraConfig)
     model.merge_and_unload()

@@ -24,6 +24,7 @@ from pivot_plugin.models.image_features import repeated_features
 from .attention import TAKE_MASKS, AttentionPattern, NotATree, patterns_of, tree_attention
 from .batch import ForestBatch, SharedPrefix
 from .forest import Forest, per_sequence
+from .sharding import through_tower, whole_head
 
 # what a caller may ask of the model beside the forest; the rest of TRL's call the forest stands for
 HANDED_ON = ("output_router_logits",)
@@ -101,7 +102,12 @@ def reading_of(model: PreTrainedModel) -> ForestReading:
         return ForestReading({}, str(reason))
 
 
-def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReading | None = None) -> None:
+def install(
+    model: PreTrainedModel,
+    adapter: VisionAdapter,
+    reading: ForestReading | None = None,
+    blank: Mapping[str, Any] | None = None,
+) -> None:
     """Let a model that has TRL's fused head answer calls with `forest=`.
 
     Args:
@@ -109,6 +115,8 @@ def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReadi
         adapter: of the model's family, for position ids.
         reading: how the model reads a forest, as it was shown on rows (`forest_check.read_rows`); as far as its
             configuration tells where None.
+        blank: processor outputs of a blank image, which goes through the tower where a batch shows none; None for
+            nothing, where no other process waits.
     """
     reading = reading or reading_of(model)
     fused_forward = model.forward
@@ -120,7 +128,9 @@ def install(model: PreTrainedModel, adapter: VisionAdapter, reading: ForestReadi
             return fused_forward(*args, **kwargs)
         asked = {name: kwargs[name] for name in HANDED_ON if name in kwargs}
         reader = _Reader(model, adapter, reading, fused_forward)
-        return reader.read(forest.to(model.device), asked)
+        unseen = {} if forest.image_inputs else on_inputs(blank or {}, model)
+        with whole_head(model), through_tower(model, unseen):
+            return reader.read(forest.to(model.device), asked)
 
     model.forward = forward
 
@@ -303,6 +313,11 @@ def on_model(value: Any, model: PreTrainedModel) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(on_model(item, model) for item in value)
     return as_model_takes(value.to(model.device), model) if isinstance(value, torch.Tensor) else value
+
+
+def on_inputs(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Processor outputs where the model is and in its precision."""
+    return {name: on_model(value, model) for name, value in inputs.items()}
 
 
 def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch, first: int = 0) -> torch.Tensor:

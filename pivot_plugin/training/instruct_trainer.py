@@ -10,6 +10,7 @@ Overrides, and why each is needed:
     compute_loss        a non-finite loss names its conversations
 """
 
+import functools
 from typing import Any
 
 from peft import LoraConfig
@@ -21,8 +22,10 @@ from pivot_plugin.config import InstructConfig
 from pivot_plugin.data.conversations import ConversationDataset
 
 from .conversation_batch import ConversationCollator
-from .plan import TrainingPlan
+from .forward import on_inputs
+from .plan import TrainingPlan, unwrapped
 from .rows import Loading, pointing
+from .sharding import through_tower, whole_head
 from .tower import TowerTraining
 
 
@@ -77,7 +80,25 @@ class InstructTrainer(TowerTraining, SFTTrainer):
             data_collator=Loading(sources, collator),
             peft_config=peft_config,
         )
+        self._take_part()
         self._watch_training()
+
+    def _take_part(self) -> None:
+        """Have the model do what other processes wait for, in every forward pass."""
+        blank = self._blank()
+        if blank is None:
+            return
+        model = unwrapped(self.accelerator.unwrap_model(self.model))
+        fused_forward = model.forward
+
+        # `generate` reads the signature to know what the model takes
+        @functools.wraps(fused_forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            unseen = {} if blank.keys() & kwargs.keys() else on_inputs(blank, model)
+            with whole_head(model), through_tower(model, unseen):
+                return fused_forward(*args, **kwargs)
+
+        model.forward = forward
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset

@@ -21,6 +21,7 @@ Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 """
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 
 from pivot_plugin.adapters import VisionAdapter
@@ -51,6 +52,7 @@ from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
+from .sharding import as_it_is
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,9 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         SettingsError: for settings that exclude each other.
     """
 
+    _runs_fsdp = False
+    _reference_by_name = True
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -129,7 +134,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
                 "processor": processor_fingerprint(processing_class),
                 "max_length": args.max_length,
                 "ld_alpha": args.ld_alpha,
-                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(unwrapped(model).dtype),
+                "precision": self._precision(args, unwrapped(model)),
             }
             if args.precompute_ref_log_probs
             else {}
@@ -157,12 +162,27 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             processing_class=processing_class,
             data_collator=self._collator,
             peft_config=peft_config,
+            callbacks=[*(kwargs.pop("callbacks", None) or []), _WithoutReferenceModel(self)],
             **kwargs,
         )
+        self._reference_by_name = True
+        self.callback_handler.pop_callback(_WithoutReferenceModel)
         self._answer_from_forest()
         self._watch_training()
 
     # The seams of DPOTrainer
+
+    @property
+    def is_fsdp_enabled(self) -> bool:  # type: ignore[override]
+        """Whether FSDP runs; not while TRL decides whether to load a reference by the model's name.
+
+        Under FSDP it would load one, although the pass over the pairs uses the model, which is whole until it trains.
+        """
+        return self._runs_fsdp and self._reference_by_name
+
+    @is_fsdp_enabled.setter
+    def is_fsdp_enabled(self, runs: bool) -> None:
+        self._runs_fsdp = runs
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         points = isinstance(dataset, Dataset) and set(POINTER) <= set(dataset.column_names)
@@ -205,7 +225,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         written = time.monotonic()
         bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
         try:
-            with evaluating(model, self.accelerator.device):
+            with evaluating(model, self.accelerator.device), as_it_is(model):
                 for start in range(0, len(share), size):
                     positions = share[start : start + size]
                     batch = self._forest_collator([pairs[position] for position in positions])
@@ -233,12 +253,17 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
-        seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if per_sequence else nullcontext([])
+        over_processes = not per_sequence and "sft" in self.loss_types and self.accelerator.num_processes > 1
+        watched = per_sequence or over_processes
+        seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if watched else nullcontext([])
         with seen as outputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if per_sequence:
             loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
+        elif over_processes:
+            correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"])
+            loss = loss + self._sft_weight() * correction
         batch: ForestBatch = inputs["forest"]
         loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
         return (loss, result[1]) if return_outputs else loss
@@ -254,6 +279,28 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             yield seen
         finally:
             hook.remove()
+
+    def _over_all_tokens(self, logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """What to add to TRL's mean over a process's chosen tokens, so that all processes' mean is that of all tokens.
+
+        Args:
+            logps, completion_mask: as for `_per_sequence_instead`.
+        """
+        total = logps.chunk(2)[0].sum()
+        tokens = completion_mask[:, 1:].chunk(2)[0].sum().float()
+        mean_share = self.accelerator.reduce(tokens, "mean")
+        return total / tokens.clamp(min=1) - total / mean_share.clamp(min=1)
+
+    def _precision(self, args: PivotConfig, model: PreTrainedModel) -> str:
+        """In which log-probabilities are computed: autocast's, which a launcher may bring along, or the model's."""
+        asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        brought = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = next((name for name in (asked, brought) if name != "no"), "no")
+        if precision not in (asked, "no"):
+            logger.warning(
+                "The launcher brings %s along, so that this run computes in it; bf16=True says the same.", precision
+            )
+        return str(model.dtype) if precision == "no" else precision
 
     def _sft_weight(self) -> float:
         weights = self.loss_weights or [1.0] * len(self.loss_types)
@@ -271,7 +318,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         chosen, rejected = [], []
         size = self.args.per_device_eval_batch_size
-        with evaluating(model, self.accelerator.device):
+        with evaluating(model, self.accelerator.device), as_it_is(model):
             for start in range(0, len(pairs), size):
                 positions = range(start, min(start + size, len(pairs)))
                 inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
@@ -300,6 +347,16 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if "ref_chosen_logps" not in rows.column_names:
             return self.score(self._collator.source_of(rows))
         return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
+
+
+class _WithoutReferenceModel(TrainerCallback):
+    """Told by transformers' constructor that it is done, when TRL's goes on to the reference."""
+
+    def __init__(self, trainer: PivotTrainer) -> None:
+        self._trainer = trainer
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._reference_by_name = not args.precompute_ref_log_probs
 
 
 def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProcessorMixin, Trainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
 from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.models.find import check_processor, find_adapter
+from pivot_plugin.models.image_tokens import ImageTokens
 
 from . import forward
 from .attention import take_masks
@@ -35,6 +37,7 @@ from .forest_check import read_rows
 from .forward import ForestReading
 from .gradient_check import GradientCheck
 from .plan import TrainingPlan, count_parameters, original_name, plan, unwrapped
+from .sharding import undivided, wrap_layers
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -116,7 +119,8 @@ class TowerTraining(Trainer):
         # engines that shard a model, and device maps, decide themselves where it is
         if not (settings.fsdp or settings.deepspeed or hasattr(base, "hf_device_map")):
             base.to(settings.device)
-        reading = read_rows(base, self.adapter, processor, rows)
+        with undivided():
+            reading = read_rows(base, self.adapter, processor, rows)
         if reading.no_trees is not None:
             logger.warning(
                 "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, reading.no_trees
@@ -144,7 +148,7 @@ class TowerTraining(Trainer):
         self._answers_from_forest = True
         # the temperature is the roll-outs'
         reading = replace(self.reading, temperature=getattr(self, "temperature", 1.0))
-        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter, reading)
+        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter, reading, self._blank())
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             take_masks(unwrapped(reference))
@@ -163,6 +167,18 @@ class TowerTraining(Trainer):
         return self.state.global_step >= self.state.max_steps > 0 or any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early
         )
+
+    def _blank(self) -> dict[str, Any] | None:
+        """Processor outputs of a blank image, for batches without images; None where no other process waits."""
+        if self.accelerator.num_processes == 1:
+            return None
+        image_tokens = ImageTokens(self.processing_class, self.adapter.image_token_id)
+        return dict(image_tokens.process_images([[Image.new("RGB", (56, 56))]]).inputs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent's; where FSDP runs, it is told which layers to divide."""
+        super().create_accelerator_and_postprocess()
+        wrap_layers(self.accelerator, self.adapter)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not

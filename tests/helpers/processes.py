@@ -141,30 +141,53 @@ def pivot(*arguments: str | Path, folder: Path, **variables: str) -> subprocess.
     return python("from pivot_plugin.cli import main; main()", *arguments, folder=folder, **variables)
 
 
-def launched(code: str, processes: int, size: int, folder: Path) -> "subprocess.CompletedProcess[str]":
+def launched(
+    code: str, processes: int, size: int, folder: Path, *arguments: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """A script in some processes, each with its batch size, its run in `run` below the folder.
 
     When one fails the others are ended, as torchrun does; what is returned are the status of the first to fail, and
     what all have said.
+
+    Args:
+        code: of the script; its arguments are the run's folder, the batch size, this repository, and more.
+        processes: how many.
+        size: of a batch.
+        folder: to be made.
+        *arguments: more for the script.
+        **variables: of the environment; those of DDP on the CPU where there are none.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
+    started = started_in(code, processes, folder, [str(folder / "run"), str(size), str(ROOT), *arguments], variables)
+    return first_failure(code, started)
+
+
+def started_in(
+    code: str, processes: int, folder: Path, arguments: list[str], variables: dict[str, str]
+) -> list[Program]:
+    """A script in some processes that find each other; they run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address, port = free.getsockname()
     started = []
     for rank in range(processes):
-        variables = {
+        of_rank = {
             "PIVOT_CACHE": str(folder / "cache"),
             "PYTHONPATH": str(ROOT),
-            "ACCELERATE_USE_CPU": "true",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
+            **(variables or {"ACCELERATE_USE_CPU": "true"}),
         }
-        started.append(Program(code, [str(folder / "run"), str(size), str(ROOT)], folder, variables))
+        started.append(Program(code, arguments, folder, of_rank))
+    return started
+
+
+def first_failure(code: str, started: list[Program]) -> "subprocess.CompletedProcess[str]":
+    """Wait for processes of one script; when one fails the others are ended."""
     pids = {program.pid for program in started}
     failure = 0
     while pids and not failure:
