@@ -58,7 +58,9 @@ def _without_a_part(model: PreTrainedModel) -> str | None:
 
 def _reads_pictures(module: nn.Module) -> bool:
     accepted = inspect.signature(module.forward).parameters
-    takes_pixels = "pixel_values" in accepted or "grid_thw" in accepted
+    # a tower whose forward somebody wrapped still says by its class what it reads
+    named = getattr(module, "main_input_name", "") == "pixel_values"
+    takes_pixels = named or "pixel_values" in accepted or "grid_thw" in accepted
     return isinstance(module, PreTrainedModel) and takes_pixels and "input_ids" not in accepted
 
 

@@ -85,6 +85,15 @@ class RowDataset:
         """What a row is called in errors: its number in the source."""
         return f"row {self._indices[position]} of {self._name}"
 
+    def unread(self, position: int) -> Mapping[str, Any]:
+        """A row as it stands in the source, before anything is made of it.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        where = self.where(position)
+        return as_mapping(self._read(int(self._indices[position]), where), where)
+
     def plain(self, position: int) -> dict[str, Any]:
         """A row in the normal form, its images as they stand in the source.
 

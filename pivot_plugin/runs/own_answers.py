@@ -123,12 +123,12 @@ def refuse_pairs(rows: object, name: str = "prefs") -> None:
 
 def is_of_pairs(questions: QuestionDataset) -> bool:
     """Whether rows that were read as questions are preference pairs, in any layout that is known."""
-    return _is_pair(questions.plain(0), questions.name)
+    return _is_pair(questions.unread(0), questions.name)
 
 
 def _first_row(rows: object) -> Mapping[str, Any] | None:
     if isinstance(rows, QuestionDataset):
-        return rows.plain(0)
+        return rows.unread(0)
     first = rows[0] if isinstance(rows, Sequence) and not isinstance(rows, str) and rows else None
     return first if isinstance(first, Mapping) else None
 

@@ -236,7 +236,8 @@ def test_prefs_build_says_what_is_wrong_before_the_model_is_loaded(tmp_path: Pat
 
 @pytest.mark.training
 def test_optimize_can_skip_bad_pairs_and_lists_them(world: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    image = str(world / "pairs" / "0.png")
+    rows = [{"image": image, "prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)]
     rows[3]["chosen"] = "no"
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["--set", "max_steps=1", "--set", "use_cpu=true", "--lora", "4", "-o", "run"]

@@ -165,7 +165,7 @@ def test_a_plugin_layout_says_what_is_trained_on(
         return original(self, model, inputs, *more, **options)
 
     monkeypatch.setattr(PivotTrainer, "compute_loss", watched)
-    pivot.optimize(llava[0], pairs, processor=llava[1], eval_fraction=0, **fast)
+    pivot.optimize(llava[0], pairs, processor=llava[1], eval_fraction=0, train="all", **fast)
     assert (chosen, rejected) == (set(questions.values()), {"bye"})
     assert len(prompts) == 4
     assert all(question in prompt for prompt in prompts for question in questions)

@@ -117,12 +117,12 @@ def test_rows_of_which_none_has_an_image_are_refused_where_no_text_reaches_what_
     config = configuration({"use_cpu": True}, tmp_path / "run", "dpo", train, True, True)
     options = RunOptions(config, {}, None, 0.0, "raise", False)
     with pytest.raises(DataError, match="None of the 3 rows of prefs has an image, and only the "):
-        begin(model, processor, options, lambda: (rows, None))
+        begin(model, processor, options, lambda judge: (rows, None))
 
 
 def test_rows_without_image_train_the_language_model(llava: Tiny, tmp_path: Path) -> None:
     model, processor = llava
     rows = PairDataset([row("say hello", "hello", "good bye")] * 3)
     config = configuration({"use_cpu": True}, tmp_path / "run", "dpo", "all", True, True)
-    run = begin(model, processor, RunOptions(config, {}, None, 0.0, "raise", False), lambda: (rows, None))
+    run = begin(model, processor, RunOptions(config, {}, None, 0.0, "raise", False), lambda judge: (rows, None))
     assert len(run.rows) == 3
