@@ -13,6 +13,7 @@ Overrides, and why each is needed:
     _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
     _get_train_sampler        pairs that share an image come together
+    get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
 
 What it shares with the other trainers stands in tower.py.
