@@ -299,7 +299,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     def _over_all_tokens(
         self, logps: torch.Tensor, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None
     ) -> torch.Tensor:
-        """What to add to TRL's mean over a batch's chosen tokens, so that the mean of all batches is that of all tokens.
+        """What to add to TRL's mean over a batch's chosen tokens, so that all batches' mean is that of all tokens.
 
         Args:
             logps, completion_mask: as for `_per_sequence_instead`.
