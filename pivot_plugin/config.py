@@ -94,8 +94,9 @@ class PivotConfig(TowerConfig, DPOConfig):
             images, and of the pairs of an image, is drawn anew each epoch.
         reference_cache: folder of the reference log-probabilities; default `~/.cache/pivot_plugin/reference`, or
             `$PIVOT_CACHE/reference`.
-        sft_average: what the "sft" loss averages: "token", TRL's mean over all chosen tokens of the batch, in which
-            long answers weigh more, or "sequence", the mean over answers of the mean over their tokens.
+        sft_average: what the "sft" loss averages: "token", the mean over all chosen tokens of an optimiser step, over
+            accumulated batches and processes, in which long answers weigh more, or "sequence", the mean over answers
+            of the mean over their tokens.
 
     Raises:
         SettingsError: as `TowerConfig`.

@@ -80,8 +80,22 @@ class InstructTrainer(TowerTraining, SFTTrainer):
             data_collator=Loading(sources, collator),
             peft_config=peft_config,
         )
+        self._count_tokens_of_a_step()
         self._take_part()
         self._watch_training()
+
+    def _count_tokens_of_a_step(self) -> None:
+        """Have every loss divided by the answers' tokens of the whole optimiser step.
+
+        transformers counts them, over accumulated batches and processes, for models that take the count as an argument
+        of their forward, which Qwen2.5-VL, Qwen3-VL, GLM-4V, Gemma 3 and others say they do not; of those TRL averages
+        each batch by itself, so that the tokens of a batch of short answers weigh more. TRL hands the count to no
+        model, but divides by it itself.
+        """
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        # there the model's own loss is TRL's, and transformers switches the count off
+        if parallelism is None or not (parallelism.sp_enabled and parallelism.sp_backend == "deepspeed"):
+            self.model_accepts_loss_kwargs = True
 
     def _take_part(self) -> None:
         """Have the model do what other processes wait for, in every forward pass."""

@@ -13,6 +13,7 @@ Overrides, and why each is needed:
     _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
     _get_train_sampler        pairs that share an image come together
+    get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
 
 What it shares with the other trainers stands in tower.py.
@@ -249,20 +250,35 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
+    @property
+    def _averages_tokens(self) -> bool:
+        return "sft" in self.loss_types and self.args.sft_average == "token"
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As the parent's; with the chosen tokens of the optimiser step where its loss is their mean."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        several = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
+        if not (batches and several and self._averages_tokens):
+            return batches, items
+        counts = [_chosen_tokens(batch["completion_mask"]).to(device) for batch in batches]
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(), "sum")
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
-        over_processes = not per_sequence and "sft" in self.loss_types and self.accelerator.num_processes > 1
-        watched = per_sequence or over_processes
+        over_step = self._averages_tokens and (num_items_in_batch is not None or self.accelerator.num_processes > 1)
+        watched = per_sequence or over_step
         seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if watched else nullcontext([])
         with seen as outputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if per_sequence:
             loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
-        elif over_processes:
-            correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"])
+        elif over_step:
+            correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"], num_items_in_batch)
             loss = loss + self._sft_weight() * correction
         batch: ForestBatch = inputs["forest"]
         loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
@@ -280,15 +296,23 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         finally:
             hook.remove()
 
-    def _over_all_tokens(self, logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-        """What to add to TRL's mean over a process's chosen tokens, so that all processes' mean is that of all tokens.
+    def _over_all_tokens(
+        self, logps: torch.Tensor, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What to add to TRL's mean over a batch's chosen tokens, so that all batches' mean is that of all tokens.
 
         Args:
             logps, completion_mask: as for `_per_sequence_instead`.
+            step_tokens: chosen tokens of the optimiser step, over its batches and all processes; None outside of
+                training, where a batch of each process stands alone.
         """
         total = logps.chunk(2)[0].sum()
-        tokens = completion_mask[:, 1:].chunk(2)[0].sum().float()
-        mean_share = self.accelerator.reduce(tokens, "mean")
+        tokens = _chosen_tokens(completion_mask)
+        if step_tokens is None:
+            mean_share = self.accelerator.reduce(tokens, "mean")
+        else:
+            # what transformers and the engine divide the loss by
+            mean_share = step_tokens / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         return total / tokens.clamp(min=1) - total / mean_share.clamp(min=1)
 
     def _precision(self, args: PivotConfig, model: PreTrainedModel) -> str:
@@ -357,6 +381,11 @@ class _WithoutReferenceModel(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._reference_by_name = not args.precompute_ref_log_probs
+
+
+def _chosen_tokens(completion_mask: torch.Tensor) -> torch.Tensor:
+    """How many tokens the chosen answers of a (S, 1 + C) mask have, chosen ones first."""
+    return completion_mask[:, 1:].chunk(2)[0].sum().float()
 
 
 def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:

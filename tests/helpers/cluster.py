@@ -84,11 +84,6 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
     verb, family = cell.pop("verb", "optimize"), cell.pop("family", "llava")
     images, count = cell.pop("images", "all"), cell.pop("rows", 16)
     model, processor = build(family)
-    source: Any = model
-    if cell.pop("from_folder", False):
-        source = folder.parent / "source"
-        if not source.exists():
-            raise FileNotFoundError(source)
     common = {
         "output_dir": folder,
         "processor": processor,
@@ -117,7 +112,7 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
             }
             for one in rows(count, images)
         ]
-        getattr(pivot, verb)(source, talk, **common)
+        getattr(pivot, verb)(model, talk, **common)
         return
     common = {"eval_fraction": 0, **common}
     if common.get("objective") == "grpo":
@@ -125,7 +120,7 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
         data = [{"images": one["images"], "question": one["prompt"]} for one in rows(count, images)]
     else:
         data = rows(count, images)
-    pivot.optimize(source, data, **common)
+    pivot.optimize(model, data, **common)
 
 
 def main(folder: str, cell: str) -> None:

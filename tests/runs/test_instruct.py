@@ -1,5 +1,6 @@
 """Alignment and instruction: what trains, at which rate, by which loss; and that nothing paid for is lost."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError, TrainingError
 from pivot_plugin.models.find import find_adapter
+from pivot_plugin.preferences import load_conversations
+from pivot_plugin.training.conversation_batch import ConversationCollator
 from pivot_plugin.training.instruct_trainer import InstructTrainer
 from tests.helpers import Tiny, picture
 from tests.helpers.recipes import QUICK, captions, conversations
@@ -90,6 +93,38 @@ def test_the_first_loss_is_the_mean_over_the_tokens_of_all_answers(make: Make, t
     settings = FAST | {"max_steps": 1}
     result = pivot.instruct(model, rows, processor=processor, output_dir=tmp_path / "run", **settings)
     assert result.history[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_step_has_the_loss_of_its_tokens_however_it_is_accumulated(tiny: Tiny, tmp_path: Path) -> None:
+    """Against each row by itself through the model's own forward: long answers beside short ones, none of them a batch.
+
+    Some families tell transformers that they take no count of tokens, among them Qwen2.5-VL and Qwen3-VL.
+    """
+    model, processor = tiny
+    rows = [{"image": picture(40, 50, n), "caption": "it is " + "very " * 4 * (n % 2) + f"{n}"} for n in range(4)]
+    captions_alone = load_conversations(rows)
+    collator = ConversationCollator(processor, find_adapter(model).image_token_id, plain=True)
+    totals, counts = [], []
+    for n in range(len(rows)):
+        batch = collator([captions_alone[n]])
+        labels = batch.pop("labels")[0, 1:]
+        batch.pop("row_ids")
+        with torch.no_grad():
+            logits = model(**batch).logits[0, :-1]
+        totals.append(float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")))
+        counts.append(int((labels != -100).sum()))
+    expected = sum(totals) / sum(counts)
+    of_rows = sum(total / count for total, count in zip(totals, counts, strict=True)) / len(rows)
+    assert of_rows != pytest.approx(expected, rel=1e-4)
+    lengths = []
+    for size, steps in ((4, 1), (1, 4)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        result = pivot.align(
+            copy.deepcopy(model), rows, processor=processor, output_dir=tmp_path / f"{size}", **{**FAST, **options}
+        )
+        assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+        lengths.append(result.history[0]["grad_norm"])
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
 
 
 def test_the_papers_rates_and_batch_are_the_defaults(make: Make, tmp_path: Path, monkeypatch: Any) -> None:

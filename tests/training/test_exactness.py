@@ -187,8 +187,9 @@ def test_every_loss_type_of_trl_keeps_its_value(
 
 
 @pytest.mark.training
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["sigmoid", "sft"]], ids="+".join)
 def test_accumulating_eight_pairs_equals_one_batch_of_eight(
-    make: Any, rows: list[dict[str, Any]], tmp_path: Path
+    loss_type: list[str], make: Any, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     curves = []
     for size, accumulation in ((8, 1), (1, 8)):
@@ -196,6 +197,7 @@ def test_accumulating_eight_pairs_equals_one_batch_of_eight(
             make("llava"),
             rows,
             tmp_path / str(size),
+            loss_type=loss_type,
             max_steps=4,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,

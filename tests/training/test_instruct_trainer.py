@@ -119,6 +119,39 @@ def test_text_only_rows_stand_beside_rows_with_images(tiny: Tiny) -> None:
     assert "pixel_values" not in collator(tiny)(both[:1])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_row_of_a_padded_batch_is_what_it_is_alone(side: str, tiny: Tiny) -> None:
+    together = [
+        *rows([("human", "what?"), ("gpt", "a cat that sleeps, and quite some more words")], images=1),
+        *rows([("human", "hi"), ("gpt", "yo")], images=0),
+        *rows([("human", "are they alike?"), ("gpt", "yes")], images=2),
+        *rows([("human", "what?"), ("gpt", "a dog"), ("human", "sure?"), ("gpt", "no")], images=1),
+    ]
+    batch = collator(tiny)(together)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) == len(lengths)
+    if side == "left":
+        for name, values in batch.items():
+            if isinstance(values, torch.Tensor) and values.shape == batch["input_ids"].shape:
+                batch[name] = torch.stack([row.roll(-n) for row, n in zip(values, lengths, strict=True)])
+    assert batch["attention_mask"][:, 0 if side == "right" else -1].all()
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        padded = answer_logps(tiny, batch)
+        alone = [answer_logps(tiny, collator(tiny)([row]))[0] for row in together]
+    for found, expected in zip(padded, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def answer_logps(tiny: Tiny, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """For each row the log-probabilities of its answers' tokens, by the model's own forward."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
+    logps = tiny[0](**inputs).logits[:, :-1].log_softmax(-1)
+    targets = batch["labels"][:, 1:]
+    picked = logps.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    return [row[kept] for row, kept in zip(picked, targets != IGNORED, strict=True)]
+
+
 def test_two_images_in_one_row_keep_their_order(tiny: Tiny) -> None:
     row = rows([("human", "first <image> then <image>?"), ("gpt", "yes")], images=2)
     batch = collator(tiny)(row)
