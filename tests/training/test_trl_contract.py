@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 import trl
-from transformers import cache_utils
+from transformers import Trainer, cache_utils
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, GenerationMixin
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -49,6 +49,15 @@ def test_trl_reads_only_the_fields_we_answer_with() -> None:
 def test_the_fused_head_scores_labels_that_are_already_shifted() -> None:
     assert "shift_labels" in inspect.getsource(add_fused_lm_head), VERSIONS
     assert {"log_probs", "entropy", "mean_logits", "is_top1"} <= set(FusedCausalLMOutput.__dataclass_fields__), VERSIONS
+
+
+def test_the_tokens_of_a_step_are_counted_and_divided_by_where_we_rely_on_it() -> None:
+    source = inspect.getsource(SFTTrainer.compute_loss)
+    assert "label_mask.sum() if num_items_in_batch is None else num_items_in_batch" in source, VERSIONS
+    assert "self.model_accepts_loss_kwargs" in inspect.getsource(Trainer._get_num_items_in_batch), VERSIONS
+    # accumulated losses of pairs are divided by how many there are, whatever was counted
+    assert DPOTrainer.loss_is_scaled_for_ga is False, VERSIONS
+    assert "num_items_in_batch" not in inspect.getsource(DPOTrainer._compute_loss), VERSIONS
 
 
 def test_trl_prepares_rows_and_references_where_we_override_it() -> None:
