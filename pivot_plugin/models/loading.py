@@ -18,7 +18,7 @@ from transformers import (
 from pivot_plugin.errors import ModelError
 from pivot_plugin.hooks import ask
 
-from .merging import base_of, is_lora, load_base, merge
+from .merging import adapted_weights_of, base_of, is_lora, load_base, merge
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _merged(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
             the adapter has.
     """
     try:
-        return merge(base, adapter)
+        return merge(base, adapter, adapted_weights_of(adapter))
     except ModelError as error:
         name = base_of(adapter)[1]
         if from_plugins(name, None, weights=False) is None:
