@@ -189,8 +189,8 @@ def merge(model: PreTrainedModel, source: str | Path, adapted_weights: str | Non
         here = weights_fingerprint(model.get_submodule(path).weight for path in targets)  # type: ignore[misc]
         if here != adapted_weights:
             problems.append(
-                "the weights it was trained on are others, by the hash that was recorded of them: another base, or this "
-                "one after an earlier round or run"
+                "the weights it was trained on are others, by the hash that was recorded of them: another base, or "
+                "this one after an earlier round or run"
             )
     if problems:
         raise _of_another_base(source, base, problems)
