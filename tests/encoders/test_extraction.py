@@ -179,6 +179,10 @@ def test_a_lora_on_a_model_that_was_trained_further_is_refused_on_its_name(
     model, processor = load_model(llava_base)
     settings = {"lora": 2, "max_steps": 1, "eval_fraction": 0, "warmup_steps": 0, "learning_rate": 0.05}
     first = pivot.optimize(model, rows, processor=processor, output_dir=tmp_path / "first", **settings)
+    with pytest.raises(ModelError, match=r"folder of a run, .* It left its encoder in '.*encoder'"):
+        extract(tmp_path / "first", tmp_path / "one")
+    with pytest.raises(EncoderError, match=r"folder of a run, .* Its encoder is in '.*encoder'"):
+        pivot.load_encoder(tmp_path / "first")
     extract(tmp_path / "first" / "checkpoint-1", tmp_path / "one")
     assert_equal(pivot.load_encoder(tmp_path / "one").state_dict(), first.encoder.state_dict())
     pivot.optimize(model, rows, processor=processor, output_dir=tmp_path / "second", **settings)
