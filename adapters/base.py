@@ -560,7 +560,7 @@ class VisionAdapter:
     def _measured_box(self, image_processor: Any, size: tuple[int, int]) -> Box:
         shortest = (getattr(image_processor, "size", None) or {}).get("shortest_edge")
         whole = one_view_processor(image_processor, clip=True)
-        if getattr(whole, "do_center_crop", False) and shortest:
+        if getattr(whole, "do_center_crop", False) and shortest and not getattr(whole, "do_pad", False):
             # what is measured is right to the pixel, and this is exact
             crop, edge = whole.crop_size, min(size)
             shares = (

@@ -48,6 +48,11 @@ def contract(encoder: PreTrainedModel, image_processor: Any) -> dict[str, Any] |
         return None
 
 
+def is_put_on_square(image_processor: Any) -> bool:
+    """Whether an image processor puts an image on a square before anything else, as LLaVA's does."""
+    return bool(getattr(image_processor, "do_pad", False)) and hasattr(image_processor, "pad_to_square")
+
+
 def _taken(image_processor: Any) -> str:
     """How an image becomes what the encoder is called with."""
 
@@ -58,6 +63,8 @@ def _taken(image_processor: Any) -> str:
     resample = setting("resample")
     how = f" ({_RESAMPLING.get(int(resample), 'other')})" if resample is not None else ""
     size = {name: value for name, value in dict(setting("size") or {}).items() if value is not None}
+    if is_put_on_square(image_processor):
+        steps.append("put in the middle of a square of the mean colour")
     if setting("do_resize"):
         steps.append(f"resized{how} {_resized(size, setting)}")
     if setting("do_center_crop") and setting("crop_size"):

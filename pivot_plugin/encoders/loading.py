@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pivot_plugin.errors import EncoderError, foreign_code
+from pivot_plugin.files import RUN_FILE
 
 from .contents import (
     CONFIG,
@@ -138,6 +139,10 @@ def fetch(path: str | Path, download: Download) -> Origin:
     else:
         repo = str(path)
         folder, commit, names = downloaded(repo, download)
+    if folder.is_dir() and (folder / RUN_FILE).is_file() and not (folder / CONFIG).exists():
+        inner = folder / "encoder"
+        remedy = f"Its encoder is in {str(inner)!r}." if inner.is_dir() else "It left no encoder."
+        raise EncoderError(f"{str(folder)!r} is the folder of a run, not of an encoder.", remedy)
     record = read_provenance(folder)
     _refuse_code(repo or str(folder), folder, names, record, download.trust_remote_code)
     if record.get("weights") == "lora":

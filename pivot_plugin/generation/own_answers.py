@@ -83,8 +83,11 @@ class OwnAnswers:
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("redraw", 0), ("rounds", 1), ("sampling_batch_size", 1), ("margin", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise SettingsError(f"{name} is {value!r}.", f"Give {least} or more.")
+            kinds = (int, float) if name == "margin" else (int,)
+            # not a number is not less than anything
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+                whole = "" if name == "margin" else ", a whole number"
+                raise SettingsError(f"{name} is {value!r}.", f"Give {least} or more{whole}.")
         for name, choices in (("pair_up", get_args(PairUp)), ("reference", get_args(Reference))):
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}.", f"Choose {' or '.join(map(repr, choices))}.")

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pivot_plugin.choices import PairUp
 from pivot_plugin.config import TIME_LIMIT_S
+from pivot_plugin.data.layout import IMAGE_MARKER
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.data.published import scored_completions
 from pivot_plugin.data.questions import QuestionDataset, load_questions
@@ -127,8 +128,10 @@ def pairs_of(
         pair_up, margin: as for `rank`.
         source: what the pairs say they come from.
     """
+    # an answer that says where an image stands would become one, and no pair holds such an answer
+    usable = [candidate for candidate in scored if IMAGE_MARKER not in candidate[0]]
     # a stable order: of equal scores the earlier candidate counts as the better
-    order = sorted(scored, key=lambda candidate: -candidate[1])
+    order = sorted(usable, key=lambda candidate: -candidate[1])
     if len(order) < 2:
         return []
     if pair_up == "best-worst":

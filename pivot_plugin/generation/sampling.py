@@ -96,6 +96,7 @@ def sample(
                 raise
             except Exception as error:
                 raise _engine_failed(error, batch, len(done.values), path) from error
+            _refuse_other_than_texts(completions, batch, sampling.n)
             for position, texts in zip(batch, completions, strict=True):
                 if position in missing:
                     done.add(position, texts)
@@ -122,6 +123,25 @@ def _engine_failed(error: Exception, batch: range, answered: int, path: Path | N
         else f"{answered} answered questions are kept in {str(path)!r}; the same call goes on from there."
     )
     return TrainingError(f"The engine failed at {asked} with {type(error).__name__}: {error}.", kept)
+
+
+def _refuse_other_than_texts(completions: object, batch: range, n: int) -> None:
+    """Refuse what is no list of texts for every question.
+
+    Raises:
+        TrainingError: with what was given.
+    """
+    finding = ""
+    if not isinstance(completions, list | tuple) or len(completions) != len(batch):
+        count = f" of {len(completions)}" if isinstance(completions, list | tuple) else ""
+        finding = f"a {type(completions).__name__}{count} for {len(batch)} questions"
+    else:
+        for position, texts in zip(batch, completions, strict=True):
+            if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+                finding = f"{str(texts)[:80]!r} for question {position}"
+                break
+    if finding:
+        raise TrainingError(f"The engine gave {finding}.", f"An engine returns {n} texts for every question, in order.")
 
 
 def _batches(count: int, size: int) -> Iterator[range]:

@@ -3,9 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import ProcessorMixin
+
+# what a configuration notes of where a model was read from and how it was written: a model that is moved, or saved and
+# loaded again, is the same one; precisions are those of the tensors
+BOOKKEEPING = ("transformers_version", "_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -13,14 +18,20 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
-        settings = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode())
         digest.update(str(config.get_text_config()._attn_implementation).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _settings(noted: Any) -> Any:
+    """A configuration, or a part of one, without its bookkeeping."""
+    if isinstance(noted, dict):
+        return {str(key): _settings(value) for key, value in noted.items() if key not in BOOKKEEPING}
+    return noted
 
 
 def weights_fingerprint(weights: Iterable[torch.Tensor]) -> str:

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from pivot_plugin.errors import ModelError
+from pivot_plugin.files import RUN_FILE
 from pivot_plugin.hooks import ask
 
-from .merging import base_of, is_lora, load_base, merge
+from .merging import adapted_weights_of, base_of, is_lora, load_base, merge
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _merged(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
             the adapter has.
     """
     try:
-        return merge(base, adapter)
+        return merge(base, adapter, adapted_weights_of(adapter))
     except ModelError as error:
         name = base_of(adapter)[1]
         if from_plugins(name, None, weights=False) is None:
@@ -187,6 +188,11 @@ def _not_loaded(folder: Path, error: Exception) -> ModelError:
     finding = f"No MLLM could be loaded from {str(folder)!r}: {error}"
     if isinstance(error, ImportError):
         return ModelError(finding, "Install the package; or, of a quantised model, give the one before quantisation.")
+    if (folder / RUN_FILE).is_file():
+        left = [name for name in ("model", "encoder") if (folder / name).is_dir()]
+        named = " and ".join(f"its {name} in {str(folder / name)!r}" for name in left)
+        remedy = f"It left {named}." if left else "It left neither a model nor an encoder."
+        return ModelError(f"{str(folder)!r} is the folder of a run, not of an MLLM.", remedy)
     if not (folder / "config.json").is_file():
         return ModelError(finding, "Give a folder or Hub id of an image-text model.")
     damaged = _damaged_files(folder)

@@ -4,6 +4,7 @@ A folder says which base it belongs to. What it holds is put into that base only
 there, in its size: names that transformers 4 gave to modules are known by a table, anything else is refused.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,13 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pivot_plugin.errors import ModelError
+from pivot_plugin.files import write_whole
 
 from .fingerprints import weights_fingerprint
 
 SHOWN = 3
+# beside an adapter that a run of this package writes: the weights that its LoRA is on
+ADAPTED_FILE = "adapted_weights.json"
 _PREFIX = "base_model.model."
 _WEIGHT = re.compile(r"(.+?)\.(?:lora_\w+|modules_to_save|token_adapter|weight|bias)(?:\..*)?")
 # what modules were called by other releases, and what they are called by this one
@@ -118,6 +122,41 @@ def load_base(source: str | Path, load: Callable[[str], Any]) -> Any:
     return load(base)
 
 
+def note_adapted_weights(model: PeftModel, folder: Path) -> None:
+    """Write a hash of the weights that a LoRA is on beside it, since PEFT notes no more than its base's name.
+
+    A model that was trained further in memory, as by an earlier round, is another one than its name says.
+
+    Args:
+        model: in training, its LoRA not merged, its weights not divided among processes.
+        folder: that the LoRA is written to.
+    """
+    layers = (layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    weights = [layer.get_base_layer().weight for layer in layers]
+    # of rounded ones there is nothing to compare with: no LoRA on them is merged
+    if all(weight.is_floating_point() for weight in weights):
+        note = {"sha256": weights_fingerprint(weights)}
+        write_whole(folder / ADAPTED_FILE, json.dumps(note) + "\n")
+
+
+def adapted_weights_of(source: str | Path) -> str | None:
+    """The hash that `note_adapted_weights` left in an adapter's folder; None where there is none.
+
+    Args:
+        source: folder or Hub id of the adapter.
+
+    Raises:
+        ModelError: if the note cannot be read.
+    """
+    file = Path(source) / ADAPTED_FILE
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {error}.", "Save the adapter again.") from error
+
+
 def merge(model: PreTrainedModel, source: str | Path, adapted_weights: str | None = None) -> PreTrainedModel:
     """Put an adapter into the weights of its base.
 
@@ -149,7 +188,10 @@ def merge(model: PreTrainedModel, source: str | Path, adapted_weights: str | Non
     if not problems and adapted_weights is not None:
         here = weights_fingerprint(model.get_submodule(path).weight for path in targets)  # type: ignore[misc]
         if here != adapted_weights:
-            problems.append("the weights it was trained on are others, by the hash that was recorded of them")
+            problems.append(
+                "the weights it was trained on are others, by the hash that was recorded of them: another base, or "
+                "this one after an earlier round or run"
+            )
     if problems:
         raise _of_another_base(source, base, problems)
     if not getattr(config, "target_parameters", None) and targets:
@@ -236,7 +278,8 @@ def _of_another_base(source: str | Path, base: str, problems: list[str]) -> Mode
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return ModelError(
         f"The adapter in {str(source)!r} is not one of {base!r} as it is now: {'; '.join(problems[:SHOWN])}{more}.",
-        "Give the base that it was trained on, in the revision it was trained on.",
+        "Give the base that it was trained on, in the revision it was trained on; of a run that has finished, take the "
+        "encoder in its folder.",
     )
 
 

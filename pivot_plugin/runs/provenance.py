@@ -39,7 +39,7 @@ PUBLISHED = frozenset(
         ("entropy_coef", "normalize_advantages", "reward_clip_range", "reward_time_limit"),
         ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end"),
         ("metric_for_best_model", "greater_is_better", "patience", "min_delta"),
-        ("samples", "redraw", "rounds", "reference", "pair_up", "margin"),
+        ("samples", "redraw", "rounds", "reference", "pair_up", "margin", "max_new_tokens"),
     )
 )
 LORA = frozenset(

@@ -126,7 +126,13 @@ class PivotResult:
                 max_shard_size=max_shard_size,
             )
         if self._lora is None:
-            raise EncoderError("This run trained the weights themselves.", 'Save the encoder: weights="encoder".')
+            several = int(self.settings.get("rounds") or 1) > 1
+            finding = (
+                "The LoRA of the last round is not all that was trained."
+                if several
+                else "This run trained the weights themselves."
+            )
+            raise EncoderError(finding, 'Save the encoder: weights="encoder".')
         return save_lora(self.adapter, *self._lora, folder, record, sections=sections, picture=shown)
 
     def save_model(self, folder: str | Path, *, like: str | Path | None = None) -> Path:

@@ -10,6 +10,7 @@
 Overrides, and why each is needed:
     create_optimizer    parts may have learning rates of their own
     _run_epoch          transformers looks after a step alone whether a run is at its end, and resumes it past that
+    _save               PEFT notes the name of a LoRA's base, and not which weights it was on
     _save_checkpoint    transformers writes whole models under older names, which its trainer does not find again
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from pivot_plugin.config import TowerConfig
 from pivot_plugin.errors import SettingsError, TrainingError
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens
+from pivot_plugin.models.merging import note_adapted_weights
 
 from . import forward
 from .attention import take_masks
@@ -179,6 +182,12 @@ class TowerTraining(Trainer):
         """As the parent's; where FSDP runs, it is told which layers to divide."""
         super().create_accelerator_and_postprocess()
         wrap_layers(self.accelerator, self.adapter)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and self.args.world_size == 1:
+            note_adapted_weights(model, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not

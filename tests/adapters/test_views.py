@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaImageProcessor
 
 from pivot_plugin.adapters.views import (
     one_view_processor,
@@ -81,6 +82,17 @@ def test_a_picture_put_on_a_square_leaves_a_border_beyond_its_edges() -> None:
     assert box == pytest.approx((0, -1 / 3, 1, 4 / 3), abs=0.02)
     assert find_adapter(model).shown_box(processor, (96, 160)) == pytest.approx((-1 / 3, 0, 4 / 3, 1), abs=0.02)
     assert find_adapter(model).shown_box(processor, (96, 96)) == (0, 0, 1, 1)
+
+
+def test_a_picture_that_is_put_on_a_square_and_then_cut_loses_nothing() -> None:
+    model, processor = zoo.build("vipllava")
+    crop = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    processor.image_processor = LlavaImageProcessor(do_pad=True, **crop)
+    # 32 of 96 pixels above, and as many below; a crop of the square is all of it
+    box = find_adapter(model).shown_box(processor, (160, 96))
+    assert box == pytest.approx((0, -1 / 3, 1, 4 / 3), abs=0.02)
+    processor.image_processor = LlavaImageProcessor(do_pad=False, **crop)
+    assert find_adapter(model).shown_box(processor, (160, 96)) == pytest.approx((0.2, 0, 0.8, 1), abs=1e-9)
 
 
 def test_a_patch_that_a_picture_fills_in_part_is_shown_whole() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    LlavaImageProcessor,
     PreTrainedModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
@@ -87,6 +88,18 @@ def contract_of(folder: Path) -> dict[str, str]:
     text = (folder / "README.md").read_text()
     above = text[: text.index("```python")]
     return dict(re.findall(r"^\| (goes in|comes out|read|checked in) \| (.*) \|$", above, re.MULTILINE))
+
+
+def test_the_contract_says_that_an_image_is_put_on_a_square(llava: Any, tmp_path: Path) -> None:
+    model, processor = llava
+    of_model = processor.image_processor
+    square = LlavaImageProcessor(do_pad=True, size=of_model.size, crop_size=of_model.crop_size)
+    said = []
+    for image_processor in (of_model, square):
+        bare = SimpleNamespace(image_processor=image_processor)
+        said.append(contract_of(save_encoder(find_adapter(model), bare, tmp_path / "encoder", {}))["goes in"])
+    assert "square" not in said[0]
+    assert said[1].startswith("RGB images; put in the middle of a square of the mean colour; resized")
 
 
 def test_the_contract_says_what_the_features_are(tiny: Any, tmp_path: Path) -> None:

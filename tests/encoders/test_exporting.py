@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -14,6 +15,7 @@ from transformers import (
     CLIPVisionModel,
     InternVLVisionConfig,
     InternVLVisionModel,
+    LlavaImageProcessor,
     PreTrainedModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
@@ -105,6 +107,22 @@ def test_timm_prepares_images_with_the_same_numbers(tmp_path: Path) -> None:
     assert list(told["std"]) == pytest.approx(list(processor.image_std))
     assert told["input_size"] == (3, 56, 56)
     assert (told["interpolation"], told["crop_mode"], told["crop_pct"]) == ("bicubic", "center", 1.0)
+
+
+def test_timm_puts_images_on_a_square_where_the_encoder_does(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    processor = LlavaImageProcessor(
+        do_pad=True, size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_mean=[0.4, 0.5, 0.6]
+    )
+    written = export(clip(), "timm", tmp_path / "timm", image_processor=processor)
+    told = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{written.folder}", pretrained=True))
+    image = Image.new("RGB", (112, 56), (250, 20, 90))
+    theirs = timm.data.create_transform(**told)(image)
+    ours = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    # a level of rounding, and the rows into which resizing mixes the border
+    apart = (theirs - ours).abs().amax(dim=(0, 2))
+    assert apart.max() < 2.0
+    assert torch.cat([apart[:10], apart[18:38], apart[46:]]).max() < 0.03
 
 
 class FusedAttention(nn.Module):

@@ -172,6 +172,24 @@ def test_a_whole_model_is_merged_for_everything_that_loads_one(llava_base: Path,
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.training
+def test_a_lora_on_a_model_that_was_trained_further_is_refused_on_its_name(
+    llava_base: Path, rows: Any, tmp_path: Path
+) -> None:
+    model, processor = load_model(llava_base)
+    settings = {"lora": 2, "max_steps": 1, "eval_fraction": 0, "warmup_steps": 0, "learning_rate": 0.05}
+    first = pivot.optimize(model, rows, processor=processor, output_dir=tmp_path / "first", **settings)
+    with pytest.raises(ModelError, match=r"folder of a run, .* It left its encoder in '.*encoder'"):
+        extract(tmp_path / "first", tmp_path / "one")
+    with pytest.raises(EncoderError, match=r"folder of a run, .* Its encoder is in '.*encoder'"):
+        pivot.load_encoder(tmp_path / "first")
+    extract(tmp_path / "first" / "checkpoint-1", tmp_path / "one")
+    assert_equal(pivot.load_encoder(tmp_path / "one").state_dict(), first.encoder.state_dict())
+    pivot.optimize(model, rows, processor=processor, output_dir=tmp_path / "second", **settings)
+    with pytest.raises(ModelError, match=r"weights it was trained on are others.*earlier round or run"):
+        extract(tmp_path / "second" / "checkpoint-1", tmp_path / "two")
+
+
 def test_our_lora_of_an_encoder_is_merged_into_its_base(llava: Any, tmp_path: Path) -> None:
     model, _ = llava
     encoder = extract(saved(llava, tmp_path / "base"), tmp_path / "before").folder

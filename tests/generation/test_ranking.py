@@ -30,6 +30,13 @@ def test_a_right_answer_stands_against_a_wrong_one() -> None:
     assert pair["images"][0].size == (9, 9)
 
 
+def test_an_answer_with_an_image_marker_stands_in_no_pair() -> None:
+    pairs = rank([question(["2", "3 <image>", "3", "<image>"])], "accuracy")
+    assert told(pairs) == [("3", "2")]
+    with pytest.raises(DataError, match="None of 1 questions has two candidates"):
+        rank([question(["2", "3 <image>"])], "accuracy")
+
+
 def by_length(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 

@@ -265,6 +265,15 @@ PAIRS = [row("what is it?", "a red cat", "a red dog!", picture(60, 60, 1))] * 4
 BAD = [
     (questions(), {"rewards": "numeric", "samples": 1}, SettingsError, "samples is 1. Give 2 or more"),
     (questions(), {"rewards": "numeric", "rounds": 0}, SettingsError, "rounds is 0. Give 1 or more"),
+    (questions(), {"rewards": "numeric", "rounds": 1.5}, SettingsError, "rounds is 1.5. Give 1 or more, a whole"),
+    (questions(), {"rewards": "numeric", "margin": float("nan")}, SettingsError, "margin is nan. Give 0 or more"),
+    (
+        questions(),
+        {"rewards": "numeric", "engine": lambda asked, sampling, seed: [[1, 2]] * len(asked)},
+        TrainingError,
+        "engine gave .*1, 2.* for question 0. An engine returns 8 texts",
+    ),
+    (questions(), {"rewards": "numeric", "engine": lambda *_: []}, TrainingError, "gave a list of 0 for 8 questions"),
     (questions(), {"rewards": "numeric", "redraw": -1}, SettingsError, "redraw is -1. Give 0 or more"),
     (questions(), {"rewards": "numeric", "reference": "last"}, SettingsError, "reference is 'last'"),
     (questions(), {"rewards": "numeric", "temperature": 0}, SettingsError, "temperature is 0"),

@@ -156,6 +156,18 @@ def test_fingerprints_are_stable_and_see_every_change(make: Any) -> None:
     assert processor_fingerprint(processor) != before
 
 
+def test_a_model_that_was_saved_or_moved_is_the_same_one(make: Any, tmp_path: Path) -> None:
+    model, _ = make("llava")
+    before = model_fingerprint(model)
+    model.save_pretrained(tmp_path / "here")
+    assert model_fingerprint(model) == before
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = type(model).from_pretrained(tmp_path / "there")
+    assert model_fingerprint(moved) == before
+    moved.config.vision_feature_layer = -1
+    assert model_fingerprint(moved) != before
+
+
 @pytest.mark.training
 @pytest.mark.parametrize("lora", [4, None])
 @pytest.mark.parametrize("train", ["encoder", "encoder+projector", "language_model", "all"])

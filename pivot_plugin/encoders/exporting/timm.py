@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from pivot_plugin.adapters.base import FEATURE_LAYER
 
+from ..contract import is_put_on_square
 from .form import (
     CLIP_BLOCK,
     INTERN_BLOCK,
@@ -134,13 +135,16 @@ def _timm_clip(tensors: Tensors, depth: int) -> Tensors:
 
 def _timm_preprocessing(image_processor: Any, size: int) -> Settings:
     names = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+    # stretched where the whole image is shown, cut where its middle is, with a border where it is put on a square
+    mode = "center" if getattr(image_processor, "do_center_crop", False) else "squash"
+    if is_put_on_square(image_processor):
+        mode = "border"
     return {
         "input_size": [3, size, size],
         "fixed_input_size": True,
         "interpolation": names.get(int(getattr(image_processor, "resample", None) or 3), "bicubic"),
         "crop_pct": 1.0,
-        # stretched where the whole image is shown, cut where its middle is
-        "crop_mode": "center" if getattr(image_processor, "do_center_crop", False) else "squash",
+        "crop_mode": mode,
         "mean": list(image_processor.image_mean),
         "std": list(image_processor.image_std),
         "num_classes": 0,
