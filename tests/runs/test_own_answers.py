@@ -163,7 +163,7 @@ def test_answers_are_scored_and_asked_for_once(llava: Tiny, asking: dict[str, An
         calls.append(len(completions))
         return begins_right(prompts, completions, answer)
 
-    broken = asking | {"rewards": [counted], "learning_rate": float("nan")}
+    broken = asking | {"rewards": [counted], "learning_rate": 1e9}
     with pytest.raises(TrainingError):
         pivot.optimize(model, questions(), processor=processor, engine=Scripted(), **broken)
     assert len(calls) == 1
