@@ -132,9 +132,10 @@ def note_adapted_weights(model: PeftModel, folder: Path) -> None:
         folder: that the LoRA is written to.
     """
     layers = (layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
-    weights = [layer.get_base_layer().weight for layer in layers]
-    # of rounded ones there is nothing to compare with: no LoRA on them is merged
-    if all(weight.is_floating_point() for weight in weights):
+    found = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
+    weights = [weight for weight in found if isinstance(weight, torch.Tensor) and weight.is_floating_point()]
+    # of experts in one tensor, which have no such name, and of rounded weights there is nothing to compare with
+    if weights and len(weights) == len(found):
         note = {"sha256": weights_fingerprint(weights)}
         write_whole(folder / ADAPTED_FILE, json.dumps(note) + "\n")
 
