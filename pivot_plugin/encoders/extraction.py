@@ -88,7 +88,7 @@ def extract(
         ModelError: if the model or its base cannot be loaded, an adapter does not fit, or the tower is quantised.
         EncoderError: if the base's tower is another one, or the folder holds something else.
     """
-    name, loaded = _name(model), model
+    source, loaded = _source(model), model
     if isinstance(model, str | Path):
         encoder_lora = is_lora(model) and _is_of_encoder(model)
         if encoder_lora:
@@ -101,7 +101,7 @@ def extract(
     adapter = find_adapter(base_model(loaded))  # type: ignore[arg-type]
     encoder = extract_encoder(loaded)  # type: ignore[arg-type]
     change = tower_change(encoder, tower_of(base)) if base is not None else None
-    record = _record(name, base, change)
+    record = _record(source, base, change)
     save_encoder(adapter, processor, folder, record, encoder=encoder)
     return Extraction(Path(folder), encoder, change)
 
@@ -152,12 +152,17 @@ def tower_change(encoder: PreTrainedModel, base: PreTrainedModel) -> TowerChange
     return TowerChange(parts, len(theirs.keys() - ours.keys()))
 
 
-def _name(model: object) -> str:
-    return plain_name(model if isinstance(model, str | Path) else getattr(base_model(model), "name_or_path", ""))  # type: ignore[arg-type]
+def _source(model: object) -> str:
+    return str(model if isinstance(model, str | Path) else getattr(base_model(model), "name_or_path", ""))  # type: ignore[arg-type]
 
 
-def _record(name: str, base: str | Path | None, change: TowerChange | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"extracted": True, "base": {"mllm": name}, "license": licence_of(name)}
+def _record(source: str, base: str | Path | None, change: TowerChange | None) -> dict[str, Any]:
+    # of a folder its plain name is recorded, and its licence read there: the Hub is not asked for a folder's name
+    record: dict[str, Any] = {
+        "extracted": True,
+        "base": {"mllm": plain_name(source)},
+        "license": licence_of(source),
+    }
     if base is not None and change is not None:
         record |= {"compared_with": plain_name(base), "change": dict(change.parts)}
     return record
@@ -183,6 +188,6 @@ def _extracted_lora(source: str | Path, folder: Path, base: str | Path | None) -
     encoder = merge(encoder, source, (record.get("base") or {}).get("adapted_weights")).eval()
     change = tower_change(encoder, tower_of(base)) if base is not None else None
     processor = SimpleNamespace(image_processor=image_processor)
-    written = _record(plain_name(name), base, change)
+    written = _record(name, base, change)
     save_encoder(find_adapter(encoder, encoder=True), processor, folder, written, encoder=encoder)
     return Extraction(folder, encoder, change)

@@ -96,6 +96,10 @@ def graft(
         raise SettingsError(
             f"projector is {projector!r}.", f"Choose one of {', '.join(map(repr, get_args(Projector)))}."
         )
+    if not isinstance(encoder, PreTrainedModel):
+        raise SettingsError(
+            f"encoder is a {type(encoder).__name__}, not a loaded model.", "Give what pivot.load_encoder(...) returns."
+        )
     # not at the top: who grafts into a model of transformers loads none
     from pivot_plugin.models.loading import from_plugins
 

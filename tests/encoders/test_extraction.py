@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +15,7 @@ import pivot_plugin as pivot
 from pivot_plugin.encoders import extract, save_lora
 from pivot_plugin.encoders.compatibility import save_model
 from pivot_plugin.encoders.extraction import tower_change
+from pivot_plugin.encoders.record import read_provenance
 from pivot_plugin.errors import EncoderError, ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.loading import load_model
@@ -88,6 +90,26 @@ def test_a_tower_comes_out_of_a_folder_by_name(base: Path, tiny: Any, tmp_path: 
     assert pivot.verify(taken.folder).passed
     record = json.loads((taken.folder / "pivot.json").read_text())
     assert record["base"] == {"mllm": "base"}
+
+
+def test_the_licence_of_a_folder_is_read_there_and_the_hub_is_not_asked_for_its_name(
+    llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = llava
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "private-project")
+    (tmp_path / "private-project" / "README.md").write_text("---\nlicense: mit\n---\n")
+    asked = []
+    original = ModelCard.load
+
+    def watched(source: Any, *args: Any, **options: Any) -> Any:
+        asked.append(source)
+        return original(source, *args, **options)
+
+    monkeypatch.setattr(ModelCard, "load", watched)
+    extract(tmp_path / "private-project", tmp_path / "encoder")
+    assert asked == [tmp_path / "private-project" / "README.md"]
+    assert read_provenance(tmp_path / "encoder")["license"] == "mit"
 
 
 def test_an_adapter_is_merged_first(base: Path, tiny: Any, tmp_path: Path) -> None:

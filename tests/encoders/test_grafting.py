@@ -180,6 +180,11 @@ def test_a_pair_that_does_not_fit_is_refused_with_every_mismatch(make: Any) -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_path_in_place_of_an_encoder_is_refused(llava: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"encoder is a str, .*load_encoder"):
+        pivot.graft(llava[0], str(tmp_path))
+
+
 def test_an_encoder_of_another_family_is_refused(make: Any) -> None:
     for source, target in (("qwen2_5_vl", "llava"), ("llava", "qwen2_5_vl"), ("internvl", "qwen3_vl")):
         model, processor = make(target)
