@@ -402,7 +402,8 @@ def _difference(
 def _position_difference(
     one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
 ) -> _Difference | None:
-    for name in one.decoder.per_token.keys() & decoder.per_token.keys():
+    # in one order, so that every process names the same difference
+    for name in sorted(one.decoder.per_token.keys() & decoder.per_token.keys()):
         plain, forest = one.decoder.of_row(name, 0), decoder.of_row(name, tree)[nodes]
         if plain.shape != forest.shape:
             continue
