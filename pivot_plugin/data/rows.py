@@ -57,9 +57,8 @@ class RowDataset:
         """The layout of the first row that has one; rows before it are bad rows."""
         first_error: PivotError | None = None
         for index in range(min(len(self._rows), LAYOUT_ROWS)):
-            where = self.where(index)
             try:
-                return self._recognise(as_mapping(self._read(index, where), where), columns)
+                return self._recognise(self.unread(index), columns)
             except PivotError as error:
                 first_error = first_error or error
         assert first_error is not None

@@ -32,7 +32,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.fingerprints import model_fingerprint
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.plan import plan
-from pivot_plugin.training.snapshot import trainable_weights
+from pivot_plugin.training.snapshot import put_back, trainable_weights
 
 from .folder import claim
 from .run import Run, RunOptions
@@ -261,7 +261,7 @@ def in_rounds(
                 done = (*done, *result.answers[-1:])
                 _keep(model, before, trained, begun_with)
     except BaseException:
-        _put_back(model, before)
+        put_back(model, before)
         collect("pivot_model_trained", model=model)
         raise
     return result
@@ -270,7 +270,7 @@ def in_rounds(
 def _as_before(model: PreTrainedModel, before: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """A copy of a model with the weights that it had before the first round."""
     reference = copy.deepcopy(model)
-    _put_back(reference, before)
+    put_back(reference, before)
     return reference
 
 
@@ -298,14 +298,7 @@ def _take_up(model: PreTrainedModel, file: Path, begun_with: str) -> None:
                 f"The rounds in {str(file.parent.parent)!r} began with a model of other weights.",
                 "Give the model that they began with, or choose another output_dir.",
             )
-        _put_back(model, {name: kept.get_tensor(name) for name in kept.keys()})  # noqa: SIM118
-
-
-def _put_back(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
+        put_back(model, {name: kept.get_tensor(name) for name in kept.keys()})  # noqa: SIM118
 
 
 def _summary_in(folder: Path) -> AnswerSummary:

@@ -1,5 +1,7 @@
 """A model before training: the weights that may change, and the state that training switches."""
 
+from collections.abc import Mapping
+
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -11,6 +13,19 @@ from .plan import TrainingPlan
 
 # a setting that a configuration does not have, which is another than None in its fingerprint
 _ABSENT = object()
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a model weights that it had before; its parameters stay the same tensors.
+
+    Args:
+        model: changed in place.
+        weights: by the names of its parameters, of their shapes; on any device.
+    """
+    parameters = dict(model.named_parameters())
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)
 
 
 class Snapshot:
@@ -57,10 +72,7 @@ class Snapshot:
             # peft's mark on a model that it has wrapped
             self._model.__dict__.pop("peft_config", None)
         self._model.to(self._device)
-        parameters = dict(self._model.named_parameters())
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                parameters[name].copy_(weight)
+        put_back(self._model, self.weights)
         self._switch_back()
 
     def _unpatch(self) -> None:

@@ -4,7 +4,6 @@ With PIVOT_FUZZ=10000 in the environment so many are tried of each; nothing stop
 broke, of how many kinds, is printed, each with an example. Such an example is then kept as a test.
 """
 
-import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +15,9 @@ import hypothesis
 from hypothesis import strategies as st
 
 from pivot_plugin.errors import PivotError
+from tests.helpers.examples import EXAMPLES, FUZZING
 
-WANTED = int(os.environ.get("PIVOT_FUZZ", "0"))
+WANTED = EXAMPLES if FUZZING else 0
 Case = TypeVar("Case")
 
 
