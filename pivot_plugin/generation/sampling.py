@@ -67,7 +67,8 @@ def sample(
     if model is not None:
         # an object of another repository becomes a model of transformers
         model, processor = load_model(model, processor)
-    dataset = load_questions(questions).verify(judge=judge_of_questions(processor) if processor is not None else None)
+    judge = None if processor is None else judge_of_questions(processor, given_text=engine is not None)
+    dataset = load_questions(questions).verify(judge=judge)
     sampling = Sampling(n, temperature, top_p, max_new_tokens)
     draw = _engine(engine, model, processor)
     settings = {

@@ -278,7 +278,8 @@ def _load_questions(
     questions = load_questions(source.prefs)
     if source.answers is not None:
         refuse_pairs(questions)
-    questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge.of_questions())
+    judge_asked = judge.of_questions(given_text=source.answers is not None and source.answers.engine is not None)
+    questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge_asked)
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
@@ -287,7 +288,7 @@ def _load_questions(
     held_out = load_questions(source.eval_prefs, "eval_questions")
     if source.answers is not None and is_of_pairs(held_out):
         return questions, _held_out_pairs(source.eval_prefs, options, judge)
-    held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge.of_questions())
+    held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge_asked)
     needs_answer(rewards, held_out)
     return questions, held_out
 
