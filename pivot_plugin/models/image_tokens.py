@@ -265,8 +265,7 @@ class ImageTokens:
         needed = any(changed[number] for number in with_images)
         images = self.process_images([rows[number]["images"] for number in with_images] if needed else [])
         sequences = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(outputs["input_ids"], outputs["attention_mask"], strict=True)
+            ids[mask.bool()].tolist() for ids, mask in zip(outputs["input_ids"], outputs["attention_mask"], strict=True)
         ]
         for number, row in enumerate(rows):
             if changed[number]:

@@ -14,7 +14,7 @@ Overrides, and why each is needed:
     _generate_and_score_completions       images are looked up late, and processed once per image set; groups without
                                           spread make room for others, where `redraw` asks for it
     _calculate_rewards                    which groups have spread; rewards are given questions in their own words
-    _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some; the
+    _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some;
                                           names of control tokens in its words are words
     _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
@@ -324,7 +324,7 @@ class Rollouts(TowerTraining):
         image_sets = {row["image_key"]: row["images"] for row in questions.values() if row["images"]}
         set_number = {key: number for number, key in enumerate(image_sets)}
 
-        # 3. a row per roll-out; TRL is given other words for the names of control tokens, and rewards the question's own
+        # 3. a row per roll-out; TRL is given other words for the names of control tokens, rewards the question's own
         told = {pointer: image_tokens.reworded(question) for pointer, question in questions.items()}
         rows = [dict(told[pointer]) for pointer in pointers]
         reworded = {

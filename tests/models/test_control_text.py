@@ -125,11 +125,15 @@ def test_questions_are_answered_in_their_own_words(tiny: Tiny, monkeypatch: pyte
     given = calls[-1]
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
     pairs = [question | {"chosen": "a", "rejected": "b"} for question in asked]
-    assert rows == [sequence[: len(made)] for sequence, made in zip(sequences(processor, pairs)[::2], rows, strict=True)]
+    assert rows == [
+        sequence[: len(made)] for sequence, made in zip(sequences(processor, pairs)[::2], rows, strict=True)
+    ]
     image_token = ImageTokens(processor).image_token_id
     assert [ids.count(image_token) for ids in rows][2] == 0 < min(ids.count(image_token) for ids in rows[:2])
     assert QUESTION in processor.tokenizer.decode(rows[1])
-    assert all(value.shape[:2] == given["input_ids"].shape for name, value in given.items() if name.endswith("type_ids"))
+    assert all(
+        value.shape[:2] == given["input_ids"].shape for name, value in given.items() if name.endswith("type_ids")
+    )
 
 
 def test_sampling_and_vqa_take_questions_about_control_tokens(llava: Tiny) -> None:
@@ -152,7 +156,7 @@ def test_who_is_given_text_refuses_such_a_row(llava: Tiny, tmp_path: Path) -> No
 def test_a_processor_that_reads_whole_prompts_refuses_such_a_row(llava: Tiny) -> None:
     _, processor = llava
     question = load_questions([{"prompt": QUESTION, "image": picture(60, 60, 1)}])[0]
-    with pytest.raises(DataError, match="row 0 of questions holds .*reads it as one"):
+    with pytest.raises(DataError, match=r"row 0 of questions holds .*reads it as one"):
         ImageTokens(processor, whole_prompts=True).reworded(question)
 
 
