@@ -132,8 +132,11 @@ def extract(
     """Take the vision encoder out of any MLLM, whoever trained it; an adapter (LoRA) is merged first.
 
     pivot extract ./qwen-lora -o encoder --base Qwen/Qwen2.5-VL-3B-Instruct
+
+    A folder that holds an encoder of ours already is replaced as a whole.
     """
-    empty_folder(output_dir)
+    if not (output_dir / "pivot.json").is_file():
+        empty_folder(output_dir)
     from pivot_plugin.encoders import extract as take_out
 
     taken = take_out(model, output_dir, base=base)

@@ -138,8 +138,11 @@ def _refuse_other_than_texts(completions: object, batch: range, n: int) -> None:
         finding = f"a {type(completions).__name__}{count} for {len(batch)} questions"
     else:
         for position, texts in zip(batch, completions, strict=True):
-            if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 finding = f"{str(texts)[:80]!r} for question {position}"
+                break
+            if len(texts) != n:
+                finding = f"{len(texts)} completions of {n} for question {position}"
                 break
     if finding:
         raise TrainingError(f"The engine gave {finding}.", f"An engine returns {n} texts for every question, in order.")

@@ -200,7 +200,7 @@ class _Specs:
         self._note(optimizing.stage(name, settings))
         trained = keeper.model
         if trained is None:
-            trained = AutoModelForImageTextToText.from_pretrained(folder / MODEL_FOLDER)
+            trained = AutoModelForImageTextToText.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
         return _Point(trained, settings)
 
     def distil(self, chosen: _Point, base: _Point, questions: QuestionDataset, instruction: str) -> PairDataset:
