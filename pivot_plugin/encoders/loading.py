@@ -153,6 +153,8 @@ def fetch(path: str | Path, download: Download, lora: bool = False) -> Origin:
             f"pivot extract {repo or folder} -o FOLDER makes an encoder of it and its base; or load its base with "
             "transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
         )
+    if of_lora and not (folder / OF_LORA).is_file():
+        raise EncoderError(f"{repo or str(folder)!r} is of a LoRA by its record, and has no {OF_LORA}.", REMEDY)
     if (folder / OF_LORA).exists() and not of_lora:
         raise EncoderError(
             f"{repo or str(folder)!r} holds {OF_LORA} beside an encoder, by which another model would be loaded.",

@@ -65,6 +65,11 @@ def test_the_lora_alone_gives_the_trained_encoder(family: str, tiny: Any, fast: 
     checks = pivot.verify(folder).checks
     assert [(check.name, check.passed) for check in checks] == [("files", True), ("features", None)]
     assert "adapter_model.safetensors" in checks[0].detail and "pivot extract" in checks[1].detail
+    settings = (folder / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").unlink()
+    (check,) = pivot.verify(folder).checks
+    assert not check.passed and "has no adapter_config.json" in check.detail
+    (folder / "adapter_config.json").write_bytes(settings)
     weights = bytearray((folder / "adapter_model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "adapter_model.safetensors").write_bytes(weights)
