@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pivot_plugin import __version__
+from pivot_plugin.verdict import READABLE, Verdict
 
 from .downloading import answered
 
@@ -76,6 +77,8 @@ def card(
         encoder_module=encoder_module,
         usage=usage,
         metrics=metrics,
+        verdict=Verdict.from_dict(record.get("verdict")),
+        readable=READABLE,
         metric_names=sorted({name for values in metrics.values() for name in values}),
         probes=record.get("probes") or {},
         picture=PICTURE if picture else "",

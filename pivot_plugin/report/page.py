@@ -15,6 +15,7 @@ from pivot_plugin.preferences.auditing import AUDIT_FILE, AuditReport
 from pivot_plugin.probes.comparison import COMPARISON_FILE, WORDS_MARK, WORDS_NOTE, Comparison
 from pivot_plugin.probes.gradients import PairSaliency
 from pivot_plugin.probes.scores import SEEN, apart
+from pivot_plugin.verdict import READABLE
 
 from .pictures import as_address, fitted, overlay
 from .plots import Series, curve, histogram
@@ -23,7 +24,7 @@ from .runs import RunFacts, read_run
 # title, names in the log (training, held out), whether zero means something
 CURVES = (
     ("loss", "loss", "eval_loss", False),
-    ("preference accuracy", "rewards/accuracies", "eval_rewards/accuracies", False),
+    ("reward accuracy, against the reference", "rewards/accuracies", "eval_rewards/accuracies", False),
     ("reward margin (beta x nats)", "rewards/margins", "eval_rewards/margins", True),
     ("log-probability of chosen answers (nats)", "logps/chosen", "eval_logps/chosen", False),
     ("reward of roll-outs", "reward", "eval_reward", False),
@@ -31,12 +32,6 @@ CURVES = (
     ("Generalisation Factor", "generalization/factor", None, True),
 )
 PAIRS_SHOWN = 12
-READABLE = {
-    "preference_accuracy": "preference accuracy",
-    "margin": "margin, chosen minus rejected (nats)",
-    "logps_chosen": "log-probability of chosen answers (nats)",
-    "logps_rejected": "log-probability of rejected answers (nats)",
-}
 
 
 def write_report(

@@ -22,10 +22,13 @@ from pivot_plugin.objectives import ONLINE
 from pivot_plugin.rewards import Scorer, needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.looks import Look
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
+from pivot_plugin.verdict import Verdict
 
+from .outcome import has_moved, judged
 from .monitoring import Monitoring
 from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
 from .provenance import optimized_origin
@@ -178,7 +181,8 @@ def _optimize(
     if run.keeper and run.ended is None:
         notify("pivot_run_started", run=run)
 
-    metrics: dict[str, dict[str, float]] = {}
+    looks: list[Look] = []
+    blind: list[Look | None] = []
     measured = run.held_out is not None and run.ended is None
     with run.in_place() as training:
         trainer = _trainer(run, source.rollout_rewards, this.reference)
@@ -186,15 +190,20 @@ def _optimize(
             monitoring.add_to(trainer, run)
         trained = trainer.trained_parameters()
         if measured:
-            metrics["before"] = trainer.reference_metrics()
+            looks.append(trainer.look_before())
+            blind.append(trainer.look_blind())
         run.train(trainer)
         if measured:
-            metrics["after"] = trainer.held_out_metrics()
+            looks.append(trainer.look_now())
+            blind.append(trainer.look_blind())
         history = trainer.state.log_history
+        planned = trainer.state.max_steps
         lora_weights = merge_lora(trainer)
         # with it goes the memory of its optimiser
         del trainer
 
+    metrics = {when: look.metrics for when, look in zip(("before", "after"), looks, strict=False)}
+    before = dict(this.before or training.before)
     result = PivotResult(
         model=run.model,
         processor=run.processor,
@@ -203,7 +212,7 @@ def _optimize(
         history=history if run.ended is None else run.ended["history"],
         # of a model that was divided the keeper alone has the weights
         weight_change=(
-            {} if run.model.device.type == "meta" else weight_change(run.adapter, dict(this.before or training.before))
+            {} if run.model.device.type == "meta" else weight_change(run.adapter, before)
         ),
         trained=trained,
         settings=run.settings,
@@ -215,13 +224,19 @@ def _optimize(
             else run.ended["origin"]
         ),
         answers=list(answers),
+        verdict=(
+            judged(run, (looks, blind), history, planned, has_moved(run.model, before))
+            if run.ended is None
+            else Verdict.from_dict(run.ended.get("verdict")) or Verdict()
+        ),
         # of several rounds, the last one's LoRA is not what makes the encoder of the base
         _lora=lora_weights if this.of == 1 else None,
     )
     if run.keeper and run.ended is None:
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / "encoder")
-        details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}
+        details: dict[str, Any] = {"verdict": result.verdict.as_dict()}
+        details |= {"answers": [summary.as_dict() for summary in answers]} if answers else {}
         run.record(result, weight_change=result.weight_change, origin=result.origin, **details)
         notify("pivot_run_finished", result=result)
     run.wait()

@@ -14,6 +14,7 @@ Of several processes one, the keeper, writes into the folder. The others wait fo
 trains in a folder that is refused, and where it ends, so that none reads what is not written yet.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -42,6 +43,8 @@ from pivot_plugin.training.sharding import check_engine, gather, undivided
 from .folder import claim, finished_record, write_record
 from .in_place import InPlace, in_place
 from .settings import unwatched
+
+logger = logging.getLogger(__name__)
 
 LoadRows = Callable[[RowJudge], tuple[RowDataset | PairStream, RowDataset | None]]
 
@@ -242,6 +245,7 @@ def begin(
     rows, held_out = load_rows(judge)
     if isinstance(rows, RowDataset):
         _check_images(rows, training_plan)
+        _count_images(rows)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
         rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
     if held_out is None:
@@ -264,6 +268,15 @@ def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
         "would train, which no text reaches.",
         "Give rows about images, or train the language model.",
     )
+
+
+def _count_images(rows: RowDataset) -> None:
+    """Say how many rows show no picture, where some do and some do not."""
+    bare = sum(not key for key in rows.image_keys.tolist())
+    if 0 < bare < len(rows):
+        logger.warning(
+            "%d of the %d rows of %s have no image: they teach an encoder nothing.", bare, len(rows), rows.name
+        )
 
 
 def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
