@@ -120,6 +120,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def is_path(name: str | Path) -> bool:
+    """Whether a text can only be a path, since no Hub id begins or is built like it."""
+    text = str(name)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
 def cache_folder(name: str) -> Path:
     """Folder of one of this package's caches: below `$PIVOT_CACHE`, or `~/.cache/pivot_plugin`."""
     root = os.environ.get("PIVOT_CACHE")

@@ -135,7 +135,7 @@ class Verdict:
         if self.stopped_early:
             told.append(
                 f"The watch stopped the run at step {self.taken} of {self.planned}: held-out rows grew worse, look "
-                "after look, by more than their noise (patience=none, on the command line --set patience=none, "
+                "after look, by more than their noise (patience=None, on the command line --set patience=none, "
                 "runs to the end)."
             )
         bare, every = self.without_image
@@ -181,7 +181,9 @@ class Verdict:
         if self.chance is not None and change.before < self.chance:
             told += " It began below chance, so that part of a gain may be the form of the answers."
         if self.moved and not change.beyond_noise:
-            told += f" A change of less than about {(change.high - change.low) / 2:.2g} cannot be told from noise here."
+            # where no row has changed sides the interval has no width: the rule of three
+            least = max((change.high - change.low) / 2, 0.0 if self.chance is None else 3 / change.rows)
+            told += f" A change of less than about {least:.2g} cannot be told from noise here."
         return told
 
     def _without_picture(self, blind: Change) -> str:

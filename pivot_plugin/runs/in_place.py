@@ -21,6 +21,12 @@ from pivot_plugin.training.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = (
+    " To need less memory: halve per_device_train_batch_size and double gradient_accumulation_steps, which computes "
+    "the same; gradient_checkpointing=True; smaller or fewer images a row (the processor's size, max_pixels); "
+    "train='encoder' with lora=. All but the last two can be changed when a run is resumed."
+)
+
 
 @dataclass(frozen=True)
 class InPlace:
@@ -63,13 +69,21 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
             raise
         checkpoint = last_checkpoint(folder)
         remedy = (
-            f"Checkpoint {checkpoint} is kept; go on with resume=True." if checkpoint else "There is no checkpoint yet."
+            f"Checkpoint {checkpoint} is kept; go on with resume=True (--resume)."
+            if checkpoint
+            else "There is no checkpoint yet."
         )
         if isinstance(error, KeyboardInterrupt):
             logger.warning("Interrupted. The model is as it was. %s", remedy)
             raise
+        if _is_out_of_memory(error):
+            remedy += OUT_OF_MEMORY
         raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", remedy) from error
     snapshot.settle()
     # where the model was built around an object of another repository, that object is the caller's
     collect("pivot_model_trained", model=adapter.model)
     adapter.model.eval()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()

@@ -15,6 +15,7 @@ from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
+from pivot_plugin.data.sources import check_is_there
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
@@ -28,9 +29,18 @@ from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 from pivot_plugin.verdict import Verdict
 
-from .outcome import has_moved, judged
+from .display import Display
 from .monitoring import Monitoring
-from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
+from .outcome import has_moved, judged
+from .own_answers import (
+    Round,
+    answered,
+    in_rounds,
+    is_of_pairs,
+    own_answers,
+    refuse_pairs,
+    refuse_pairs_as_questions,
+)
 from .provenance import optimized_origin
 from .result import PivotResult
 from .run import Run, RunOptions, begin, merge_lora
@@ -53,11 +63,16 @@ def optimize(
     eval_fraction: float = 0.02,
     rewards: Rewards | None = None,
     ood_prefs: object | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    allow_urls: bool = False,
+    image_folder: str | Path | None = None,
     on_bad_row: OnBadRow = "raise",
     resume: bool = False,
     probes: Mapping[str, object] | None = None,
     probe_steps: Sequence[int] = (),
     saliency: int = SALIENCY_PAIRS,
+    display: Display = "auto",
     **settings: Any,
 ) -> PivotResult:
     """Make the vision encoder of an MLLM better by preference optimisation, or by RL with verifiable rewards.
@@ -85,6 +100,9 @@ def optimize(
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
+        columns, split, allow_urls, image_folder: how `prefs` and `eval_prefs` are read, as for `preferences.load`: our
+            column names to the data's own ({"prompt": "instruction"}), the split of a data set, whether images given by
+            address are fetched, and what relative paths of images start from.
         on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out,
             also those that the model cannot take (too long, refused by its processor), and lists them in
             `skipped.jsonl` in `output_dir`; where more than half are bad it stops and says so.
@@ -95,6 +113,9 @@ def optimize(
         probe_steps: optimiser steps after which to run them too.
         saliency: how many of the held-out pairs with images have their gradient maps kept, before and after, for the
             report; 0 for none.
+        display: what is shown while it trains: "auto" (a panel in a terminal, a table in a notebook, lines elsewhere),
+            "lines", "none", or "all" (what the libraries show themselves). The folder has `log.jsonl` in any case,
+            which `pivot watch` reads.
         **settings: any field of `PivotConfig` (`PivotGRPOConfig`, `PivotRLOOConfig`), which has all of TRL's DPOConfig:
             `learning_rate`, `max_steps`, `per_device_train_batch_size` (in pairs; for "grpo" in roll-outs), `beta`,
             `loss_type`, `use_cpu`, ... Where the model learns from its own answers, also any field of
@@ -123,10 +144,14 @@ def optimize(
     watched = eval_prefs is not None or eval_fraction > 0
     config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
     functions = _reward_functions(rewards, config, objective)
-    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers)
+    told = {"columns": columns, "split": split, "allow_urls": allow_urls, "image_folder": image_folder}
+    reading = {name: value for name, value in told.items() if value}
+    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers, reading)
+    for data, name in ((prefs, "prefs"), (eval_prefs, "eval_prefs")):
+        check_is_there(data, name)
     own = {} if answers is None else answers.as_dict()
-    choices = {"objective": objective, **_reward_names(functions), **settings, **own}
-    options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume)
+    choices = {"objective": objective, **_reward_names(functions), **settings, **own, **reading}
+    options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume, display)
     if answers is None or answers.rounds == 1:
         return _optimize(model, processor, options, source, monitoring, Round())
 
@@ -148,6 +173,7 @@ class _Source:
         prefs, eval_prefs, ood_prefs: as `optimize` was given them.
         rewards: that score answers, None for a run on pairs.
         answers: how own answers become pairs, None where they do not.
+        reading: how rows are read, of `preferences.load`'s options.
     """
 
     prefs: object
@@ -155,6 +181,7 @@ class _Source:
     ood_prefs: object | None
     rewards: Sequence[Any] | None
     answers: OwnAnswers | None
+    reading: Mapping[str, Any]
 
     @property
     def rollout_rewards(self) -> Sequence[Any] | None:
@@ -211,9 +238,7 @@ def _optimize(
         metrics=metrics if run.ended is None else run.ended["metrics"],
         history=history if run.ended is None else run.ended["history"],
         # of a model that was divided the keeper alone has the weights
-        weight_change=(
-            {} if run.model.device.type == "meta" else weight_change(run.adapter, before)
-        ),
+        weight_change=({} if run.model.device.type == "meta" else weight_change(run.adapter, before)),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,
@@ -275,14 +300,14 @@ def _load_rows(
     if source.rewards is not None:
         return _load_questions(source, options, judge)
     skipped = options.folder / SKIPPED_FILE
-    pairs = load(source.prefs, skipped=skipped)
+    pairs = load(source.prefs, skipped=skipped, **source.reading)
     if isinstance(pairs, PairStream):
         if options.config.max_steps <= 0:
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
         pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
         pairs.verify(options.on_bad_row, skipped, judge)
-    return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options, judge)
+    return pairs, None if source.eval_prefs is None else _held_out_pairs(source, options, judge)
 
 
 def _load_questions(
@@ -290,25 +315,28 @@ def _load_questions(
 ) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
     """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
     rewards = source.rewards or ()
-    questions = load_questions(source.prefs)
+    questions = load_questions(source.prefs, **source.reading)
     if source.answers is not None:
         refuse_pairs(questions)
+    else:
+        refuse_pairs_as_questions(questions, options.choices["objective"])
     questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge.of_questions())
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
     if source.answers is not None and isinstance(source.eval_prefs, PairDataset):
-        return questions, _held_out_pairs(source.eval_prefs, options, judge)
-    held_out = load_questions(source.eval_prefs, "eval_questions")
+        return questions, _held_out_pairs(source, options, judge)
+    held_out = load_questions(source.eval_prefs, "eval_questions", **source.reading)
     if source.answers is not None and is_of_pairs(held_out):
-        return questions, _held_out_pairs(source.eval_prefs, options, judge)
+        return questions, _held_out_pairs(source, options, judge)
     held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge.of_questions())
     needs_answer(rewards, held_out)
     return questions, held_out
 
 
-def _held_out_pairs(eval_prefs: object, options: RunOptions, judge: RowJudge) -> PairDataset:
-    pairs = load_pairs(eval_prefs, "eval_prefs", "Give held-out pairs as a list or a datasets.Dataset.")
+def _held_out_pairs(source: _Source, options: RunOptions, judge: RowJudge) -> PairDataset:
+    remedy = "Give held-out pairs as a list or a datasets.Dataset."
+    pairs = load_pairs(source.eval_prefs, "eval_prefs", remedy, **source.reading)
     return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge)
 
 

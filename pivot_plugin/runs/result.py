@@ -106,7 +106,7 @@ class PivotResult:
         if not self.verdict.moved:
             return "train longer, at a larger learning_rate, or on pairs that the picture decides (pivot prefs audit)"
         if self.verdict.outcome == "not measured":
-            return f"measure it: pivot compare BASE {folder / 'encoder'} --probe linear=DATA; encoder: {folder / 'encoder'}"
+            return f"measure it: pivot compare BASE {folder / 'encoder'} --probe linear=DATA"
         return f"result.report('report.html') shows it all; the encoder is in {folder / 'encoder'}"
 
     @property

@@ -233,7 +233,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         fresh: list[tuple[str, tuple[float, float]]] = []
         written = time.monotonic()
-        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
+        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm or None)
         try:
             with evaluating(model, self.accelerator.device), as_it_is(model):
                 for start in range(0, len(share), size):

@@ -168,7 +168,7 @@ class TowerTraining(Trainer):
 
     @property
     def rows_of_look(self) -> np.ndarray:
-        """(n,) what each held-out row scored at the last look, higher is better; empty where rows are not told apart."""
+        """(n,) what each held-out row scored at the last look, higher is better; empty where none are told."""
         return np.concatenate(self._looked) if self._looked else np.zeros(0)
 
     @property
