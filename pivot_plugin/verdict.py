@@ -17,6 +17,41 @@ READABLE = {
     "logps_rejected": "log-probability of rejected answers (nats)",
     "reward": "mean reward of answers",
 }
+# of the scores of probes: parts of their names, in words
+WORDS_OF_SCORES = {
+    "sft": "SFT loss",
+    "dpo": "DPO loss",
+    "concentration": "gradient gathered in few patches (0 even, 1 one patch)",
+    "energy": "share of the gradient on the object",
+    "area": "share of the picture that the object covers (the chance of energy)",
+    "pointing": "largest gradient on the object",
+    "recall": "patches, recall averaged over classes",
+    "miou": "patches, intersection over union averaged over classes",
+    "spread": "standard deviation over seeds",
+    "top1": "right with the first guess",
+    "top5": "right among five guesses",
+    "overlap": "shared neighbours",
+    "all": "all questions, right",
+    "other-picture": "shown another row's picture",
+    "mean-colour": "shown the picture's mean colour",
+    "needs-picture": "right by the picture alone",
+}
+
+
+def words_of(score: str) -> str:
+    """The name of a probe's score in words; a part that is not known stays as it is.
+
+    Args:
+        score: parts with slashes between them: "dpo/concentration".
+    """
+    return ": ".join(WORDS_OF_SCORES.get(part, part) for part in score.split("/"))
+
+
+def is_constant(score: str) -> bool:
+    """Whether a score says something of the data or the seeds, and nothing of the encoder."""
+    return score.rpartition("/")[2] in ("area", "spread")
+
+
 # below so many held-out rows it is said how little they can show
 FEW_ROWS = 200
 # of a gain, without the picture, from which on it is called one of words

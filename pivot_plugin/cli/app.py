@@ -14,6 +14,7 @@ from pivot_plugin.errors import PivotError, TrainingError, said
 
 from . import encoders, measure, models, prefs, recipe, starting, training
 
+INTERRUPTED = 130
 # commands with --resume
 RESUMABLE = ("optimize", "align", "instruct")
 
@@ -22,8 +23,8 @@ cli = typer.Typer(
     help="Make the vision encoder of a multimodal language model better by preference optimisation.",
     epilog="Exit status: 0 done; 1 refused or failed, with the reason in one sentence (also: a check that failed); 2 a "
     "word of the command line that is not known; 130 Ctrl-C. PIVOT_TRACEBACK=1 shows where an error "
-    "comes from. Shell completion: pivot --install-completion. For example: pivot init MODEL PAIRS, then pivot optimize "
-    "--config run.yaml.",
+    "comes from. Shell completion: pivot --install-completion. For example: pivot init MODEL PAIRS, then pivot "
+    "optimize --config run.yaml.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -101,9 +102,12 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # typer makes the one into the other
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
         print(f"pivot: interrupted; checkpoints are kept. {_go_on()}".strip(), file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _go_on() -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pivot_plugin.probes.comparison import Comparison
     from pivot_plugin.runs.result import PivotResult
 
 
@@ -26,6 +27,25 @@ def show_facts(facts: Mapping[str, Any], title: str, as_json: bool) -> None:
     table = Table(title=title, show_header=False)
     for name, value in facts.items():
         table.add_row(name, Text("\n".join(map(str, value)) if isinstance(value, list) else str(value)))
+    Console().print(table)
+
+
+def show_comparison(comparison: "Comparison") -> None:
+    """Print a comparison as a table for the terminal.
+
+    Args:
+        comparison: of encoders.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    head, *rows = comparison.cells()
+    table = Table(caption=Text(comparison.note()), caption_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

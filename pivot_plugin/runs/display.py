@@ -18,8 +18,10 @@ from rich.live import Live
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from pivot_plugin.files import read_lines
+
 from .panel import html, line, panel
-from .progress import Lines, Progress, of_lines, read_lines
+from .progress import Lines, Progress, of_lines
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.files import RUN_FILE, read_record
+from pivot_plugin.files import LOG_FILE, RUN_FILE, read_lines, read_record
 
-LOG_FILE = "log.jsonl"
 # in the log, and what it is called; the first of each that a run has is shown
 HELD_OUT = (
     ("eval_rewards/accuracies", "held-out reward accuracy"),
@@ -136,23 +135,6 @@ def read_progress(folder: str | Path) -> Progress:
         step = int(max((entry.get("step", 0) for entry in history), default=0))
         return _with(progress, finished=True, history=history, step=step, planned=progress.planned or step)
     return _with(progress, finished=finished)
-
-
-def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that is being written is left out."""
-    try:
-        texts = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
 
 
 def of_lines(name: str, lines: Sequence[Mapping[str, Any]]) -> Progress:

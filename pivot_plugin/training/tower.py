@@ -12,6 +12,7 @@ Overrides, and why each is needed:
     _run_epoch          transformers looks after a step alone whether a run is at its end, and resumes it past that
     _save               PEFT notes the name of a LoRA's base, and not which weights it was on
     _save_checkpoint    transformers writes whole models under older names, which its trainer does not find again
+    create_model_card   TRL writes one with every checkpoint, about the run's folder
     evaluate            what each held-out row scored, by which noise is told from change
     prediction_step     the same
 """
@@ -239,6 +240,9 @@ class TowerTraining(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel) and self.args.world_size == 1:
             note_adapted_weights(model, Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's would lie in the run's folder, about a fine-tune of it knows not what; ours is the encoder's."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not
