@@ -61,6 +61,8 @@ class Patience(EarlyStoppingCallback):
         early_stopping_patience, early_stopping_threshold: as transformers takes them.
     """
 
+    early_stopping_patience_counter: int
+
     def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float | None = 0.0) -> None:
         super().__init__(early_stopping_patience, early_stopping_threshold)
         self.best_rows: list[float] = []
