@@ -11,19 +11,19 @@ Outcome = Literal["better", "worse", "no change", "not measured"]
 SIGNIFICANT = 0.05
 # what is measured on held-out rows, in the words of card, terminal and report
 READABLE = {
-    "preference_accuracy": "preference accuracy (chosen above rejected; chance 0.5)",
-    "margin": "margin, chosen minus rejected (nats)",
-    "logps_chosen": "log-probability of chosen answers (nats)",
-    "logps_rejected": "log-probability of rejected answers (nats)",
+    "preference_accuracy": "preference accuracy (chance 0.5)",
+    "margin": "margin (nats)",
+    "logps_chosen": "log p of chosen answers (nats)",
+    "logps_rejected": "log p of rejected answers (nats)",
     "reward": "mean reward of answers",
 }
 # of the scores of probes: parts of their names, in words
 WORDS_OF_SCORES = {
     "sft": "SFT loss",
     "dpo": "DPO loss",
-    "concentration": "gradient gathered in few patches (0 even, 1 one patch)",
-    "energy": "share of the gradient on the object",
-    "area": "share of the picture that the object covers (the chance of energy)",
+    "concentration": "gradient gathered in few patches",
+    "energy": "gradient on the object, share",
+    "area": "share of the picture that the object covers",
     "pointing": "largest gradient on the object",
     "recall": "patches, recall averaged over classes",
     "miou": "patches, intersection over union averaged over classes",

@@ -69,6 +69,8 @@ def _root(
     # what other libraries tell of their own doings is not this command's output
     for name in ("httpx", "httpx2", "datasets", "transformers", "huggingface_hub", "accelerate", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("bitsandbytes", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pivot_plugin.files import RUN_FILE
 
@@ -48,7 +49,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def of_a_run(folder: Path, quiet: bool, verbose: bool) -> Iterator[str]:
+def of_a_run(folder: Path, quiet: bool, verbose: bool) -> Iterator[Literal["auto", "none", "all"]]:
     """Show a run meanwhile: what libraries say goes to `output.log` in its folder.
 
     Args:

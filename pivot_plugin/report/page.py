@@ -175,10 +175,12 @@ def _before_after(run: RunFacts) -> list[dict[str, Any]]:
         for name, score in last.scores.items():
             if is_constant(name):
                 continue
-            before = first.scores.get(name) if first and first is not last else None
-            change = score.value - before.value if before else None
-            beyond = before is not None and apart(before, score)
-            row = {"probe": label, "score": name, "before": before, "after": score, "change": change, "apart": beyond}
+            before = first.scores.get(name) if first else None
+            # of a run that goes on there is no after yet
+            after = None if first is last else score
+            change = after.value - before.value if before and after else None
+            beyond = before is not None and after is not None and apart(before, after)
+            row = {"probe": label, "score": name, "before": before, "after": after, "change": change, "apart": beyond}
             rows.append(row)
     return rows
 

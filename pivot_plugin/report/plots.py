@@ -52,6 +52,7 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
             axes.axvline(kept, color=_PAGE_COLOUR, linewidth=0.8, linestyle=":", label="kept")
         if zero:
             axes.axhline(0, color=_PAGE_COLOUR, linewidth=0.5)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel("optimiser step")
         axes.set_title(title, fontsize=10)
         axes.locator_params(axis="x", nbins=6, integer=True)

@@ -56,6 +56,7 @@ class RunDisplay(TrainerCallback):
         self._trained = trained
         self._show = show
         self._step = 0
+        self._waiting: tuple[int, dict[str, float], int] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,10 +90,28 @@ class RunDisplay(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        # what callbacks before this one have added to the entry, the watch's findings, is part of it
-        entry = state.log_history[-1] if state.log_history and state.log_history[-1].get("step") == self._step else logs
-        self._write(event="log", step=state.global_step, logs={**logs, **entry}, memory=_memory(args))
-        self._tell(worth_a_line=any(name.startswith("eval_") for name in logs))
+        self.flush()
+        # written when the other callbacks, in whatever order, have added to the entry what they have found
+        newest = state.log_history[-1] if state.log_history else {}
+        entry = newest if newest.get("step") == state.global_step else dict(logs)
+        self._waiting = (state.global_step, entry, _memory(args))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.flush()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the entry that waits, and show it."""
+        if self._waiting is None:
+            return
+        step, entry, memory = self._waiting
+        self._waiting = None
+        self._write(event="log", step=step, logs=entry, memory=memory)
+        self._tell(worth_a_line=any(name.startswith("eval_") for name in entry))
 
     def said(self, text: str) -> None:
         """Keep what was said of the run with its log.
@@ -154,6 +173,7 @@ def displayed(trainer: Trainer, folder: Path, rows_are: str, how: Display) -> It
         try:
             yield
         finally:
+            display.flush()
             for name in SPEAKERS:
                 logging.getLogger(name).removeHandler(handler)
             trainer.remove_callback(display)
@@ -193,7 +213,7 @@ def _plain_lines() -> Callable[[Progress, bool], None]:
 
 
 def _notebook_table() -> Callable[[Progress, bool], None]:
-    from IPython.display import HTML, display
+    from IPython.display import HTML, display  # type: ignore[import-not-found]
 
     handle = display(HTML(""), display_id=True)
 

@@ -101,7 +101,9 @@ class Monitoring:
         if self.probes or pairs is not None:
             image_processor = run.adapter.image_processor(run.processor)
             subject = Subject("model", run.adapter, image_processor, run.processor)
-            trainer.add_callback(ProbeRecorder(trainer, subject, self.probes or {}, self.steps, pairs, run.output_dir))
+            recorder = ProbeRecorder(trainer, subject, self.probes or {}, self.steps, pairs, run.output_dir)
+            # before trackers, which close when training ends, are told so: the last scores are theirs, too
+            trainer.callback_handler.callbacks.insert(0, recorder)
 
 
 class ProbeRecorder(TrainerCallback):

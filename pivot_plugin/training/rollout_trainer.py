@@ -367,7 +367,7 @@ class Rollouts(TowerTraining):
             shown=[number for number in shown.sets[::repeats] if number >= 0],
             inputs={name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()},
         )
-        of_trl = self.generation_config
+        of_trl: Any = self.generation_config
         self.generation_config = copy.copy(of_trl)
         self.generation_config.num_return_sequences = repeats
         if self._mode == "eval" and self.args.num_generations_eval == 1:
@@ -446,6 +446,7 @@ class Rollouts(TowerTraining):
         image_sets = ImageSets(inputs, tokens, [number[shown.sets[row]] for row in rows])
         return self._forest_collator.batch_of(sequences, starts, image_sets, [shown.names[row] for row in rows])
 
+    generation_config: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
