@@ -4,9 +4,36 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+# hexadecimal digits from which on a text is taken for one
+SHORTEST_HASH = 32
+
 if TYPE_CHECKING:
     from pivot_plugin.probes.comparison import Comparison
     from pivot_plugin.runs.result import PivotResult
+
+
+def readable(name: str, value: object, indent: str = "") -> list[str]:
+    """A record as lines that people read: a name and what it is, deeper ones indented, hashes shortened.
+
+    Args:
+        name: of the value.
+        value: as JSON has it.
+        indent: before every line.
+    """
+    if isinstance(value, Mapping) and value:
+        inner = [line for key, one in value.items() for line in readable(str(key), one, f"{indent}  ")]
+        return [f"{indent}{name}:", *inner]
+    if isinstance(value, list | tuple) and not any(isinstance(one, Mapping | list | tuple) for one in value):
+        text = ", ".join(map(_short, value)) or "none"
+    else:
+        text = _short(value) if not isinstance(value, Mapping | list | tuple) else json.dumps(value)
+    return [f"{indent}{name}: {text}"]
+
+
+def _short(value: object) -> str:
+    text = "not known" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    is_hash = len(text) >= SHORTEST_HASH and all(character in "0123456789abcdef" for character in text)
+    return f"{text[:12]}..." if is_hash else text
 
 
 def show_facts(facts: Mapping[str, Any], title: str, as_json: bool) -> None:

@@ -328,4 +328,5 @@ def demo(
     """
     from pivot_plugin.quickstart import demo as demonstration
 
-    demonstration.run(output_dir)
+    with display.of_a_run(output_dir / "dpo", False, False):
+        demonstration.run(output_dir)
