@@ -129,11 +129,17 @@ class RunDisplay(TrainerCallback):
             logger.debug("The log of the run cannot be written: %s", error)
         self._written.append({"time": time.time(), **entry})
 
-    def _tell(self, worth_a_line: bool) -> None:
+    def ended(self) -> None:
+        """Show that training has ended."""
+        self.flush()
+        self._tell(worth_a_line=False, finished=True)
+
+    def _tell(self, worth_a_line: bool, finished: bool = False) -> None:
         if self._show is None:
             return
         now = of_lines(self._name, self._written)
-        self._show(Progress(**{**vars(now), "step": self._step, "seen": time.time()}), worth_a_line)
+        newest = {"step": self._step, "seen": time.time(), "finished": finished}
+        self._show(Progress(**{**vars(now), **newest}), worth_a_line)
 
 
 class _Said(logging.Handler):
@@ -172,6 +178,7 @@ def displayed(trainer: Trainer, folder: Path, rows_are: str, how: Display) -> It
             logging.getLogger(name).addHandler(handler)
         try:
             yield
+            display.ended()
         finally:
             display.flush()
             for name in SPEAKERS:
