@@ -130,11 +130,12 @@ def test_a_package_that_is_begun_teaches_its_family(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, "pivot-vipllava")
 import pivot_vipllava
-from pivot_plugin.testing import zoo
+from pivot_plugin.testing import build, zoo
 model, _ = zoo.build("vipllava")
-print(pivot_vipllava.pivot_adapter(model).family, pivot_vipllava.pivot_adapter(zoo.build("llava")[0]))
+print(pivot_vipllava.pivot_adapter(model).family, pivot_vipllava.pivot_adapter(build("llava")[0]))
 """
-    assert python(code, folder=tmp_path, cold=False).stdout.splitlines()[-1] == "vipllava None"
+    told = python(code, folder=tmp_path, cold=False)
+    assert told.stdout.splitlines()[-1:] == ["vipllava None"], told.stderr
     assert pivot("adapters", "new", "no-name", folder=tmp_path).returncode == 1
     again = pivot("adapters", "new", "vipllava", folder=tmp_path)
     assert again.returncode == 1 and "is not empty" in again.stderr
