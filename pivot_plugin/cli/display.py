@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pivot_plugin.files import RUN_FILE
+from pivot_plugin.files import RUN_FILE, read_record
 
 OUTPUT_FILE = "output.log"
 # our own, whose information is for the reader of the terminal
@@ -24,6 +24,8 @@ class _InFolder(logging.Handler):
     def __init__(self, folder: Path) -> None:
         super().__init__(logging.INFO)
         self._folder = folder
+        # a run that has ended stays as it is, whoever asks for its result again
+        self._ended = bool((read_record(folder) or {}).get("finished"))
         self._waiting: list[str] = []
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
 
@@ -33,7 +35,7 @@ class _InFolder(logging.Handler):
 
     def flush(self) -> None:
         """Write what waits, where it can be written."""
-        if not self._waiting or not (self._folder / RUN_FILE).is_file():
+        if self._ended or not self._waiting or not (self._folder / RUN_FILE).is_file():
             return
         try:
             with (self._folder / OUTPUT_FILE).open("a", encoding="utf-8") as file:

@@ -46,7 +46,7 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
             if len(points) > SMOOTHED_FROM:
                 # what was logged stays to be seen behind its running mean
                 axes.plot(steps, values, "-", color=colour, linewidth=0.6, alpha=0.35)
-                values = running_mean(values)
+                values = tuple(running_mean(values))
             axes.plot(steps, values, style, label=name, **look)
         if kept is not None:
             axes.axvline(kept, color=_PAGE_COLOUR, linewidth=0.8, linestyle=":", label="kept")

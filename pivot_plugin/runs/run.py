@@ -16,7 +16,7 @@ trains in a folder that is refused, and where it ends, so that none reads what i
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -201,7 +201,10 @@ class Run:
         if checkpoint is not None:
             check_checkpoint(checkpoint, self.config.world_size)
         with (
-            displayed(trainer, self.output_dir, self.rows_are, self.options.display),
+            # of a run that has ended nothing is shown, and its log stays as it is
+            nullcontext()
+            if self.ended is not None
+            else displayed(trainer, self.output_dir, self.rows_are, self.options.display),
             interruptible(trainer, getattr(trainer, "resumable_every", 1)),
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
