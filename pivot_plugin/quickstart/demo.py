@@ -152,7 +152,6 @@ def table(comparison: pivot.Comparison) -> Table:
             measured = results[label].scores[score]
             wide = max(measured.high - measured.value, measured.value - measured.low)
             mark = mark_of(contrasts.get((label, score, name))).strip()
-            # without the zero, so that three columns stand in a terminal of eighty
-            cells.append(f"{measured.value:.3f} \u00b1{wide:.3f} {mark:<2}".replace("\u00b10.", "\u00b1."))
+            cells.append(f"{measured.value:.3f} \u00b1{wide:.3f} {mark:<2}")
         shown.add_row(READABLE[row], *cells)
     return shown
