@@ -1,6 +1,7 @@
 """Optional dependencies: imported where they are used, with the command that installs them."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from pivot_plugin.errors import SettingsError
@@ -26,3 +27,37 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise SettingsError(
             f"{purpose} needs {error.name}, which is not installed.", f'Run: pip install "pivot-plugin[{extra}]".'
         ) from error
+
+
+# what transformers reports to, by the name in report_to: modules of which one is needed, and what installs it
+TRACKERS = {
+    "trackio": (("trackio",), "trackio"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "wandb": (("wandb",), "wandb"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "neptune": (("neptune",), "neptune"),
+}
+
+
+def check_trackers(report_to: object) -> None:
+    """Make sure that what a run is to report to is installed, before anything is loaded.
+
+    Args:
+        report_to: a name, or a list of names; those that are not known here are left to transformers.
+
+    Raises:
+        SettingsError: with the command to install it.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to if isinstance(report_to, list | tuple) else []
+    for name in names:
+        modules, package = TRACKERS.get(str(name), ((), ""))
+        if modules and not any(find_spec(module) for module in modules):
+            raise SettingsError(
+                f"report_to names {name!r}, which is not installed.",
+                f"Run: pip install {package}; or leave report_to out: the run's own log and report need no tracker.",
+            )

@@ -218,6 +218,44 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+# what a run logs, a line of JSON each; it grows while the run goes on
+LOG_FILE = "log.jsonl"
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; one that is being written is left out."""
+    try:
+        texts = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Entries of a run's log, each with its step; those that a resumed run has written anew, once."""
+    history: list[dict[str, Any]] = []
+    for line in read_lines(folder):
+        if line.get("event") == "begin":
+            history = [entry for entry in history if entry["step"] <= line.get("first_step", 0)]
+        elif line.get("event") == "log" and isinstance(line.get("logs"), dict):
+            history.append({**line["logs"], "step": line.get("step", 0)})
+    return history
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether a text can only be a path, since no Hub id begins or is built like it."""
+    text = str(name)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
 def cache_folder(name: str) -> Path:
     """Folder of one of this package's caches: below `$PIVOT_CACHE`, or `~/.cache/pivot_plugin`."""
     root = os.environ.get("PIVOT_CACHE")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from typing import Annotated
@@ -9,15 +10,23 @@ from typing import Annotated
 import typer
 
 from pivot_plugin import __version__
-from pivot_plugin.errors import PivotError, said
+from pivot_plugin.errors import PivotError, TrainingError, said
 
-from . import encoders, measure, models, prefs, recipe, training
+from . import encoders, measure, models, prefs, recipe, starting, training
+
+INTERRUPTED = 130
+# commands with --resume
+RESUMABLE = ("optimize", "align", "instruct")
 
 cli = typer.Typer(
     name="pivot",
     help="Make the vision encoder of a multimodal language model better by preference optimisation.",
+    epilog="Exit status: 0 done; 1 refused or failed, with the reason in one sentence (also: a check that failed); 2 a "
+    "word of the command line that is not known; 130 Ctrl-C. PIVOT_TRACEBACK=1 shows where an error "
+    "comes from. Shell completion: pivot --install-completion. For example: pivot init MODEL PAIRS, then pivot "
+    "optimize --config run.yaml.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 cli.command("optimize")(training.optimize)
@@ -37,7 +46,9 @@ cli.command("list")(encoders.list_published)
 cli.command("demo")(training.demo)
 cli.command("inspect")(models.inspect)
 cli.command("check")(models.check)
-cli.command("adapters")(models.adapters)
+cli.command("init")(starting.init)
+cli.command("watch")(starting.watch)
+cli.add_typer(starting.adapters, name="adapters")
 cli.add_typer(prefs.group, name="prefs")
 cli.add_typer(recipe.group, name="recipe")
 
@@ -58,6 +69,8 @@ def _root(
     # what other libraries tell of their own doings is not this command's output
     for name in ("httpx", "httpx2", "datasets", "transformers", "huggingface_hub", "accelerate", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("bitsandbytes", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:
@@ -73,6 +86,8 @@ def main() -> None:
         if os.environ.get("PIVOT_TRACEBACK"):
             raise
         print(f"pivot: {error}", file=sys.stderr)
+        if isinstance(error, TrainingError) and (command := _go_on()):
+            print(command, file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if os.environ.get("PIVOT_TRACEBACK"):
@@ -89,9 +104,20 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("pivot: interrupted; finished checkpoints are kept.", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # typer makes the one into the other
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
+        print(f"pivot: interrupted; checkpoints are kept. {_go_on()}".strip(), file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _go_on() -> str:
+    """The command that goes on with a run which was cut off, empty for commands that have none."""
+    words = sys.argv[1:]
+    if not words or words[0] not in RESUMABLE:
+        return ""
+    return f"Go on by: {shlex.join(['pivot', *words, *([] if '--resume' in words else ['--resume'])])}"
 
 
 def _names_no_built_in_command() -> bool:

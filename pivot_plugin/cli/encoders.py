@@ -9,6 +9,7 @@ import typer
 from pivot_plugin.choices import ExportTarget, Projector
 
 from .options import empty_folder
+from .showing import readable
 
 
 def push(
@@ -94,7 +95,7 @@ def verify(
         if commit:
             print(f"commit: {commit}")
         for name, value in report.provenance().items():
-            print(f"{name}: {json.dumps(value)}")
+            print("\n".join(readable(name, value)))
     if not report.passed:
         raise typer.Exit(1)
 

@@ -10,6 +10,7 @@ import typer
 from pivot_plugin.errors import SettingsError
 
 from .options import setting
+from .showing import show_comparison
 
 
 def compare(
@@ -51,12 +52,20 @@ def compare(
 
     tasks = {label: ProbeTask(probe, data, options_of.get(label, {})) for label, (probe, data) in data_of.items()}
     comparison = compare_all(examined, tasks, mllm=mllm, output=output)
-    print(json.dumps(comparison.as_dict()) if as_json else comparison)
+    if as_json:
+        print(json.dumps(comparison.as_dict()))
+    elif sys.stdout.isatty():
+        show_comparison(comparison)
+    else:
+        print(comparison)
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file to write.", show_default="report.html in the first run"),
+    ] = None,
     comparison: Annotated[
         Path | None, typer.Option(help="JSON of `pivot compare -o`; by default comparison.json in the first run.")
     ] = None,
@@ -66,7 +75,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs: pairs, curves, probes, saliency, cost, provenance.
 
-    pivot report run -o report.html
+    pivot report run
     """
     results: dict[str, Any] | None = None
     if comparison is not None:
@@ -80,7 +89,10 @@ def report(
     from pivot_plugin.report import write_report
 
     audited = None if audit is None else AuditReport.load(audit)
-    print(f"Report: {write_report(output, runs, results, audited)}")
+    page = runs[0] / "report.html" if output is None else output
+    if output is None and not runs[0].is_dir():
+        raise SettingsError(f"There is no folder {str(runs[0])!r}.", "Give the output_dir of pivot optimize -o.")
+    print(f"Report: {write_report(page, runs, results, audited)}")
 
 
 def benchmark(

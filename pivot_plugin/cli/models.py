@@ -1,4 +1,4 @@
-"""Commands about models: `pivot inspect`, `pivot adapters`, `pivot assemble`."""
+"""Commands about models: `pivot inspect`, `pivot assemble`, `pivot check`."""
 
 import json
 from pathlib import Path
@@ -29,29 +29,6 @@ def inspect(
     table = Table(title=Path(model).name, show_header=False)
     for name, value in facts.items():
         table.add_row(name, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
-    Console().print(table)
-
-
-def adapters(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
-    """List the plugins that are installed, in the order in which they are asked.
-
-    pivot adapters
-    """
-    from dataclasses import asdict
-
-    from pivot_plugin.hooks import installed
-
-    if as_json:
-        print(json.dumps([asdict(info) for info in installed()]))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Plugins, first asked first")
-    for column in ("plugin", "distribution", "version", "hooks", "problem"):
-        table.add_column(column)
-    for info in installed():
-        table.add_row(info.name, info.distribution, info.version, ", ".join(info.hooks), info.problem or "")
     Console().print(table)
 
 

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from pivot_plugin.choices import PairUp
-from pivot_plugin.errors import SettingsError
 
-from .options import ImageFolder, reward_weight
+from .options import ImageFolder, column, reward_weight
 
 group = typer.Typer(help="Check or audit preference pairs, or make them.", no_args_is_help=True)
 
@@ -32,7 +31,7 @@ def check(
 
     pivot prefs check ./pairs --processor llava-hf/llava-1.5-7b-hf
     """
-    theirs = dict(_column(text) for text in columns or [])
+    theirs = dict(column(text) for text in columns or [])
     from pivot_plugin.data.checking import check as look
 
     report = look(
@@ -75,7 +74,7 @@ def build(
     pivot prefs build my-model ./questions.jsonl -o pairs --reward accuracy --n 8
     """
     weighted = [reward_weight(text) for text in rewards or ["accuracy"]]
-    theirs = dict(_column(text) for text in columns or [])
+    theirs = dict(column(text) for text in columns or [])
     from pivot_plugin.data.questions import load_questions
     from pivot_plugin.data.storage import save
     from pivot_plugin.generation.ranking import rank
@@ -164,10 +163,3 @@ def _processor(name: str | None) -> object | None:
     from pivot_plugin.models.loading import load_processor
 
     return load_processor(name)
-
-
-def _column(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not equals or not ours or not theirs:
-        raise SettingsError(f"--column {text!r} is not ours=theirs.", "For example: --column prompt=instruction.")
-    return ours, theirs

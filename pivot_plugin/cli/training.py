@@ -4,48 +4,77 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pivot_plugin.errors import SettingsError
 
+from . import display, early
+from .config_file import Config
 from .launching import Nodes, relaunched
 from .options import (
     AccelerateConfig,
+    AllowUrls,
     BadRows,
+    Columns,
     DPOSettings,
     HeldOutShare,
     ImageFolder,
+    LearningRate,
     Lora,
     MachineRank,
     Machines,
     Processes,
+    Quiet,
     Rendezvous,
     Resume,
     RunFolder,
     SFTSettings,
+    Split,
     TrainedParts,
+    Verbose,
+    columns_given,
     lora_rank,
-    reward_weight,
+    rewards_given,
     setting,
     settings_of,
 )
+from .showing import show_facts, show_result
 
 
 def optimize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
-    prefs: Annotated[str, typer.Argument(help="Pairs, or questions with --reward: a file, folder, zip or Hub id.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of an MLLM.")] = None,
+    prefs: Annotated[
+        str | None, typer.Argument(help="Pairs, or questions with --reward: a file, folder, zip or Hub id.")
+    ] = None,
     output_dir: RunFolder = Path("pivot-run"),
-    objective: Annotated[str, typer.Option(help="dpo, mpo, specs, sft, grpo, rloo, ... or a TRL loss type.")] = "dpo",
+    objective: Annotated[
+        str, typer.Option(help="dpo, mpo, specs, sft, ipo, dpo_norm, grpo, rloo, a plugin's, or a TRL loss type.")
+    ] = "dpo",
     train: TrainedParts = "encoder",
     lora: Lora = "16",
+    learning_rate: LearningRate = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Pairs at once (roll-outs, for grpo): per_device_train_batch_size.", show_default="8"),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="3 epochs of pairs")] = None,
     eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.")] = 0.02,
     rewards: Annotated[
         list[str] | None,
-        typer.Option("--reward", help="Of the model's answers to questions: name, or name=weight; repeat it."),
+        typer.Option(
+            "--reward",
+            help="Of the model's answers to questions: a name, file.py:function or package.module.function; with "
+            "=weight; repeat it. Names: accuracy, exact_match, multiple_choice, numeric, bleu, rouge_l, box_iou, "
+            "format, ...",
+        ),
     ] = None,
+    columns: Columns = None,
+    split: Split = None,
+    allow_urls: AllowUrls = False,
     image_folder: ImageFolder = None,
     on_bad_row: BadRows = "raise",
     resume: Resume = False,
@@ -53,6 +82,14 @@ def optimize(
         bool, typer.Option("--save-model", help="Write the whole MLLM too, into `model` in the run's folder.")
     ] = False,
     settings: DPOSettings = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML with all of this by name; `pivot init` writes one.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at model and data, say what would happen and cost; train nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
@@ -62,68 +99,90 @@ def optimize(
 ) -> None:
     """Make a model's vision encoder better on preference pairs: given ones, or the model's own answers to questions.
 
-    pivot optimize llava-hf/llava-1.5-7b-hf ./pairs -o run --set learning_rate=1e-4 --set max_steps=500
+    pivot optimize llava-hf/llava-1.5-7b-hf ./pairs -o run --learning-rate 1e-4 --max-steps 500
 
     pivot optimize llava-hf/llava-1.5-7b-hf ./questions --reward accuracy --set samples=8 --set rounds=2
+
+    pivot optimize --config run.yaml --resume
     """
-    options = settings_of(settings)
-    rank = lora_rank(lora)
+    said = Config(context, config)
+    model, prefs = said.of("model", model), said.of("prefs", prefs)
+    if model is None or prefs is None:
+        raise SettingsError(
+            f"No {'model is' if model is None else 'pairs to train on are'} named.",
+            "For example: pivot optimize llava-hf/llava-1.5-7b-hf ./pairs -o run; or --config run.yaml (pivot init).",
+        )
+    objective, rewards = said.of("objective", objective), said.of("rewards", rewards)
+    columns_of = columns_given(said.of("columns", columns))
+    options = said.settings | settings_of(settings)
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("per_device_train_batch_size", batch_size),
+        ("max_steps", max_steps),
+    ):
+        if value is not None:
+            options[name] = value
+    online, questions = objective in early.ONLINE, bool(rewards) or objective in early.ONLINE
+    early.check_objective(objective)
+    early.check_settings(
+        options,
+        objective if online else "pairs",
+        bool(rewards) and not online,
+        f"optimize with objective={objective!r}",
+    )
+    rank = lora_rank(str(said.of("lora", lora)))
+    early.check_model(model)
+    for name in (prefs, said.of("eval_prefs", eval_prefs)):
+        early.check_data(name)
     if rewards:
-        weighted = [reward_weight(text) for text in rewards]
-        options |= {"rewards": [name for name, _ in weighted], "reward_weights": [weight for _, weight in weighted]}
-    if relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
+        options |= rewards_given(rewards)
+    reading: dict[str, Any] = {
+        "columns": columns_of,
+        "split": said.of("split", split),
+        "allow_urls": said.of("allow_urls", allow_urls),
+        "image_folder": said.of("image_folder", image_folder),
+    }
+    reading = {name: value for name, value in reading.items() if value}
+    folder = Path(said.of("output_dir", output_dir))
+    fixed = {
+        "output_dir": folder,
+        "objective": objective,
+        "train": said.of("train", train),
+        "lora": rank,
+        "eval_prefs": said.of("eval_prefs", eval_prefs),
+        "eval_fraction": said.of("eval_fraction", eval_fraction),
+        "on_bad_row": said.of("on_bad_row", on_bad_row),
+        **reading,
+    }
+    if not dry_run and relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
-    questions = bool(rewards) or objective in ("grpo", "rloo")
+    if dry_run:
+        from pivot_plugin.runs.forecast import forecast
+
+        show_facts(forecast(model, prefs, fixed, options, questions), "What would be trained", as_json)
+        return
     import pivot_plugin as pivot
 
     # the trainer's log goes to standard output, which holds nothing but JSON if JSON is asked for
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        result = pivot.optimize(
-            model,
-            _rows(prefs, "prefs", image_folder, questions),
-            output_dir=output_dir,
-            objective=objective,
-            train=train,
-            lora=rank,
-            eval_prefs=None if eval_prefs is None else _rows(eval_prefs, "eval_prefs", image_folder, questions),
-            eval_fraction=eval_fraction,
-            on_bad_row=on_bad_row,
-            resume=resume,
-            **options,
-        )
-    if keep_model:
+    with (
+        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+        display.of_a_run(folder, quiet or as_json, verbose) as shown,
+    ):
+        result = pivot.optimize(model, prefs, resume=resume, display=shown, **fixed, **options)
+    if said.of("keep_model", keep_model, "save_model"):
         from pivot_plugin.recipes.runs import save_model
 
         save_model(result.model, result.processor, result.output_dir / "model")
-    folder = result.output_dir / "encoder"
+        keep_model = True
+    encoder = result.output_dir / "encoder"
     if as_json:
-        told = {"encoder": str(folder), "metrics": result.metrics, "weight_change": result.weight_change}
+        told = {"encoder": str(encoder), "metrics": result.metrics, "weight_change": result.weight_change}
+        told["verdict"] = result.verdict.as_dict()
         print(json.dumps(told | {"answers": [summary.as_dict() for summary in result.answers]}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    if result.metrics:
-        table = Table(title="Held-out pairs")
-        for column in ("measure", *result.metrics):
-            table.add_column(column, justify="left" if column == "measure" else "right")
-        for name in result.metrics["after"]:
-            table.add_row(name, *(f"{values[name]:.4f}" for values in result.metrics.values()))
-        Console().print(table)
-    print(f"Encoder: {folder}")
+    show_result(result, quiet)
     if keep_model:
         print(f"MLLM: {result.output_dir / 'model'}")
-
-
-def _rows(source: str, name: str, image_folder: Path | None, questions: bool) -> object:
-    """What is trained on: a path as it is, or the rows whose images lie in another folder."""
-    if image_folder is None:
-        return source
-    from pivot_plugin.preferences import load, load_questions
-
-    if questions:
-        return load_questions(source, name, image_folder=image_folder)
-    return load(source, name=name, image_folder=image_folder)
 
 
 def compare_arms(
@@ -154,6 +213,8 @@ def compare_arms(
         if not isinstance(value, int | float):
             raise SettingsError(f"--learning-rate {name}={value!r} is no number.", "For example: sft=5e-4.")
     rank = lora_rank(lora)
+    early.check_model(model)
+    early.check_data(prefs)
     import pivot_plugin as pivot
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -193,6 +254,9 @@ def align(
     pivot align mllm blip_laion_cc_sbu_558k.json --image-folder images -o aligned
     """
     options = settings_of(settings)
+    early.check_settings(options, "instruct", False, "align")
+    early.check_model(model)
+    early.check_data(captions)
     if relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
     import pivot_plugin as pivot
@@ -232,7 +296,10 @@ def instruct(
     pivot instruct aligned/model conversations.json --train all -o instructed
     """
     options = settings_of(settings)
+    early.check_settings(options, "instruct", False, "instruct")
     rank = lora_rank(lora)
+    early.check_model(model)
+    early.check_data(conversations)
     if relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
     import pivot_plugin as pivot
@@ -261,4 +328,5 @@ def demo(
     """
     from pivot_plugin.quickstart import demo as demonstration
 
-    demonstration.run(output_dir)
+    with display.of_a_run(output_dir / "dpo", False, False):
+        demonstration.run(output_dir)

@@ -82,7 +82,9 @@ class CheckReport:
         lines = [f"{self.name}: {self.rows:,} pairs, {self.errors:,} with errors"]
         for defect in self.defects:
             shown = ", ".join(map(str, defect.rows[:ROWS_SHOWN])) + (", ..." if len(defect.rows) > ROWS_SHOWN else "")
-            lines.append(f"  {defect.severity}: {defect.kind}: {len(defect.rows):,} (rows {shown})")
+            # of the pairs as a whole no row is to blame
+            rows = f"{len(defect.rows):,} (rows {shown})" if defect.rows else "all pairs together"
+            lines.append(f"  {defect.severity}: {defect.kind}: {rows}")
             lines += [f"      {example}" for example in defect.examples]
             lines.append(f"      {defect.remedy}")
         lines += [f"  {name.replace('_', ' ')}: {_shown(value)}" for name, value in self.statistics.items()]

@@ -56,6 +56,14 @@ def recognise(example: Mapping[str, Any], name: str, columns: Mapping[str, str] 
     layout: Layout | None = ask("pivot_preference_layout", columns=names, example=example)  # type: ignore[assignment]
     if layout is not None or {"chosen", "rejected"} <= example.keys():
         return layout
+    if {"question", "prompt", "problem"} & example.keys() and {"answer", "solution"} & example.keys():
+        raise DataError(
+            f"The rows of {name} are questions with answers (columns {', '.join(names)}), and pairs are wanted: each "
+            "with a chosen and a rejected answer.",
+            'Let the model answer them and learn from its own answers: rewards=["accuracy"] (--reward accuracy); or '
+            'train with objective="grpo" (--objective grpo).',
+            "unknown layout",
+        )
     nearest = min(KNOWN, key=lambda known: (sum(c not in example for c in KNOWN[known]), -len(KNOWN[known])))
     lacking = [column for column in KNOWN[nearest] if column not in example]
     raise DataError(
@@ -63,7 +71,8 @@ def recognise(example: Mapping[str, Any], name: str, columns: Mapping[str, str] 
         f"has no {' and no '.join(map(repr, lacking))}. The nearest is {nearest} ({', '.join(KNOWN[nearest])}, with "
         "image or images).",
         "Say which columns they are, for example columns={'prompt': 'instruction', 'chosen': 'better', 'rejected': "
-        "'worse', 'images': 'picture'}, or write a plugin with the hook pivot_preference_layout.",
+        "'worse', 'images': 'picture'} (--column prompt=instruction --column chosen=better ...), or write a plugin "
+        "with the hook pivot_preference_layout.",
         "unknown layout",
     )
 

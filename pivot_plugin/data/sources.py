@@ -158,6 +158,22 @@ def _rows_of(table: "Dataset | IterableDataset") -> "TableRows | IterableDataset
 # Paths and Hub ids
 
 
+def check_is_there(source: object, name: str) -> None:
+    """Refuse the path of data at which nothing is, before anything is loaded.
+
+    Args:
+        source: as users give it; what is no text and no path is not looked at.
+        name: of the data, for the error.
+
+    Raises:
+        DataError: naming the path.
+    """
+    if not isinstance(source, str | Path) or Path(source).exists():
+        return
+    if isinstance(source, Path) or Path(source).suffix in _READERS or not HUB_ID.fullmatch(source):
+        raise DataError(f"{name}: {str(source)!r} cannot be read: no such file or folder.", f"Give {FORMS}.")
+
+
 def _from_text(source: str | Path, split: str | None, streaming: bool, access: ImageAccess) -> Source:
     path = Path(source)
     if path.exists():

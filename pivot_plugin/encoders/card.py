@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pivot_plugin import __version__
+from pivot_plugin.verdict import READABLE, Verdict, is_constant, words_of
 
 from .downloading import answered
 
@@ -19,7 +20,7 @@ TAG = "pivot"
 FAMILY_TAG = "pivot-family-"
 CARD = "README.md"
 PICTURE = "saliency.png"
-_REPO = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
@@ -76,6 +77,10 @@ def card(
         encoder_module=encoder_module,
         usage=usage,
         metrics=metrics,
+        verdict=Verdict.from_dict(record.get("verdict")),
+        readable=READABLE,
+        words_of=words_of,
+        is_constant=is_constant,
         metric_names=sorted({name for values in metrics.values() for name in values}),
         probes=record.get("probes") or {},
         picture=PICTURE if picture else "",

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pivot_plugin.errors import ModelError
-from pivot_plugin.files import RUN_FILE
+from pivot_plugin.files import RUN_FILE, is_path
 from pivot_plugin.hooks import ask
 
 from .merging import adapted_weights_of, base_of, is_lora, load_base, merge
@@ -43,6 +43,7 @@ def empty_model(name: str) -> PreTrainedModel:
     foreign = from_plugins(name, None, weights=False)
     if foreign is not None:
         return foreign[0]
+    _refuse_no_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with init_empty_weights():
@@ -98,6 +99,8 @@ def load_model(
         ModelError: if either cannot be loaded, weights are missing, or an adapter does not fit its base.
         PluginError: if a plugin raises.
     """
+    if isinstance(model, str | Path):
+        _refuse_no_folder(model)
     if isinstance(model, str | Path) and is_lora(model):
         base, base_processor = load_base(model, lambda base: load_model(base, processor))
         return _merged(base, model), base_processor
@@ -186,6 +189,16 @@ def _own_processor(name: str | Path) -> ProcessorMixin:
         raise ModelError(
             f"No processor could be loaded from {str(name)!r}: {error}", "Pass processor= explicitly."
         ) from error
+
+
+def _refuse_no_folder(name: str | Path) -> None:
+    """Refuse a path at which nothing is: no Hub is asked for it, and no network is to blame.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if is_path(name) and not Path(name).expanduser().exists():
+        raise ModelError(f"No MLLM could be loaded from {str(name)!r}: there is no such folder.", "Mend the path.")
 
 
 def _not_loaded(folder: Path, error: Exception) -> ModelError:

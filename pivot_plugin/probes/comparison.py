@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Contrast:
         return self.of_words is not None and self.of_words >= SURVIVES
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """What probes found.
 
@@ -111,14 +112,26 @@ class Comparison:
 
         A star marks a difference beyond noise, a dagger an improvement that is there without the picture too.
         """
+        head, *rows = self.cells()
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([*lines, "", self.note()])
+
+    def cells(self) -> list[list[str]]:
+        """The table as text, the head first: the score, then a cell per compared."""
         contrasts = {(c.probe, c.score, c.name): c for c in self.contrasts()}
-        lines = [f"| score | {' | '.join(self.names)} |", "|---" * (len(self.names) + 1) + "|"]
+        table = [["score", *self.names]]
         for label, score in self.rows():
             cells = []
             for name, results in self.results.items():
                 measured = results[label].scores.get(score) if label in results else None
                 cells.append("" if measured is None else f"{measured}{mark_of(contrasts.get((label, score, name)))}")
-            lines.append(f"| {label} {score} | {' | '.join(cells)} |")
+            table.append([f"{label} {score}", *cells])
+        return table
+
+    def note(self) -> str:
+        """What the marks of the table mean."""
+        contrasts = {(c.probe, c.score, c.name): c for c in self.contrasts()}
         note = "95 % intervals in brackets."
         if len(self.names) > 1:
             note += (
@@ -127,7 +140,16 @@ class Comparison:
             )
             if any(contrast.survives_blind for contrast in contrasts.values()):
                 note += f" {WORDS_MARK} {WORDS_NOTE}"
-        return "\n".join([*lines, "", note])
+        return note
+
+    def _repr_html_(self) -> str:
+        head, *rows = self.cells()
+        top = "".join(f"<th>{escape(name)}</th>" for name in head)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table><p>{escape(self.note())}</p>"
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def rows(self) -> list[tuple[str, str]]:
         """Every (label, score) there is, in order."""

@@ -15,6 +15,7 @@ from pivot_plugin.preferences.auditing import AUDIT_FILE, AuditReport
 from pivot_plugin.probes.comparison import COMPARISON_FILE, WORDS_MARK, WORDS_NOTE, Comparison
 from pivot_plugin.probes.gradients import PairSaliency
 from pivot_plugin.probes.scores import SEEN, apart
+from pivot_plugin.verdict import READABLE, is_constant, words_of
 
 from .pictures import as_address, fitted, overlay
 from .plots import Series, curve, histogram
@@ -23,7 +24,7 @@ from .runs import RunFacts, read_run
 # title, names in the log (training, held out), whether zero means something
 CURVES = (
     ("loss", "loss", "eval_loss", False),
-    ("preference accuracy", "rewards/accuracies", "eval_rewards/accuracies", False),
+    ("reward accuracy, against the reference", "rewards/accuracies", "eval_rewards/accuracies", False),
     ("reward margin (beta x nats)", "rewards/margins", "eval_rewards/margins", True),
     ("log-probability of chosen answers (nats)", "logps/chosen", "eval_logps/chosen", False),
     ("reward of roll-outs", "reward", "eval_reward", False),
@@ -31,12 +32,6 @@ CURVES = (
     ("Generalisation Factor", "generalization/factor", None, True),
 )
 PAIRS_SHOWN = 12
-READABLE = {
-    "preference_accuracy": "preference accuracy",
-    "margin": "margin, chosen minus rejected (nats)",
-    "logps_chosen": "log-probability of chosen answers (nats)",
-    "logps_rejected": "log-probability of rejected answers (nats)",
-}
 
 
 def write_report(
@@ -94,6 +89,8 @@ def render(
         audited=None if audit is None else _audited(audit, len(curves)),
         tables={run.name: _before_after(run) for run in runs},
         readable=READABLE,
+        words_of=words_of,
+        summary=_summary(runs) if len(runs) > 1 else [],
         maps=[(run.name, _maps(run)) for run in runs if _saliency(run)],
         compared=_rows(compared) if compared else None,
         costs=[(run.name, _cost(run)) for run in runs],
@@ -136,11 +133,13 @@ def _compared(comparison: Comparison | Mapping[str, Any] | None, folder: Path) -
 def _curves(runs: Sequence[RunFacts]) -> list[str]:
     """Plots of everything the logs hold: of one run training beside held out, of several run beside run."""
     curves: list[str] = []
+    # of several runs each has its own
+    kept = runs[0].kept if len(runs) == 1 else None
 
     def add(title: str, lines: Mapping[str, Series], zero: bool = False) -> None:
         with_points = {name: points for name, points in lines.items() if points}
         if with_points:
-            curves.append(curve(title, with_points, len(curves), zero))
+            curves.append(curve(title, with_points, len(curves), zero, kept))
 
     for title, training, held_out, zero in CURVES:
         if len(runs) == 1:
@@ -157,7 +156,7 @@ def _curves(runs: Sequence[RunFacts]) -> list[str]:
             steps = run.probes.get(label, {})
             points = [(float(step), result.main.value) for step, result in steps.items()]
             name = next(iter(next(iter(steps.values())).scores)) if steps else ""
-            looked[run.name if len(runs) > 1 else name] = points if len(points) > 1 else []
+            looked[run.name if len(runs) > 1 else words_of(name)] = points if len(points) > 1 else []
         add(f"probe: {label}", looked)
     return curves
 
@@ -174,11 +173,34 @@ def _before_after(run: RunFacts) -> list[dict[str, Any]]:
     for label, steps in run.probes.items():
         first, last = steps.get(0), steps[max(steps)]
         for name, score in last.scores.items():
-            before = first.scores.get(name) if first and first is not last else None
-            change = score.value - before.value if before else None
-            beyond = before is not None and apart(before, score)
-            row = {"probe": label, "score": name, "before": before, "after": score, "change": change, "apart": beyond}
+            if is_constant(name):
+                continue
+            before = first.scores.get(name) if first else None
+            # of a run that goes on there is no after yet
+            after = None if first is last else score
+            change = after.value - before.value if before and after else None
+            beyond = before is not None and after is not None and apart(before, after)
+            row = {"probe": label, "score": name, "before": before, "after": after, "change": change, "apart": beyond}
             rows.append(row)
+    return rows
+
+
+def _summary(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """A row a run: what it was and what it came to."""
+    rows = []
+    for run in runs:
+        change = run.verdict.change if run.verdict else None
+        rows.append(
+            {
+                "name": run.name,
+                "objective": run.settings.get("objective", ""),
+                "steps": run.steps,
+                "title": run.verdict.title if run.verdict else "Not finished" if not run.finished else "Not judged",
+                "before": f"{change.before:.3f}" if change else "",
+                "after": f"{change.after:.3f}" if change else "",
+                "change": f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "",
+            }
+        )
     return rows
 
 
@@ -241,7 +263,11 @@ def _rows(compared: Mapping[str, Any]) -> dict[str, Any]:
     contrasts = [{"survives_blind": False, **contrast} for contrast in compared["contrasts"]]
     beyond = {(c["probe"], c["score"], c["name"]): c for c in contrasts}
     rows = dict.fromkeys(
-        (label, score) for results in every.values() for label, result in results.items() for score in result["scores"]
+        (label, score)
+        for results in every.values()
+        for label, result in results.items()
+        for score in result["scores"]
+        if not is_constant(score)
     )
     return {
         "names": list(every),

@@ -16,12 +16,13 @@ _PAGE_COLOUR = "#010203"
 # told apart in light, in dark, in print and without colour vision, together with the markers
 LINES = (("#3b7dd8", "o", "-"), ("#c8641a", "s", "--"), ("#3a9a5b", "^", "-."), ("#a352b8", "D", ":"))
 MARKERS_UP_TO = 40
+SMOOTHED_FROM = 60
 BINS = 30
 
 Series = Sequence[tuple[float, float]]
 
 
-def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = False) -> str:
+def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = False, kept: float | None = None) -> str:
     """A small plot over optimiser steps.
 
     Args:
@@ -29,6 +30,7 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
         lines: by name the points (step, value).
         number: of the figure, unique on its page.
         zero: whether to draw a line at 0.
+        kept: the step whose weights were kept, which is marked; None for none.
 
     Returns:
         an svg element with a description for those who cannot see it.
@@ -40,16 +42,24 @@ def curve(title: str, lines: Mapping[str, Series], number: int, zero: bool = Fal
             colour, marker, style = LINES[index % len(LINES)]
             steps, values = zip(*points, strict=True)
             marks = marker if len(points) <= MARKERS_UP_TO else None
-            axes.plot(steps, values, style, color=colour, marker=marks, markersize=3.5, linewidth=1.4, label=name)
+            look: dict[str, Any] = {"color": colour, "marker": marks, "markersize": 3.5, "linewidth": 1.4}
+            if len(points) > SMOOTHED_FROM:
+                # what was logged stays to be seen behind its running mean
+                axes.plot(steps, values, "-", color=colour, linewidth=0.6, alpha=0.35)
+                values = tuple(running_mean(values))
+            axes.plot(steps, values, style, label=name, **look)
+        if kept is not None:
+            axes.axvline(kept, color=_PAGE_COLOUR, linewidth=0.8, linestyle=":", label="kept")
         if zero:
             axes.axhline(0, color=_PAGE_COLOUR, linewidth=0.5)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel("optimiser step")
         axes.set_title(title, fontsize=10)
         axes.locator_params(axis="x", nbins=6, integer=True)
-        if len(lines) > 1:
+        if len(lines) > 1 or kept is not None:
             axes.legend(frameon=False, fontsize=8)
         svg = _drawn(figure)
-    return _inline(svg, f"{title} over optimiser steps: {_described(lines)}", number)
+    return _inline(svg, f"{title} over optimiser steps: {_described(lines, kept)}", number)
 
 
 def histogram(title: str, values: Mapping[str, np.ndarray], number: int) -> str:
@@ -112,11 +122,19 @@ def _drawn(figure: Any) -> str:
     return svg.getvalue()
 
 
-def _described(lines: Mapping[str, Series]) -> str:
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Each value as the mean of a tenth of all up to it."""
+    width = max(len(values) // 10, 1)
+    sums = np.cumsum([0.0, *values])
+    return [float(sums[i + 1] - sums[max(i + 1 - width, 0)]) / min(width, i + 1) for i in range(len(values))]
+
+
+def _described(lines: Mapping[str, Series], kept: float | None) -> str:
     parts = [
         f"{name} from {points[0][1]:.3g} at step {points[0][0]:g} to {points[-1][1]:.3g} at step {points[-1][0]:g}"
         for name, points in lines.items()
     ]
+    parts += [] if kept is None else [f"kept was step {kept:g}"]
     return "; ".join(parts) + "."
 
 

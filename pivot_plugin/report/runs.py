@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.files import RUN_FILE, read_record
+from pivot_plugin.files import RUN_FILE, logged, read_record
 from pivot_plugin.generation.own_answers import AnswerSummary
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.training.checkpoints import last_checkpoint
+from pivot_plugin.verdict import Verdict
 
 # Images seen in pre-training, by the type of the tower. SigLIP: Zhai et al. 2023 (arXiv 2303.15343), section 4, and
 # Tschannen et al. 2025 (arXiv 2502.14786), section 2 for SigLIP 2: 40 billion. CLIP: Radford et al. 2021
@@ -27,6 +28,7 @@ class RunFacts:
         finished: whether it is.
         settings, metrics, weight_change, origin, cost, trained: as `run.json` has them.
         history: log entries, each with its step.
+        verdict: on the run, None where it has none.
         answers: what came of asking the model, a round each; empty where it learnt from given pairs or roll-outs.
         probes: results by label and step.
     """
@@ -40,6 +42,7 @@ class RunFacts:
     cost: dict[str, Any]
     trained: dict[str, Any]
     history: list[dict[str, Any]]
+    verdict: Verdict | None
     answers: list[AnswerSummary]
     probes: dict[str, dict[int, ProbeResult]] = field(repr=False)
 
@@ -55,6 +58,12 @@ class RunFacts:
             for entry in self.history
             if name in entry and "step" in entry and held_out == any(key.startswith("eval_") for key in entry)
         ]
+
+    @property
+    def kept(self) -> int | None:
+        """The step whose weights were kept, None where that is not known."""
+        found = next((e["watch/best_step"] for e in reversed(self.history) if "watch/best_step" in e), None)
+        return None if found is None or self.settings.get("load_best_model_at_end") is False else int(found)
 
     @property
     def steps(self) -> int:
@@ -100,7 +109,8 @@ def read_run(folder: str | Path) -> RunFacts:
     if history is None:
         checkpoint = last_checkpoint(folder)
         state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
-        history = state.get("log_history", [])
+        # the log of a run that goes on is ahead of its checkpoints
+        history = logged(folder) or state.get("log_history", [])
     return RunFacts(
         folder.resolve().name,
         bool(record.get("finished")),
@@ -111,6 +121,7 @@ def read_run(folder: str | Path) -> RunFacts:
         record.get("cost") or {},
         record.get("trained") or {},
         history,
+        Verdict.from_dict(record.get("verdict")),
         [AnswerSummary.from_dict(summary) for summary in record.get("answers") or []],
         saved_results(folder),
     )

@@ -2,10 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
-from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.errors import DataError, SettingsError, said
 from pivot_plugin.hooks import hookimpl, named, offered
 from pivot_plugin.hooks.types import RewardFunction
 
@@ -56,10 +59,55 @@ def resolve_rewards(rewards: str | Callable[..., object] | Sequence[object]) -> 
     listed = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     if not listed:
         raise SettingsError("No reward is given.", f"Give one or more of {', '.join(sorted(available()))}.")
-    return [
-        named("pivot_rewards", reward, "reward") if isinstance(reward, str) and not _is_model(reward) else reward
-        for reward in listed
-    ]
+    return [_resolved(reward) for reward in listed]
+
+
+def _resolved(reward: object) -> object:
+    if not isinstance(reward, str):
+        return reward
+    if reward not in available() and (found := written_at(reward)) is not None:
+        return found
+    return reward if _is_model(reward) else named("pivot_rewards", reward, "reward")
+
+
+def written_at(text: str) -> Callable[..., object] | None:
+    """A reward function by where it is written: `file.py:function`, or `package.module.function` as TRL takes it.
+
+    Args:
+        text: as given.
+
+    Returns:
+        None for a text that is neither.
+
+    Raises:
+        SettingsError: if the file or the module cannot be imported, or has no such function.
+    """
+    file, colon, name = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        where = file
+        if not Path(file).is_file():
+            raise SettingsError(f"The reward {text!r} is written in {file!r}, which is no file.", "Mend the path.")
+    elif text.replace(".", "").isidentifier() and "." in text.strip("."):
+        where, _, name = text.rpartition(".")
+    else:
+        return None
+    try:
+        module = _module_of_file(Path(where)) if where.endswith(".py") else import_module(where)
+    # code of the user's
+    except Exception as error:
+        raise SettingsError(f"The reward {text!r} cannot be imported: {said(error)}.", "Mend it.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SettingsError(f"{where!r} has no function {name!r}, which is to be a reward.", "Mend the name.")
+    return function  # type: ignore[no-any-return]
+
+
+def _module_of_file(file: Path) -> ModuleType:
+    spec = spec_from_file_location(f"pivot_reward_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _columns_of(reward: object) -> list[str]:

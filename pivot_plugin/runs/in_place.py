@@ -22,6 +22,12 @@ from pivot_plugin.training.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = (
+    " To need less memory: halve per_device_train_batch_size and double gradient_accumulation_steps, which computes "
+    "the same; gradient_checkpointing=True; smaller or fewer images a row (the processor's size, max_pixels); "
+    "train='encoder' with lora=. All but the last two can be changed when a run is resumed."
+)
+
 
 @dataclass(frozen=True)
 class InPlace:
@@ -66,11 +72,15 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
             raise _unwritten(folder, error) from error
         checkpoint = last_checkpoint(folder)
         remedy = (
-            f"Checkpoint {checkpoint} is kept; go on with resume=True." if checkpoint else "There is no checkpoint yet."
+            f"Checkpoint {checkpoint} is kept; go on with resume=True (--resume)."
+            if checkpoint
+            else "There is no checkpoint yet."
         )
         if isinstance(error, KeyboardInterrupt):
             logger.warning("Interrupted. The model is as it was. %s", remedy)
             raise
+        if _is_out_of_memory(error):
+            remedy += OUT_OF_MEMORY
         raise TrainingError(f"Training stopped with {type(error).__name__}: {error}.", remedy) from error
     snapshot.settle()
     # where the model was built around an object of another repository, that object is the caller's
@@ -86,3 +96,7 @@ def _unwritten(folder: Path, error: BaseException) -> TrainingError:
         f"Training stopped: {reason.finding}",
         f"{reason.remedy.partition(',')[0]}, and go on with resume=True {go_on}; save_total_limit= keeps fewer.",
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()

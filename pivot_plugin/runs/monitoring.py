@@ -101,7 +101,9 @@ class Monitoring:
         if self.probes or pairs is not None:
             image_processor = run.adapter.image_processor(run.processor)
             subject = Subject("model", run.adapter, image_processor, run.processor)
-            trainer.add_callback(ProbeRecorder(trainer, subject, self.probes or {}, self.steps, pairs, run.output_dir))
+            recorder = ProbeRecorder(trainer, subject, self.probes or {}, self.steps, pairs, run.output_dir)
+            # before trackers, which close when training ends, are told so: the last scores are theirs, too
+            trainer.callback_handler.callbacks.insert(0, recorder)
 
 
 class ProbeRecorder(TrainerCallback):
@@ -183,7 +185,7 @@ class ProbeRecorder(TrainerCallback):
                 result = self._run(label, runner, fatal)
                 if result is not None:
                     save_result(self._folder, label, step, result)
-                    self._log(state, label, step, result)
+                    self._log(label, result)
         self._trainer.accelerator.wait_for_everyone()
 
     def _run(self, label: str, runner: Runner, fatal: bool) -> ProbeResult | None:
@@ -202,9 +204,10 @@ class ProbeRecorder(TrainerCallback):
             logger.warning("Probe %r failed and is left out: %s: %s", label, type(error).__name__, error)
             return None
 
-    def _log(self, state: TrainerState, label: str, step: int, result: ProbeResult) -> None:
+    def _log(self, label: str, result: ProbeResult) -> None:
         entry = {f"probe/{label}/{name}": score.value for name, score in result.scores.items()}
-        state.log_history.append({"step": step, **entry})
+        # trackers are told too; not by TRL's own `log`, which would add what it has gathered of the steps so far
+        Trainer.log(self._trainer, entry)
 
 
 class Scoring(Protocol):

@@ -15,6 +15,7 @@ from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
+from pivot_plugin.data.sources import check_is_there
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
@@ -22,13 +23,25 @@ from pivot_plugin.objectives import ONLINE
 from pivot_plugin.rewards import Scorer, needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.looks import Look
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
+from pivot_plugin.verdict import Verdict
 
+from .display import Display
 from .leftovers import ENCODER_FOLDER, put_back, trained_in
 from .monitoring import Monitoring
-from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
+from .outcome import has_moved, judged
+from .own_answers import (
+    Round,
+    answered,
+    in_rounds,
+    is_of_pairs,
+    own_answers,
+    refuse_pairs,
+    refuse_pairs_as_questions,
+)
 from .provenance import optimized_origin
 from .result import PivotResult
 from .run import Run, RunOptions, begin, merge_lora
@@ -51,11 +64,16 @@ def optimize(
     eval_fraction: float = 0.02,
     rewards: Rewards | None = None,
     ood_prefs: object | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    allow_urls: bool = False,
+    image_folder: str | Path | None = None,
     on_bad_row: OnBadRow = "raise",
     resume: bool = False,
     probes: Mapping[str, object] | None = None,
     probe_steps: Sequence[int] = (),
     saliency: int = SALIENCY_PAIRS,
+    display: Display = "auto",
     **settings: Any,
 ) -> PivotResult:
     """Make the vision encoder of an MLLM better by preference optimisation, or by RL with verifiable rewards.
@@ -83,6 +101,9 @@ def optimize(
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
+        columns, split, allow_urls, image_folder: how `prefs` and `eval_prefs` are read, as for `preferences.load`: our
+            column names to the data's own ({"prompt": "instruction"}), the split of a data set, whether images given by
+            address are fetched, and what relative paths of images start from.
         on_bad_row: "raise" stops at the first row that cannot be used, before training; "skip" leaves such rows out,
             also those that the model cannot take (too long, refused by its processor), and lists them in
             `skipped.jsonl` in `output_dir`; where more than half are bad it stops and says so.
@@ -93,6 +114,9 @@ def optimize(
         probe_steps: optimiser steps after which to run them too.
         saliency: how many of the held-out pairs with images have their gradient maps kept, before and after, for the
             report; 0 for none.
+        display: what is shown while it trains: "auto" (a panel in a terminal, a table in a notebook, lines elsewhere),
+            "lines", "none", or "all" (what the libraries show themselves). The folder has `log.jsonl` in any case,
+            which `pivot watch` reads.
         **settings: any field of `PivotConfig` (`PivotGRPOConfig`, `PivotRLOOConfig`), which has all of TRL's DPOConfig:
             `learning_rate`, `max_steps`, `per_device_train_batch_size` (in pairs; for "grpo" in roll-outs), `beta`,
             `loss_type`, `use_cpu`, ... Where the model learns from its own answers, also any field of
@@ -121,10 +145,14 @@ def optimize(
     watched = eval_prefs is not None or eval_fraction > 0
     config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
     functions = _reward_functions(rewards, config, objective)
-    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers)
+    told = {"columns": columns, "split": split, "allow_urls": allow_urls, "image_folder": image_folder}
+    reading = {name: value for name, value in told.items() if value}
+    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers, reading)
+    for data, name in ((prefs, "prefs"), (eval_prefs, "eval_prefs")):
+        check_is_there(data, name)
     own = {} if answers is None else answers.as_dict()
-    choices = {"objective": objective, **_reward_names(functions), **settings, **own}
-    options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume)
+    choices = {"objective": objective, **_reward_names(functions), **settings, **own, **reading}
+    options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume, display)
     if answers is None or answers.rounds == 1:
         return _optimize(model, processor, options, source, monitoring, Round())
 
@@ -146,6 +174,7 @@ class _Source:
         prefs, eval_prefs, ood_prefs: as `optimize` was given them.
         rewards: that score answers, None for a run on pairs.
         answers: how own answers become pairs, None where they do not.
+        reading: how rows are read, of `preferences.load`'s options.
     """
 
     prefs: object
@@ -153,6 +182,7 @@ class _Source:
     ood_prefs: object | None
     rewards: Sequence[Any] | None
     answers: OwnAnswers | None
+    reading: Mapping[str, Any]
 
     @property
     def rollout_rewards(self) -> Sequence[Any] | None:
@@ -179,27 +209,32 @@ def _optimize(
     if run.keeper and run.ended is None:
         notify("pivot_run_started", run=run)
 
-    metrics: dict[str, dict[str, float]] = {}
+    looks: list[Look] = []
+    blind: list[Look | None] = []
     measured = run.held_out is not None and run.ended is None
     with run.in_place() as training:
         if run.ended is not None and run.left is not None:
             put_back(run.left, run.adapter)
-            trained, history, lora_weights = trained_in(run.ended), [], None
+            trained, history, planned, lora_weights = trained_in(run.ended), [], 0, None
         else:
             trainer = _trainer(run, source.rollout_rewards, this.reference)
             if run.ended is None:
                 monitoring.add_to(trainer, run)
             trained = trainer.trained_parameters()
             if measured:
-                metrics["before"] = trainer.reference_metrics()
+                looks.append(trainer.look_before())
+                blind.append(trainer.look_blind())
             run.train(trainer)
             if measured:
-                metrics["after"] = trainer.held_out_metrics()
-            history = trainer.state.log_history
+                looks.append(trainer.look_now())
+                blind.append(trainer.look_blind())
+            history, planned = trainer.state.log_history, trainer.state.max_steps
             lora_weights = merge_lora(trainer)
             # with it goes the memory of its optimiser
             del trainer
 
+    metrics = {when: look.metrics for when, look in zip(("before", "after"), looks, strict=False)}
+    before = dict(this.before or training.before)
     result = PivotResult(
         model=run.model,
         processor=run.processor,
@@ -207,9 +242,7 @@ def _optimize(
         metrics=metrics if run.ended is None else run.ended["metrics"],
         history=history if run.ended is None else run.ended["history"],
         # of a model that was divided the keeper alone has the weights
-        weight_change=(
-            {} if run.model.device.type == "meta" else weight_change(run.adapter, dict(this.before or training.before))
-        ),
+        weight_change=({} if run.model.device.type == "meta" else weight_change(run.adapter, before)),
         trained=trained,
         settings=run.settings,
         adapter=run.adapter,
@@ -220,13 +253,19 @@ def _optimize(
             else run.ended["origin"]
         ),
         answers=list(answers),
+        verdict=(
+            judged(run, (looks, blind), history, planned, has_moved(run.model, before))
+            if run.ended is None
+            else Verdict.from_dict(run.ended.get("verdict")) or Verdict()
+        ),
         # of several rounds, the last one's LoRA is not what makes the encoder of the base
         _lora=lora_weights if this.of == 1 else None,
     )
     if run.keeper and run.ended is None:
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / ENCODER_FOLDER)
-        details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}
+        details: dict[str, Any] = {"verdict": result.verdict.as_dict()}
+        details |= {"answers": [summary.as_dict() for summary in answers]} if answers else {}
         run.record(result, weight_change=result.weight_change, origin=result.origin, **details)
         notify("pivot_run_finished", result=result)
     run.wait()
@@ -265,14 +304,14 @@ def _load_rows(
     if source.rewards is not None:
         return _load_questions(source, options, judge)
     skipped = options.folder / SKIPPED_FILE
-    pairs = load(source.prefs, skipped=skipped)
+    pairs = load(source.prefs, skipped=skipped, **source.reading)
     if isinstance(pairs, PairStream):
         if options.config.max_steps <= 0:
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
         pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
         pairs.verify(options.on_bad_row, skipped, judge)
-    return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options, judge)
+    return pairs, None if source.eval_prefs is None else _held_out_pairs(source, options, judge)
 
 
 def _load_questions(
@@ -280,26 +319,29 @@ def _load_questions(
 ) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
     """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
     rewards = source.rewards or ()
-    questions = load_questions(source.prefs)
+    questions = load_questions(source.prefs, **source.reading)
     if source.answers is not None:
         refuse_pairs(questions)
+    else:
+        refuse_pairs_as_questions(questions, options.choices["objective"])
     judge_asked = judge.of_questions(given_text=source.answers is not None and source.answers.engine is not None)
     questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge_asked)
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
     if source.answers is not None and isinstance(source.eval_prefs, PairDataset):
-        return questions, _held_out_pairs(source.eval_prefs, options, judge)
-    held_out = load_questions(source.eval_prefs, "eval_questions")
+        return questions, _held_out_pairs(source, options, judge)
+    held_out = load_questions(source.eval_prefs, "eval_questions", **source.reading)
     if source.answers is not None and is_of_pairs(held_out):
-        return questions, _held_out_pairs(source.eval_prefs, options, judge)
+        return questions, _held_out_pairs(source, options, judge)
     held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge_asked)
     needs_answer(rewards, held_out)
     return questions, held_out
 
 
-def _held_out_pairs(eval_prefs: object, options: RunOptions, judge: RowJudge) -> PairDataset:
-    pairs = load_pairs(eval_prefs, "eval_prefs", "Give held-out pairs as a list or a datasets.Dataset.")
+def _held_out_pairs(source: _Source, options: RunOptions, judge: RowJudge) -> PairDataset:
+    remedy = "Give held-out pairs as a list or a datasets.Dataset."
+    pairs = load_pairs(source.eval_prefs, "eval_prefs", remedy, **source.reading)
     return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge)
 
 

@@ -121,6 +121,25 @@ def refuse_pairs(rows: object, name: str = "prefs") -> None:
         )
 
 
+def refuse_pairs_as_questions(questions: QuestionDataset, objective: object) -> None:
+    """Refuse pairs where the model is to draw answers of its own and have them scored.
+
+    Args:
+        questions: read from what was given.
+        objective: of the run.
+
+    Raises:
+        SettingsError: for rows with chosen and rejected answers and none that a reward could compare with.
+    """
+    first = questions.unread(0) if len(questions) else {}
+    if not {"answer", "solution"} & set(first) and _is_pair(first, questions.name):
+        raise SettingsError(
+            f"The rows of {questions.name} are preference pairs (columns {', '.join(sorted(map(str, first)))}), and "
+            f"objective={objective!r} asks questions and has the model's answers scored.",
+            'Train on the pairs with objective="dpo" (--objective dpo), or give questions with an answer.',
+        )
+
+
 def is_of_pairs(questions: QuestionDataset) -> bool:
     """Whether rows that were read as questions are preference pairs, in any layout that is known."""
     return _is_pair(questions.unread(0), questions.name)

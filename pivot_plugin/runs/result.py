@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
@@ -25,13 +26,14 @@ from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.report import saliency_sheet, write_report
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.verdict import Verdict
 
 from .provenance import published_settings
 
 Weights = Literal["encoder", "lora"]
 
 
-@dataclass
+@dataclass(repr=False)
 class PivotResult:
     """A finished run.
 
@@ -49,6 +51,7 @@ class PivotResult:
         cost: time, memory and floating-point operations.
         origin: model, data and versions, as they may be published.
         answers: what came of asking the model, a summary a round; empty where it learnt from given pairs or roll-outs.
+        verdict: better, worse, no change or not measured, and by how much.
     """
 
     model: PreTrainedModel
@@ -63,8 +66,48 @@ class PivotResult:
     cost: Cost = field(default_factory=Cost)
     origin: dict[str, Any] = field(default_factory=dict)
     answers: list[AnswerSummary] = field(default_factory=list)
+    verdict: Verdict = field(default_factory=Verdict)
     _encoder: PreTrainedModel | None = field(default=None, repr=False)
     _lora: tuple[LoraConfig, dict[str, torch.Tensor]] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name + ':':<9} {text}" for name, text in self._told())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr><th style="text-align:left;vertical-align:top">{escape(name)}</th>'
+            f'<td style="text-align:left">{escape(text)}</td></tr>'
+            for name, text in self._told()
+        )
+        return f"<table>{rows}</table>"
+
+    def _told(self) -> list[tuple[str, str]]:
+        """What happened, what came of it, by how much, and what to do next: five lines."""
+        objective = self.settings.get("objective", "")
+        named = objective if isinstance(objective, str) else " + ".join(objective)
+        data = self.origin.get("data") or {}
+        rows = f" on {data['rows']:,} rows" if isinstance(data.get("rows"), int) else ""
+        verdict, largest = self.verdict, max(self.weight_change.values(), default=0.0)
+        first, *others = verdict.sentences() or [""]
+        return [
+            (
+                "run",
+                f"{named}{rows}, {verdict.taken:,} of {verdict.planned:,} steps in {self.cost.seconds:,.0f} s; "
+                f"{self.settings.get('train')} of {type(self.model).__name__} ({self.family})",
+            ),
+            ("verdict", f"{verdict.title}. {first}"),
+            ("more", " ".join(others) or "-"),
+            ("weights", f"the tower's blocks changed by up to {100 * largest:.2g} % of their length"),
+            ("next", f"{self._next()}"),
+        ]
+
+    def _next(self) -> str:
+        folder = self.output_dir
+        if not self.verdict.moved:
+            return "train longer, at a larger learning_rate, or on pairs that the picture decides (pivot prefs audit)"
+        if self.verdict.outcome == "not measured":
+            return f"measure it: pivot compare BASE {folder / 'encoder'} --probe linear=DATA"
+        return f"result.report('report.html') shows it all; the encoder is in {folder / 'encoder'}"
 
     @property
     def family(self) -> str:
@@ -111,6 +154,7 @@ class PivotResult:
             "metrics": self.metrics,
             "probes": _before_and_after(self.probes),
             "weight_change": self.weight_change,
+            "verdict": self.verdict.as_dict(),
             "license": licence or (self.origin.get("base") or {}).get("licence") or "other",
         }
         sections = [str(text) for _, text in collect("pivot_card_sections", tolerant=True, result=self)]

@@ -14,8 +14,9 @@ Of several processes one, the keeper, writes into the folder. The others wait fo
 trains in a folder that is refused, and where it ends, so that none reads what is not written yet.
 """
 
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -25,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.config import TowerConfig
+from pivot_plugin.config import InstructConfig, RolloutConfig, TowerConfig
 from pivot_plugin.data.judging import RowJudge
 from pivot_plugin.data.pairs import PairStream
 from pivot_plugin.data.rows import OnBadRow, RowDataset
@@ -39,10 +40,14 @@ from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
 from pivot_plugin.training.sharding import check_engine, gather, undivided
 
-from .folder import claim, finished_record, write_record
+from .display import Display, displayed
+from .folder import claim, finished_record, this_process, write_record
 from .in_place import InPlace, in_place
+from .interrupt import interruptible
 from .leftovers import whole_model
 from .settings import unwatched
+
+logger = logging.getLogger(__name__)
 
 LoadRows = Callable[[RowJudge], tuple[RowDataset | PairStream, RowDataset | None]]
 
@@ -58,6 +63,7 @@ class RunOptions:
         eval_fraction: share of the rows to hold out where none are given for that.
         on_bad_row: "raise" or "skip".
         resume: whether to go on from the last complete checkpoint.
+        display: what is shown while it trains, as for `displayed`.
 
     Raises:
         SettingsError: for a value that cannot be.
@@ -69,6 +75,7 @@ class RunOptions:
     eval_fraction: float
     on_bad_row: OnBadRow
     resume: bool
+    display: Display = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
@@ -77,6 +84,8 @@ class RunOptions:
             raise SettingsError(
                 f"on_bad_row is {self.on_bad_row!r}.", f"Choose {' or '.join(map(repr, get_args(OnBadRow)))}."
             )
+        if self.display not in get_args(Display):
+            raise SettingsError(f"display is {self.display!r}.", f"Choose one of {', '.join(get_args(Display))}.")
         if not isinstance(self.lora, int | LoraConfig | None):
             raise SettingsError(f"lora is {self.lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
 
@@ -153,6 +162,13 @@ class Run:
         return self.adapter.family
 
     @property
+    def rows_are(self) -> str:
+        """What a batch of the trainer counts."""
+        if isinstance(self.config, RolloutConfig):
+            return "roll-outs"
+        return "conversations" if isinstance(self.config, InstructConfig) else "pairs"
+
+    @property
     def keeper(self) -> bool:
         """Whether this process is the one that writes into the folder."""
         return _is_keeper(self.config)
@@ -160,7 +176,7 @@ class Run:
     def announce(self) -> None:
         """Write the record of a run that is not finished."""
         if self.keeper and self.ended is None:
-            write_record(self.output_dir, {"finished": False, "settings": self.settings})
+            write_record(self.output_dir, {"finished": False, "settings": self.settings, "process": this_process()})
 
     def in_place(self) -> AbstractContextManager[InPlace]:
         """Train the model meanwhile; see `in_place`."""
@@ -185,7 +201,14 @@ class Run:
         checkpoint = last_checkpoint(self.output_dir, every) if self.options.resume else None
         if checkpoint is not None:
             check_checkpoint(checkpoint, self.config.world_size)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with (
+            # of a run that has ended nothing is shown, and its log stays as it is
+            nullcontext()
+            if self.ended is not None
+            else displayed(trainer, self.output_dir, self.rows_are, self.options.display),
+            interruptible(trainer, getattr(trainer, "resumable_every", 1)),
+        ):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     @property
     def left(self) -> Path | None:
@@ -250,6 +273,7 @@ def begin(
     rows, held_out = load_rows(judge)
     if isinstance(rows, RowDataset):
         _check_images(rows, training_plan)
+        _count_images(rows)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
         rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
     if held_out is None:
@@ -272,6 +296,15 @@ def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
         "would train, which no text reaches.",
         "Give rows about images, or train the language model.",
     )
+
+
+def _count_images(rows: RowDataset) -> None:
+    """Say how many rows show no picture, where some do and some do not."""
+    bare = sum(not key for key in rows.image_keys.tolist())
+    if 0 < bare < len(rows):
+        logger.warning(
+            "%d of the %d rows of %s have no image: they teach an encoder nothing.", bare, len(rows), rows.name
+        )
 
 
 def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:

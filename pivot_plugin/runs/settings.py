@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pivot_plugin.config import InstructConfig, PivotConfig, PivotGRPOConfig, PivotRLOOConfig, TowerConfig, Train
 from pivot_plugin.errors import PivotError, SettingsError, unknown
+from pivot_plugin.extras import check_trackers
 from pivot_plugin.objectives import learning_rate, resolve
 from pivot_plugin.typed import fits, shown, wanted
 
@@ -92,6 +93,7 @@ def _check_names(config_cls: type[TowerConfig], settings: Mapping[str, Any], ver
             raise SettingsError(f"{name} is given as a setting of the trainer.", f"Give it as the option {name}.")
         if not fits(value, hints[name]):
             raise SettingsError(f"{name} is {shown(value)}.", f"Give {wanted(hints[name])}.")
+    check_trackers(settings.get("report_to"))
     for name in AT_LEAST_ONE:
         if name in settings and settings[name] < 1:
             raise SettingsError(f"{name} is {settings[name]}.", "Give 1 or more.")

@@ -41,6 +41,7 @@ from trl import DPOTrainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
+from pivot_plugin.data.blind import WithoutPicture
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
@@ -49,6 +50,7 @@ from pivot_plugin.models.fingerprints import model_fingerprint, processor_finger
 
 from .batch import ForestBatch, ForestCollator
 from .forest_check import varied_rows
+from .looks import Look
 from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
@@ -59,6 +61,8 @@ from .tower import TowerTraining
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_PARTS = 20.0
+# held-out pairs that are scored without their pictures too
+BLIND_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class PairScores:
             "logps_chosen": self.chosen.mean().item(),
             "logps_rejected": self.rejected.mean().item(),
         }
+
+    def look(self) -> Look:
+        """The metrics, and for each pair whether its chosen answer is the more probable one."""
+        right = (self.chosen > self.rejected).float().numpy()
+        return Look("preference accuracy", self.metrics(), right, chance=0.5)
 
 
 class PivotTrainer(TowerTraining, DPOTrainer):
@@ -224,7 +233,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         fresh: list[tuple[str, tuple[float, float]]] = []
         written = time.monotonic()
-        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
+        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm or None)
         try:
             with evaluating(model, self.accelerator.device), as_it_is(model):
                 for start in range(0, len(share), size):
@@ -270,7 +279,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     ) -> Any:
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
         over_step = self._averages_tokens and (num_items_in_batch is not None or self.accelerator.num_processes > 1)
-        watched = per_sequence or over_step
+        watched = per_sequence or over_step or not model.training
         seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if watched else nullcontext([])
         with seen as outputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -280,9 +289,25 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         elif over_step:
             correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"], num_items_in_batch)
             loss = loss + self._sft_weight() * correction
+        if not model.training and outputs:
+            self._row_scores = self._scored_rows(outputs[-1].log_probs.detach().float(), inputs)
         batch: ForestBatch = inputs["forest"]
         loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
         return (loss, result[1]) if return_outputs else loss
+
+    def _scored_rows(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """(B,) how well each held-out pair goes by the objective: what noise is measured on, not what is minimised.
+
+        Where the loss is that of SFT alone, the mean log-probability of a chosen token; else log s(beta margin). None
+        where the reference does not come with the batch.
+        """
+        chosen, rejected = logps.sum(dim=1).chunk(2)
+        if set(self.loss_types) == {"sft"}:
+            return chosen / inputs["completion_mask"][:, 1:].chunk(2)[0].sum(dim=1).clamp(min=1)
+        if "ref_chosen_logps" not in inputs:
+            return None
+        margin = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
+        return torch.nn.functional.logsigmoid(self.beta * margin.float())
 
     @contextmanager
     def _policy_outputs(self, model: Any) -> Iterator[list[Any]]:
@@ -333,7 +358,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     # What is measured beside the loss
 
     @torch.no_grad()
-    def score(self, pairs: PairDataset) -> PairScores:
+    def score(self, pairs: PairDataset | WithoutPicture) -> PairScores:
         """Log-probabilities of pairs under the model as it is now.
 
         Args:
@@ -359,11 +384,25 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     def reference_metrics(self) -> dict[str, float]:
         """What is measured on the held-out pairs before training, when the policy is the reference."""
-        return self.reference_scores().metrics()
+        return self.look_before().metrics
 
     def held_out_metrics(self) -> dict[str, float]:
         """What is measured on the held-out pairs under the model as it is now."""
-        return self.score(self._collator.source_of(self.eval_dataset)).metrics()
+        return self.look_now().metrics
+
+    def look_before(self) -> Look:
+        """Which held-out pairs the reference tells apart."""
+        return self.reference_scores().look()
+
+    def look_now(self) -> Look:
+        """Which held-out pairs the model tells apart as it is now."""
+        return self.score(self._collator.source_of(self.eval_dataset)).look()
+
+    def look_blind(self) -> Look | None:
+        """The same of some of them with every picture its mean colour, None where they show none."""
+        held_out = self._collator.source_of(self.eval_dataset)
+        some = held_out.select(range(min(len(held_out), BLIND_ROWS)))
+        return self.score(WithoutPicture(some, "mean")).look() if any(some.image_keys) else None
 
     def reference_scores(self) -> PairScores:
         """Log-probabilities of the held-out pairs under the reference: read from the cache, or scored now."""

@@ -16,7 +16,8 @@ Overrides, and why each is needed:
     _calculate_rewards                    which groups have spread; rewards are given questions in their own words
     _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some;
                                           names of control tokens in its words are words
-    _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
+    _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once; a single
+                                          answer to a held-out question is the greedy one
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
     _get_train_sampler                    the order of an epoch depends on its number, for runs that are resumed in it
     _prepare_inputs                       the roll-outs of a prompt come in one batch
@@ -56,6 +57,7 @@ from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_re
 from . import forward
 from .batch import ForestBatch, ForestCollator, ImageSets
 from .forest_check import varied_rows
+from .looks import Look
 from .plan import TrainingPlan, unwrapped
 from .refill import put_together, silent_groups
 from .rows import pointing
@@ -206,11 +208,19 @@ class Rollouts(TowerTraining):
 
     def reference_metrics(self) -> dict[str, float]:
         """What is measured on the held-out questions before training, when the policy is the reference."""
-        return self.held_out_metrics()
+        return self.look_before().metrics
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Mean reward of answers to the held-out questions, all rewards together and each alone."""
+        return self.look_now().metrics
+
+    def look_before(self) -> Look:
+        """How the model's answers to the held-out questions score, before training."""
+        return self.look_now()
 
     @torch.no_grad()
-    def held_out_metrics(self) -> dict[str, float]:
-        """Mean reward of roll-outs of the held-out questions, all rewards together and each alone."""
+    def look_now(self) -> Look:
+        """How the model's answers to the held-out questions score as it is now."""
         # measuring must not change what training draws
         with evaluating(self.model), undisturbed(self.args.seed):
             measured = self.evaluate()
@@ -219,7 +229,12 @@ class Rollouts(TowerTraining):
             for name in measured
             if name.startswith("eval_rewards/") and name.endswith("/mean")
         }
-        return {short: float(measured[name]) for name, short in names.items()}
+        metrics = {short: float(measured[name]) for name, short in names.items()}
+        return Look("reward", metrics, self.rows_of_look)
+
+    def look_blind(self) -> Look | None:
+        """None: answers are not asked for without the picture here; `pivot compare` with the probe vqa does."""
+        return None
 
     @property
     def resumable_every(self) -> int:
@@ -305,6 +320,9 @@ class Rollouts(TowerTraining):
         own = self._shown[self._mode].reworded
         prompts = [own[row]["prompt"] if row in own else prompt for row, prompt in enumerate(prompts)]
         self._rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
+        if self._mode == "eval":
+            weights = self.reward_weights.to(self._rewards.device)
+            self._looked.append((self._rewards * weights).nansum(dim=1).float().cpu().numpy())
         return self._rewards
 
     def _looked_up(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -392,15 +410,21 @@ class Rollouts(TowerTraining):
                 for name, value in images_of_all.inputs.items()
             },
         )
-        before = self.generation_config.num_return_sequences
+        of_trl: Any = self.generation_config
+        self.generation_config = copy.copy(of_trl)
         self.generation_config.num_return_sequences = repeats
+        if self._mode == "eval" and self.args.num_generations_eval == 1:
+            # one drawn answer tells looks apart by luck
+            self.generation_config.do_sample = False
+            for only_of_sampling in ("temperature", "top_p", "top_k", "min_p"):
+                setattr(self.generation_config, only_of_sampling, None)
         try:
             with self._prefill.of(repeats, prompt_images):
                 return super()._generate_single_turn(
                     prompt_ids[::repeats], images and images[::repeats], *args, **kwargs
                 )
         finally:
-            self.generation_config.num_return_sequences = before
+            self.generation_config = of_trl
 
     @property
     def _generates_here(self) -> bool:
@@ -465,6 +489,7 @@ class Rollouts(TowerTraining):
         image_sets = ImageSets(images.inputs, images.counts, [number[shown.sets[row]] for row in rows])
         return self._forest_collator.batch_of(sequences, starts, image_sets, [shown.names[row] for row in rows])
 
+    generation_config: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:

@@ -12,6 +12,9 @@ Overrides, and why each is needed:
     _run_epoch          transformers looks after a step alone whether a run is at its end, and resumes it past that
     _save               PEFT notes the name of a LoRA's base, and not which weights it was on
     _save_checkpoint    transformers writes whole models under older names, which its trainer does not find again
+    create_model_card   TRL writes one with every checkpoint, about the run's folder
+    evaluate            what each held-out row scored, by which noise is told from change
+    prediction_step     the same
 """
 
 import logging
@@ -22,14 +25,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from PIL import Image
-from transformers import EarlyStoppingCallback, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
 from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.models.find import check_processor, find_adapter
 from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.models.merging import note_adapted_weights
@@ -39,6 +45,7 @@ from .attention import take_masks
 from .forest_check import read_rows
 from .forward import ForestReading
 from .gradient_check import GradientCheck
+from .looks import AfterWarmUp, Patience
 from .plan import TrainingPlan, count_parameters, original_name, plan, unwrapped
 from .sharding import undivided, wrap_layers
 from .watch import Watch
@@ -86,6 +93,8 @@ class TowerTraining(Trainer):
         self._answers_from_forest = False
         self.saw_images = False
         self._rows_of_step: list[str] = []
+        self._looked: list[np.ndarray] = []
+        self._row_scores: torch.Tensor | None = None
         self.plan: TrainingPlan | None = None
         if isinstance(model, PeftModel):
             return None
@@ -141,8 +150,49 @@ class TowerTraining(Trainer):
         self.add_callback(GradientCheck(self))
         if self._through_forest:
             self.add_callback(Watch(self.beta))
+        self.add_callback(AfterWarmUp)
         if self.args.patience is not None and self.args.eval_strategy != "no" and self.args.metric_for_best_model:
-            self.add_callback(EarlyStoppingCallback(self.args.patience, self.args.min_delta))
+            self.add_callback(Patience(self.args.patience, self.args.min_delta))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's; meanwhile what each row scores is kept for those who judge the look."""
+        self._looked = []
+        measured: dict[str, float] = super().evaluate(*args, **kwargs)
+        return measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's. The log of a look is written before callbacks are told of it, who find its rows then."""
+        super().log(logs, start_time)
+        if any(name.startswith("eval_") for name in logs):
+            for callback in self._patience:
+                callback.rows = self.rows_of_look
+
+    @property
+    def rows_of_look(self) -> np.ndarray:
+        """(n,) what each held-out row scored at the last look, higher is better; empty where none are told."""
+        return np.concatenate(self._looked) if self._looked else np.zeros(0)
+
+    @property
+    def _patience(self) -> list[Patience]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Patience)]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._row_scores = None
+        result = super().prediction_step(*args, **kwargs)
+        if self._row_scores is not None:
+            self._looked.append(self.accelerator.gather_for_metrics(self._row_scores).float().cpu().numpy())
+        return result
+
+    def _look_at_the_start(self) -> None:
+        """Make the start a candidate for the best checkpoint: a look at it, and a checkpoint of it."""
+        if not self.args.load_best_model_at_end or self.state.global_step or self.state.best_metric is not None:
+            return
+        # what training draws does not depend on a look
+        with undisturbed(self.args.seed):
+            self._determine_best_metric(self.evaluate(), None)
+            self._save_checkpoint(self.model, None)
+        # transformers takes a step 0 for none
+        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-0")
 
     def _answer_from_forest(self) -> None:
         """Let policy and reference answer forest calls; TRL has given both their fused head by now."""
@@ -161,12 +211,14 @@ class TowerTraining(Trainer):
         if self.at_its_end:
             self.control.should_training_stop = True
             return
+        # here, and not where training begins: callbacks that look at the start themselves have done so
+        self._look_at_the_start()
         super()._run_epoch(*args, **kwargs)
 
     @property
     def at_its_end(self) -> bool:
         """Whether no step is left: all are taken, or the watch has stopped the run."""
-        early = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        early = self._patience
         return self.state.global_step >= self.state.max_steps > 0 or any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early
         )
@@ -188,6 +240,9 @@ class TowerTraining(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel) and self.args.world_size == 1:
             note_adapted_weights(model, Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's would lie in the run's folder, about a fine-tune of it knows not what; ours is the encoder's."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5 writes whole models under the names they had in older releases, which its own trainer does not

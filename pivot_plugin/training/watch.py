@@ -80,7 +80,9 @@ class Watch(TrainerCallback, ExportableState):
             last["watch/stopped_early_at"] = state.global_step
             if state.is_world_process_zero:
                 logger.warning(
-                    "Stopped at step %d of %d: held-out %s was best (%.4g) at step %s.",
+                    "Stopped at step %d of %d: held-out %s was best (%.4g) at step %s, and fell short of it, look "
+                    "after look, by more than the noise of the rows. patience=None (--set patience=none) runs to the "
+                    "end.",
                     state.global_step,
                     state.max_steps,
                     args.metric_for_best_model,

@@ -52,7 +52,7 @@ def test_optimize_trains_and_says_where_the_encoder_is(world: Path, tmp_path: Pa
     options = ["--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "-o", tmp_path / "run"]
     run = pivot("optimize", world / "model", world / "pairs", *options, "--lora", "4", folder=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "preference_accuracy" in run.stdout
+    assert "preference accuracy (chance 0.5)" in run.stdout and "next: pivot report" in run.stdout
     assert "encoder" in run.stdout
     assert "parameters train" in run.stderr
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()

@@ -186,7 +186,7 @@ def test_the_card_shows_maps_scores_and_plugins_sections(
     assert "llava's garage" in card.text
     assert "no section today" in caplog.text
     assert card.data.license == "mit"
-    assert "preference_accuracy" in card.text and "`saliency`" in card.text
+    assert "| preference accuracy (chance 0.5) |" in card.text and "`saliency`" in card.text
     assert "(saliency.png)" in card.text
     with Image.open(folder / "saliency.png") as sheet:
         # four pairs, five pictures each

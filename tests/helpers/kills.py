@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "stopped early": (
         lambda: PAIRS,
-        {"lora": 4, "eval_prefs": TURNED, "eval_steps": 2, "num_train_epochs": 3, "patience": 2, "learning_rate": 3e-2},
+        {"lora": 4, "eval_prefs": TURNED, "eval_steps": 2, "num_train_epochs": 3, "patience": 3, "learning_rate": 3e-2},
     ),
     "a stream, twice": (lambda: datasets.IterableDataset.from_generator(_stream), {"lora": 4, "max_steps": 11}),
     "roll-outs": (

@@ -1,5 +1,7 @@
 """Built-in rewards against worked examples and the libraries behind them."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +142,21 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(SettingsError, match=r"pip install .*pivot-plugin\[rewards\]"):
         score("bleu", "a", "b")
+
+
+def test_a_reward_is_named_by_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def longer(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in (f"{tmp_path / 'mine.py'}:longer", "mine.longer"):
+        (function,) = resolve_rewards(name)
+        assert function(["a", "b"]) == [1.0, 1.0]
+    for name, message in (
+        (f"{tmp_path / 'mine.py'}:shorter", "has no function 'shorter'"),
+        (f"{tmp_path / 'none.py'}:longer", "is no file"),
+        (f"{tmp_path / 'broken.py'}:longer", "cannot be imported: ModuleNotFoundError"),
+        ("mine.shorter", "has no function 'shorter'"),
+        ("acuracy", "Did you mean accuracy"),
+    ):
+        with pytest.raises(SettingsError, match=re.escape(message)):
+            resolve_rewards(name)

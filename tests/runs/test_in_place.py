@@ -157,3 +157,12 @@ def test_on_a_gpu_the_caller_goes_on_with_his_own_numbers(llava: Any, tmp_path: 
     with in_place(adapter, plan(adapter, "encoder", 4), tmp_path, seed=3):
         torch.rand(7, device="cuda")
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_out_of_memory_says_what_needs_less(llava: Any, tmp_path: Path) -> None:
+    adapter = find_adapter(llava[0])
+    with (
+        pytest.raises(TrainingError, match=r"halve per_device_train_batch_size and double gradient_accumulation_steps"),
+        in_place(adapter, plan(adapter, "encoder", None), tmp_path, seed=1),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

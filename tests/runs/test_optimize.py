@@ -424,14 +424,14 @@ def test_whole_weights_are_resumed_and_the_best_are_taken_up(
     for (name, one), other in zip(whole.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6), name
 
-    # what is held out wants the opposite, so that the best checkpoint is the first
+    # what is held out wants the opposite, so that the best checkpoint is the start
     spoilt, _ = make(family)
     options |= {"learning_rate": 1e-2, "save_steps": 1, "eval_steps": 1, "lr_scheduler_type": "constant"}
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in rows[:4]]
     best = pivot.optimize(spoilt, rows, processor=processor, output_dir=tmp_path / "best", eval_prefs=turned, **options)
     losses = [entry["eval_loss"] for entry in best.history if "eval_loss" in entry]
     assert losses[-1] > min(losses) == losses[0]
-    kept = load_file(tmp_path / "best" / "checkpoint-1" / "model.safetensors")
+    kept = load_file(tmp_path / "best" / "checkpoint-0" / "model.safetensors")
     own = dict(spoilt.named_parameters())
     assert kept.keys() <= own.keys() and len(kept) > 10
     for name, weight in kept.items():

@@ -4,11 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import pivot_plugin as pivot
 from pivot_plugin.errors import SettingsError, TrainingError
+from pivot_plugin.training.looks import Patience, beyond_noise
 from pivot_plugin.training.watch import Watch
 from tests.helpers import Tiny, picture, row
 from tests.helpers.training import settings
@@ -37,9 +40,10 @@ def evaluations(result: Any, name: str = "eval_loss") -> list[float]:
 def test_held_out_pairs_are_looked_at_ten_times_and_the_best_is_kept(llava: Tiny, fast: Any) -> None:
     result = pivot.optimize(llava[0], pairs(), processor=llava[1], **watched(fast, patience=None))
     losses = evaluations(result)
-    assert len(losses) == 10
+    # and once before the first step
+    assert len(losses) == 1 + 10
     best = int(evaluations(result, "watch/best_step")[-1])
-    assert losses[best - 1] == min(losses)
+    assert losses[best] == min(losses)
     for name in ("eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen", "watch/chosen_logps_change"):
         assert len(evaluations(result, name)) >= 10
 
@@ -51,9 +55,48 @@ def test_the_model_that_comes_back_is_the_best_one(llava: Tiny, fast: Any) -> No
     best = int(evaluations(result, "watch/best_step")[-1])
     chosen = evaluations(result, "eval_logps/chosen")
     losses = evaluations(result)
-    assert losses[best - 1] < losses[-1]
-    assert result.metrics["after"]["logps_chosen"] == pytest.approx(chosen[best - 1], rel=1e-4)
+    assert losses[best] < losses[-1]
+    assert result.metrics["after"]["logps_chosen"] == pytest.approx(chosen[best], rel=1e-4)
     assert result.metrics["after"]["logps_chosen"] != pytest.approx(chosen[-1], rel=1e-4)
+
+
+def test_the_start_is_kept_where_no_look_is_better_and_the_verdict_says_so_first(llava: Tiny, fast: Any) -> None:
+    model = llava[0]
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    result = pivot.optimize(model, pairs(), processor=llava[1], **declining(fast, patience=None))
+    assert evaluations(result, "watch/best_step")[-1] == 0
+    assert all(torch.equal(before[name], weight) for name, weight in result.model.state_dict().items())
+    assert result.metrics["after"] == pytest.approx(result.metrics["before"], abs=1e-4)
+    assert (result.verdict.outcome, result.verdict.kept, result.verdict.moved) == ("no change", 0, False)
+    assert result.verdict.sentences()[0].startswith("The encoder is bit-equal to the one before: no look")
+    assert "Nothing was learnt" in (result.output_dir / "encoder" / "README.md").read_text()
+    assert "made better" not in (result.output_dir / "encoder" / "README.md").read_text()
+    assert len(repr(result).splitlines()) == 5 and "Nothing was learnt" in result._repr_html_()
+
+
+def test_looks_begin_behind_the_warm_up(llava: Tiny, fast: Any) -> None:
+    result = pivot.optimize(llava[0], pairs(), processor=llava[1], **watched(fast, warmup_steps=3, patience=None))
+    looked = [entry["step"] for entry in result.history if "eval_loss" in entry]
+    assert looked == [0, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_look_within_the_noise_of_the_rows_does_not_count_against_patience() -> None:
+    args = TrainingArguments(use_cpu=True, metric_for_best_model="loss", greater_is_better=False)
+    patience, state, rows = Patience(1), TrainerState(), np.random.default_rng(0)
+    start = rows.normal(size=100)
+    fallen = start - 0.1
+    noisy = start - rows.normal(loc=0.01, size=100)
+    # by hand: one-sided, 95 %
+    assert (start - noisy).mean() < 1.645 * (start - noisy).std(ddof=1) / 10
+    for values, loss, counted in ((start, 1.0, 0), (noisy, 1.01, 0), (fallen, 1.1, 1)):
+        patience.rows = values
+        patience.check_metric_value(args, state, TrainerControl(), loss)
+        assert patience.early_stopping_patience_counter == counted
+        state.best_metric = min(loss, state.best_metric or loss)
+    again = Patience.from_state(patience.state())
+    assert again.early_stopping_patience_counter == 1 and again.best_rows == pytest.approx(start, abs=1e-6)
+    # three rows tell nothing apart, so that the metric alone decides
+    assert beyond_noise(start[:3], fallen[:3]) is None
 
 
 def test_a_run_that_declines_stops_early_and_says_so(llava: Tiny, fast: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -62,7 +105,8 @@ def test_a_run_that_declines_stops_early_and_says_so(llava: Tiny, fast: Any, cap
         result = pivot.optimize(llava[0], pairs(), processor=llava[1], **options)
     stopped = evaluations(result, "watch/stopped_early_at")[-1]
     assert stopped < 40
-    assert f"Stopped at step {stopped} of 40" in caplog.text
+    assert f"Stopped at step {stopped} of 40" in caplog.text and "--set patience=none" in caplog.text
+    assert result.verdict.stopped_early and "patience=None" in str(result.verdict)
 
 
 def test_a_fall_of_the_chosen_answers_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
