@@ -70,19 +70,35 @@ def as_list(section: str) -> str:
     return "\n".join(lines)
 
 
+def in_a_line(section: str) -> str:
+    """A section that is a paragraph."""
+    return " ".join(section.split())
+
+
+def signature_of(function: Callable[..., object]) -> str:
+    """The signature as one writes it, a line for each parameter."""
+    parameters = list(inspect.signature(function).parameters.values())
+    lines, keyword_only = [], False
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            lines.append("    *,")
+        lines.append(f"    {parameter},")
+    return "\n".join([f"{function.__name__}(", *lines, ")"])
+
+
 def of_function(title: str, function: Callable[..., object], more: str = "") -> str:
     """A page about a function: what it is, its signature, arguments, source."""
     idea, sections = parts_of(function.__doc__ or "")
     body = [f"# {title}", idea, more]
-    signature = str(inspect.signature(function))
-    body.append(f"```python\n{function.__name__}{signature}\n```")
+    body.append(f"```python\n{signature_of(function)}\n```")
     for name in ("Args", "Returns", "Raises"):
         if name in sections:
             is_list = name in ("Args", "Raises") or re.match(r"[\w, ]+: ", sections[name])
             body.append(f"**{name}**\n\n{as_list(sections[name]) if is_list else sections[name]}")
     for name in ("When", "Notes", "Note", "Source"):
         if name in sections:
-            body.append(f"**{name}.** {sections[name]}")
+            body.append(f"**{name}.** {in_a_line(sections[name])}")
     return "\n\n".join(part for part in body if part)
 
 
@@ -91,7 +107,7 @@ def objective_page(name: str, preset: Callable[[], Mapping[str, Any]]) -> str:
     idea, sections = parts_of(preset.__doc__ or "")
     settings = dict(preset())
     trainer = settings.pop("trainer", "dpo")
-    written = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None).strip() if settings else "none"
+    written = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None).strip()
     rates = {kind: objectives.learning_rate(name, lora) for kind, lora in (("LoRA", True), ("weights", False))}
     example = (
         f'pivot.optimize(model, questions, objective="{name}", rewards=["accuracy"], processor=processor)'
@@ -101,16 +117,14 @@ def objective_page(name: str, preset: Callable[[], Mapping[str, Any]]) -> str:
     body = [
         f"# {name}",
         idea,
-        *(f"**{part}.** {sections[part]}" for part in ("When", "Relations") if part in sections),
+        *(f"**{part}.** {in_a_line(sections[part])}" for part in ("When", "Relations") if part in sections),
         f"```python\n{example}\n```",
-        f"**Settings of TRL's configuration** ({trainer}): `{written}`. "
-        + "Default learning rate: "
-        + ", ".join(f"{rate:g} ({kind})" for kind, rate in rates.items())
-        + ".",
-        f"**Source.** {sections.get('Source', '')}",
+        f"**Settings of TRL's {trainer.upper()}Config**\n\n```yaml\n{written}\n```" if settings else "",
+        f"**Default learning rate.** {rates['LoRA']:g} for LoRA, {rates['weights']:g} where weights train themselves.",
+        f"**Source.** {in_a_line(sections.get('Source', ''))}",
         "Measured beside the others: [which pairs, which loss](../which-pairs.md) and [the tables](../benchmarks.md).",
     ]
-    return "\n\n".join(body)
+    return "\n\n".join(part for part in body if part)
 
 
 def hook_page(name: str, hook: Callable[..., object]) -> str:
@@ -147,7 +161,7 @@ def rewards_page() -> str:
         idea, sections = parts_of(function.__doc__ or "")
         parts.append(f"## {name}\n\n{idea}")
         if "Source" in sections:
-            parts.append(f"**Source.** {sections['Source']}")
+            parts.append(f"**Source.** {in_a_line(sections['Source'])}")
     parts.append("One of your own is a function with TRL's signature; one by name comes from the hook")
     return "\n\n".join(parts) + " [pivot_rewards](hooks/pivot_rewards.md)."
 
