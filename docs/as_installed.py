@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the reference is read from the sources as a wheel has them, hooks and adapters inside the package."""
+"""A hook of mkdocs: the reference is read from the sources as a wheel has them, hooks and adapters in the package."""
 
 import shutil
 from pathlib import Path

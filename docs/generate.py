@@ -1,8 +1,8 @@
 """The pages of the site that come from the code: run by mkdocs-gen-files while the site is built.
 
-Objectives, probes, rewards and hooks are pages of their docstrings, so that what is registered is documented and nothing
-else; commands come from the command line's own definitions, errors from the places that raise them, stacks and benchmarks
-from the files that tests and measurements keep.
+Objectives, probes, rewards and hooks are pages of their docstrings, so that what is registered is documented and
+nothing else; commands come from the command line's own definitions, errors from the places that raise them, stacks and
+benchmarks from the files that tests and measurements keep.
 """
 
 import ast
@@ -23,7 +23,9 @@ from pivot_plugin.probes import lookup as probe_lookup
 from pivot_plugin.rewards import lookup as reward_lookup
 
 ROOT = Path(__file__).parents[1]
-SECTION = re.compile(r"^(Args|Returns|Raises|Source|When|Relations|Example|Yields|Attributes|Notes?):(.*)", re.MULTILINE)
+SECTION = re.compile(
+    r"^(Args|Returns|Raises|Source|When|Relations|Example|Yields|Attributes|Notes?):(.*)", re.MULTILINE
+)
 # pages written by hand, as they follow one another
 HOW_TO = ("pairs", "own-answers", "rollouts", "audit", "train", "measure", "publish", "stacks", "assemble", "recipes")
 HOW_TO_WIDE = ("several-gpus", "own-adapter")
@@ -170,7 +172,10 @@ def commands_page() -> str:
     """Every command with its arguments and options, from what the command line itself is made of."""
     from typer.main import get_command
 
-    parts = ["# Commands", "`pivot COMMAND --help` says the same. Exit status: 0 done, 1 refused or failed with a sentence,"]
+    parts = [
+        "# Commands",
+        "`pivot COMMAND --help` says the same. Exit status: 0 done, 1 refused or failed with a sentence,",
+    ]
     parts[-1] += " 2 a word that is no command or option, 130 interrupted."
 
     def name_of(argument: Any) -> str:
@@ -193,7 +198,9 @@ def commands_page() -> str:
             if getattr(one, "hidden", False) or one.name == "help":
                 continue
             spelled = ", ".join(one.opts) if one.param_type_name == "option" else name_of(one)
-            is_said = one.default is not None and not callable(one.default) and one.default not in ((), [], False, "", ...)
+            is_said = (
+                one.default is not None and not callable(one.default) and one.default not in ((), [], False, "", ...)
+            )
             default = f" Default: `{one.default}`." if is_said and not one.required else ""
             said = " ".join((getattr(one, "help", None) or "").split()).replace("|", "&#124;").replace("<", "&lt;")
             rows.append(f"| `{spelled}` | {said}{default} |")
@@ -210,8 +217,12 @@ def errors_raised() -> Iterator[tuple[str, str, str, str]]:
     """Every error that is raised with its own words: class, module, finding, remedy; `...` stands for what is named."""
     from pivot_plugin import errors
 
-    classes = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.PivotError)}
-    for file in sorted([*ROOT.glob("pivot_plugin/**/*.py"), *ROOT.glob("adapters/**/*.py"), *ROOT.glob("hooks/**/*.py")]):
+    classes = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.PivotError)
+    }
+    for file in sorted(
+        [*ROOT.glob("pivot_plugin/**/*.py"), *ROOT.glob("adapters/**/*.py"), *ROOT.glob("hooks/**/*.py")]
+    ):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes):
                 continue
@@ -240,8 +251,9 @@ def errors_page() -> str:
         by_class[kind].append((file, finding, remedy))
     parts = [
         "# Errors and their remedies",
-        "Everything that is raised on purpose is a `PivotError`: what was found, then what to do. `...` stands for what "
-        "is named. On the command line it is one sentence and exit status 1; `PIVOT_TRACEBACK=1` shows where it comes from.",
+        "Everything that is raised on purpose is a `PivotError`: what was found, then what to do. `...` stands for "
+        "what is named. On the command line it is one sentence and exit status 1; `PIVOT_TRACEBACK=1` shows where it "
+        "comes from.",
     ]
     for kind, raised in by_class.items():
         parts.append(f"## {kind}\n\n{first_sentence(getattr(errors, kind).__doc__ or '')}")
@@ -273,7 +285,7 @@ def elsewhere(text: str, page: str) -> str:
         if re.match(r"\w+:", target) or not path:
             return match[0]
         name = Path(path).name
-        inside = targets.get(path.removeprefix("../"), None)
+        inside = targets.get(path.removeprefix("../"))
         if inside is None and page.startswith("stacks/") and path.endswith(".md") and "/" not in path:
             inside = f"stacks/{'index.md' if name == 'README.md' else name}"
         if inside is None:
@@ -346,7 +358,9 @@ def main() -> None:
         },
     )
     hooks = {
-        name: value for name, value in vars(hookspecs).items() if name.startswith("pivot_") and inspect.isfunction(value)
+        name: value
+        for name, value in vars(hookspecs).items()
+        if name.startswith("pivot_") and inspect.isfunction(value)
     }
     hooks_nav = group(
         "hooks",

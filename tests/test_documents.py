@@ -1,4 +1,4 @@
-"""The documents: what they link to is there, their code is code of this release, the tutorial runs, the site is built."""
+"""The documents: links lead somewhere, code is code of this release, the tutorial runs, the site is built."""
 
 import ast
 import inspect
@@ -28,7 +28,9 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/**/*.md")])
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # pages that docs/generate.py writes, and files it puts in other places of the site
-GENERATED = re.compile(r"(objectives|probes|hooks|reference|stacks)/[\w-]+\.md|(commands|errors|rewards|benchmarks)\.md|")
+GENERATED = re.compile(
+    r"(objectives|probes|hooks|reference|stacks)/[\w-]+\.md|(commands|errors|rewards|benchmarks)\.md|"
+)
 MOVED = re.compile(r"(contributing|security|changelog)\.md")
 SETTINGS = {
     field.name for kind in (PivotConfig, PivotGRPOConfig, PivotRLOOConfig, OwnAnswers) for field in fields(kind)
@@ -180,7 +182,9 @@ def test_the_site_has_a_page_for_everything_that_has_a_name(site: Path) -> None:
 
 @pytest.mark.slow
 def test_no_page_of_the_site_asks_another_host_for_anything(site: Path) -> None:
-    loading = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?(https?:)?//|<link[^>]+stylesheet[^>]+href=[\"']?https?://")
+    loading = re.compile(
+        r"<(?:script|img|iframe)[^>]+src=[\"']?(https?:)?//|<link[^>]+stylesheet[^>]+href=[\"']?https?://"
+    )
     assert [page.name for page in site.rglob("*.html") if loading.search(page.read_text())] == []
 
 

@@ -1,4 +1,4 @@
-"""The main job in the oldest releases that this package says it works with; torch is that of the tests, for its size."""
+"""The main job in the oldest releases that this package says it works with; torch is that of the tests."""
 
 import json
 import os
