@@ -4,6 +4,7 @@ PivotError
 +-- DataError        a pair, image or file of the preference data: mend or leave out the row
 +-- ModelError       the model, its processor or its family: pass another, or install a plugin for it
 +-- SettingsError    an option or a combination of options: change it
+|   +-- DiskError    a file cannot be written: make room, or choose another place
 +-- PluginError      an installed plugin failed: mend, update or disable it
 +-- TrainingError    training itself went wrong: the run's folder holds what was paid for
 +-- EncoderError     an encoder folder or a graft that does not fit
@@ -57,6 +58,20 @@ class ModelError(PivotError):
 
 class SettingsError(PivotError):
     """An option, or a combination of options, cannot be used."""
+
+
+class DiskError(SettingsError, OSError):
+    """A file cannot be written: there is no room, or no right to. An `OSError` too, which is what it began as.
+
+    Args:
+        finding, remedy: as for `PivotError`.
+        because: what the operating system said.
+    """
+
+    def __init__(self, finding: str = "", remedy: str = "", because: str = "") -> None:
+        super().__init__(finding, remedy)
+        self.args = (self.finding, self.remedy, because)
+        self.strerror = because
 
 
 class PluginError(PivotError):

@@ -4,19 +4,106 @@ A reader of anything written here sees the old state or the new one, never half 
 the same path: the last to finish wins.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import DiskError, PivotError, SettingsError, said
 
 RUN_FILE = "run.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# libraries that write by themselves say it in words: safetensors, Arrow, torch
+FULL_IN_WORDS = (*(f"os error {number}" for number in FULL), *map(os.strerror, FULL), "PytorchStreamWriter failed")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an exception says that there is no room for a file.
+
+    Args:
+        error: of Python, or of a library that writes files by itself.
+    """
+    return (isinstance(error, OSError) and error.errno in FULL) or any(words in str(error) for words in FULL_IN_WORDS)
+
+
+def unwritten(path: Path, error: BaseException) -> DiskError:
+    """The error for a file or folder that cannot be written.
+
+    Args:
+        path: of it.
+        error: that says so.
+    """
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    try:
+        room = f" ({shutil.disk_usage(there).free / 1e9:.1f} GB are free)"
+    except OSError:
+        room = ""
+    return DiskError(
+        f"{str(path)!r} cannot be written: {said(error)}.",
+        f"Make room there{room}, or choose another place.",
+        said(error),
+    )
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Write meanwhile: what says that this cannot be comes out as an error of ours, with the path."""
+    try:
+        yield
+    except PivotError:
+        raise
+    except Exception as error:
+        forbidden = isinstance(error, OSError) and error.errno in FORBIDDEN
+        if (is_full(error) or forbidden) and not _is_of_another(error, path):
+            raise unwritten(path, error) from error
+        raise
+
+
+def _is_of_another(error: Exception, path: Path) -> bool:
+    """Whether an exception names a file somewhere else, as one that was read meanwhile."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str) and path.absolute().parent not in (
+        Path(name).absolute(),
+        *Path(name).absolute().parents,
+    )
+
+
+class Lines:
+    """A file that grows line by line, each of them on the disk when `add` returns.
+
+    Args:
+        path: of the file; its folder is made.
+        keep: bytes of what stands there already that stay.
+
+    Raises:
+        DiskError: if it cannot be written, by every method.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self._path = path
+        with _written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # without a buffer: closing a file whose last lines found no room would fail again
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(keep)
+
+    def add(self, line: bytes) -> None:
+        """Write a line, with its end."""
+        with _written(self._path):
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """No line is to come."""
+        self._file.close()
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -27,11 +114,12 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
         content: text, bytes, or a function that writes to the path it is given.
 
     Raises:
-        OSError: if it cannot be written; what stood there before is unchanged then.
+        DiskError: if there is no room or right to write it; what stood there before is unchanged then, after any other
+            failure too.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = _beside(path)
-    try:
+    with _written(path), _gone_afterwards(aside):
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             aside.write_text(content, encoding="utf-8")
         elif isinstance(content, bytes):
@@ -39,8 +127,16 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
         else:
             content(aside)
         aside.replace(path)
+
+
+@contextmanager
+def _gone_afterwards(aside: Path) -> Iterator[None]:
+    try:
+        yield
     finally:
-        aside.unlink(missing_ok=True)
+        # its folder may be a file, or of somebody else
+        with suppress(OSError):
+            aside.unlink()
 
 
 @contextmanager
@@ -54,22 +150,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         the folder to write into.
 
     Raises:
-        OSError: if it cannot be written; what stood there before is unchanged then.
+        DiskError: if there is no room or right to write it; what stood there before is unchanged then, after any other
+            failure too.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside, old = _beside(folder), _beside(folder)
     try:
-        aside.mkdir()
-        yield aside
-        # a folder that is not empty cannot be renamed onto: the old one steps aside first, and comes back on failure
-        if folder.exists():
-            folder.replace(old)
-        try:
-            aside.replace(folder)
-        except OSError:
-            if old.exists() and not folder.exists():
-                old.replace(folder)
-            raise
+        with _written(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            yield aside
+            # a folder that is not empty cannot be renamed onto: the old one steps aside, and comes back on failure
+            if folder.exists():
+                folder.replace(old)
+            try:
+                aside.replace(folder)
+            except OSError:
+                if old.exists() and not folder.exists():
+                    old.replace(folder)
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -114,12 +114,14 @@ def graft(
     empty_folder(output_dir)
     import pivot_plugin as pivot
     from pivot_plugin.encoders.compatibility import save_model
+    from pivot_plugin.files import whole_folder
     from pivot_plugin.models.loading import load_model
 
     loaded, processor = load_model(model)
     pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)
-    save_model(loaded, output_dir)
-    processor.save_pretrained(output_dir)
+    with whole_folder(output_dir) as aside:
+        save_model(loaded, aside)
+        processor.save_pretrained(aside)
     print(f"MLLM: {output_dir}")
 
 
@@ -132,8 +134,11 @@ def extract(
     """Take the vision encoder out of any MLLM, whoever trained it; an adapter (LoRA) is merged first.
 
     pivot extract ./qwen-lora -o encoder --base Qwen/Qwen2.5-VL-3B-Instruct
+
+    A folder that holds an encoder of ours already is replaced as a whole.
     """
-    empty_folder(output_dir)
+    if not (output_dir / "pivot.json").is_file():
+        empty_folder(output_dir)
     from pivot_plugin.encoders import extract as take_out
 
     taken = take_out(model, output_dir, base=base)

@@ -70,12 +70,14 @@ def assemble(
     empty_folder(output_dir)
     import pivot_plugin as pivot
     from pivot_plugin.encoders.compatibility import save_model
+    from pivot_plugin.files import whole_folder
 
     model, processor = pivot.assemble(
         encoder, language_model, feature_layer=feature_layer, chat_template=chat_template, seed=seed
     )
-    save_model(model, output_dir)
-    processor.save_pretrained(output_dir)
+    with whole_folder(output_dir) as aside:
+        save_model(model, aside)
+        processor.save_pretrained(aside)
     print(f"MLLM: {output_dir} ({model.num_parameters():,} parameters)")
 
 

@@ -39,12 +39,20 @@ class Collator(Protocol):
 
 @dataclass
 class Questions:
-    """Questions that a model is asked; their tokens are TRL's affair."""
+    """Questions that a model is asked.
+
+    Args:
+        image_tokens: of the model's processor.
+        given_text: whether who answers is given text, in which the names of control tokens would become these.
+    """
 
     image_tokens: ImageTokens
+    given_text: bool = False
 
     def check(self, row: dict[str, Any], images: ProcessedImages) -> None:
-        self.image_tokens.control_text.refuse(row, NO_PLAIN_TEXT)
+        if self.given_text:
+            self.image_tokens.control_text.refuse(row, NO_PLAIN_TEXT)
+        self.image_tokens.plain_text(row)
 
 
 @dataclass
@@ -79,9 +87,14 @@ class RowJudge:
         with foreign_code(f"{where} cannot be processed", "Mend the row, or leave it out.", kind=UNFIT):
             self.collator.check(blank, self._images(sizes, blank["images"], where))
 
-    def of_questions(self) -> "RowJudge":
-        """The same judge of questions that the model is asked before there are answers to them."""
-        return RowJudge(Questions(self.collator.image_tokens), self.every_size)
+    def of_questions(self, given_text: bool = False) -> "RowJudge":
+        """The same judge of questions that are asked before there are answers to them.
+
+        Args:
+            given_text: as for `Questions`; a judge of questions that are given as text stays one.
+        """
+        given_text = given_text or (isinstance(self.collator, Questions) and self.collator.given_text)
+        return RowJudge(Questions(self.collator.image_tokens, given_text), self.every_size)
 
     def _images(self, sizes: Sizes, blank: list[Image.Image], where: str) -> ProcessedImages:
         if sizes not in self._processed:
@@ -104,10 +117,11 @@ class RowJudge:
         return made
 
 
-def judge_of_questions(processor: ProcessorMixin) -> Judge:
+def judge_of_questions(processor: ProcessorMixin, given_text: bool = False) -> Judge:
     """Who says which questions a model cannot be asked.
 
     Args:
         processor: the model's.
+        given_text: as for `Questions`.
     """
-    return RowJudge(Questions(ImageTokens(processor)), every_size=False)
+    return RowJudge(Questions(ImageTokens(processor), given_text), every_size=False)

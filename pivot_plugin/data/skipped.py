@@ -3,9 +3,10 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pivot_plugin.errors import DataError, SettingsError
+from pivot_plugin.files import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class SkippedRows:
         self._name = name
         self._rows = rows
         self._path = None if path is None else Path(path)
-        self._file: Any = None
+        self._file: Lines | None = None
         self._count = 0
 
     def add(self, index: int, error: DataError) -> None:
@@ -64,15 +65,14 @@ class SkippedRows:
             return
         if self._file is None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w", encoding="utf-8", errors="backslashreplace")
+                self._file = Lines(self._path)
             except OSError as failure:
                 raise SettingsError(
                     f"The list of skipped rows cannot be written to {str(self._path)!r}: {failure.strerror}.",
                     "Give another file with skipped=.",
                 ) from failure
         line = {"data": self._name, "row": index, "defect": error.kind, "finding": error.finding}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.add(f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace"))
 
     def __enter__(self) -> Self:
         return self

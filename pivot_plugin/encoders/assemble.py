@@ -138,10 +138,10 @@ def _language_model(
     name: object = language_model
     try:
         if isinstance(language_model, str | Path):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
+            language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto", trust_remote_code=False)
         else:
             name = language_model.name_or_path
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"No language model with its tokenizer could be loaded from {str(name)!r}: {error}",

@@ -21,7 +21,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from pivot_plugin.deadline import Overdue, within
 from pivot_plugin.errors import EncoderError
-from pivot_plugin.files import sha256
+from pivot_plugin.files import is_full, sha256, unwritten
 from pivot_plugin.hub.secrets import HTTP_ERROR, hidden, status_of
 
 from .contents import PICKLES
@@ -107,6 +107,12 @@ def downloaded(repo: str, download: Download) -> tuple[Path, str | None, list[st
 
 
 def _not_had(repo: str, error: Exception, download: Download) -> EncoderError:
+    if is_full(error):
+        full = unwritten(download.cache, error)
+        return EncoderError(
+            f"{repo!r} could not be had: {full.finding}",
+            f"{full.remedy.partition(',')[0]}, or give another cache_dir=; what has come down is kept.",
+        )
     if isinstance(error, Overdue):
         return EncoderError(f"{repo!r} could not be had: {hidden(error, download.token)}.", AGAIN)
     status = status_of(error)

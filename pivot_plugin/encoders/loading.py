@@ -118,12 +118,13 @@ def load_encoder(
     return (encoder, image_processor_in(origin.folder, trust_remote_code)) if with_processor else encoder
 
 
-def fetch(path: str | Path, download: Download) -> Origin:
+def fetch(path: str | Path, download: Download, lora: bool = False) -> Origin:
     """The files of an encoder on this machine, hashes compared; nothing of them is loaded yet.
 
     Args:
         path: as for `load_encoder`.
         download: how they are had.
+        lora: whether the LoRA of an encoder is welcome, too.
 
     Raises:
         EncoderError: as `load_encoder`.
@@ -145,12 +146,16 @@ def fetch(path: str | Path, download: Download) -> Origin:
         raise EncoderError(f"{str(folder)!r} is the folder of a run, not of an encoder.", remedy)
     record = read_provenance(folder)
     _refuse_code(repo or str(folder), folder, names, record, download.trust_remote_code)
-    if record.get("weights") == "lora":
+    of_lora = record.get("weights") == "lora"
+    if of_lora and not lora:
         raise EncoderError(
             f"{repo or str(folder)!r} holds the LoRA of an encoder, not an encoder.",
-            "Load its base with transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
+            f"pivot extract {repo or folder} -o FOLDER makes an encoder of it and its base; or load its base with "
+            "transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
         )
-    if (folder / OF_LORA).exists():
+    if of_lora and not (folder / OF_LORA).is_file():
+        raise EncoderError(f"{repo or str(folder)!r} is of a LoRA by its record, and has no {OF_LORA}.", REMEDY)
+    if (folder / OF_LORA).exists() and not of_lora:
         raise EncoderError(
             f"{repo or str(folder)!r} holds {OF_LORA} beside an encoder, by which another model would be loaded.",
             "Load its base with transformers, then PeftModel.from_pretrained(base, <this>).merge_and_unload().",
@@ -252,7 +257,7 @@ def _refuse_settings(folder: Path, settings: dict[str, Any], encoder_cls: type[A
         )
     with torch.device("meta"):
         if encoder_cls is AutoModel:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+            model = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         else:
             model = encoder_cls._from_config(encoder_cls.config_class.from_pretrained(folder))
     held = held_numbers(folder)

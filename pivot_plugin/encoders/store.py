@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.adapters.base import IN_BLOCKS, WHOLE_VIEW
-from pivot_plugin.errors import EncoderError, ModelError
+from pivot_plugin.errors import EncoderError, ModelError, said
 from pivot_plugin.files import sha256, whole_folder
 
 from .card import CARD, PICTURE, card
@@ -260,6 +260,6 @@ def _encoder_folder(folder: Path) -> Iterator[Path]:
             yield aside
     except OSError as error:
         raise EncoderError(
-            f"{str(folder)!r} cannot be written: {error}.",
+            f"{str(folder)!r} cannot be written: {said(error)}.",
             "What was there before is unchanged; choose another folder, or make room and repeat.",
         ) from error

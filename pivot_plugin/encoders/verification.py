@@ -85,7 +85,7 @@ def verify(
     verification = Verification()
     try:
         download = Download(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        origin = fetch(path, download)
+        origin = fetch(path, download, lora=True)
     except EncoderError as error:
         verification.checks.append(Check("files", False, str(error)))
         return verification
@@ -96,6 +96,10 @@ def verify(
         # fetch has compared them
         names = list(origin.record.get("sha256", {}))
         verification.checks.append(Check("files", True, f"{', '.join(names)}: sha256 as recorded; no code, no pickles"))
+    if origin.record.get("weights") == "lora":
+        words = "this is the LoRA of an encoder, which has none by itself: pivot extract makes an encoder of it"
+        verification.checks.append(Check("features", None, words))
+        return verification
     try:
         encoder = encoder_of(origin)
         image_processor = image_processor_in(origin.folder)

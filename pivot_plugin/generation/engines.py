@@ -98,12 +98,8 @@ class TransformersEngine:
             questions, sampling, seed: as for a call.
             **more: passed on to `generate`.
         """
-        for question in questions:
-            self._image_tokens.control_text.refuse(question, NO_PLAIN_TEXT)
-        texts = [
-            self.processor.apply_chat_template(_with_images(question), add_generation_prompt=True, tokenize=False)
-            for question in questions
-        ]
+        # names of control tokens in the words of users are other words for the processor, and come back as tokens
+        texts = [self._image_tokens.question_text(self._image_tokens.reworded(question)) for question in questions]
         images = [question["images"] for question in questions]
         outputs = self.processor(
             images=images if any(images) else None,
@@ -113,7 +109,7 @@ class TransformersEngine:
             add_special_tokens=False,
             return_tensors="pt",
         )
-        inputs = self._on_model(outputs)
+        inputs = self._on_model(self._image_tokens.with_words(questions, outputs))
         shown = self._distinct_images(questions, texts, inputs)
         with evaluating(self.model), undisturbed(seed), self._prefill.of(sampling.n, shown):
             generated = self.model.generate(**inputs, **self._settings(sampling), return_dict_in_generate=True, **more)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pivot_plugin.files import same_settings
+from pivot_plugin.files import Lines, same_settings
 
 
 class KeptLines:
@@ -26,10 +26,9 @@ class KeptLines:
     def __init__(self, path: Path | None, settings: Mapping[str, Any], value_name: str) -> None:
         self.values: dict[int, Any] = {}
         self._name = value_name
-        self._file: Any = None
+        self._file: Lines | None = None
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         # a run that was killed may have left half a line
         whole = lines[:-1]
@@ -43,18 +42,15 @@ class KeptLines:
             for line in whole[1:]:
                 row = json.loads(line)
                 self.values[row["question"]] = row[value_name]
-        self._file = path.open("ab")
-        self._file.truncate(sum(len(line) + 1 for line in whole))
+        self._file = Lines(path, keep=sum(len(line) + 1 for line in whole))
         if not whole:
-            self._file.write(_line(settings))
-            self._file.flush()
+            self._file.add(_line(settings))
 
     def add(self, position: int, value: Any) -> None:
         """Keep the value of one question."""
         self.values[position] = value
         if self._file is not None:
-            self._file.write(_line({"question": position, self._name: value}))
-            self._file.flush()
+            self._file.add(_line({"question": position, self._name: value}))
 
     def __enter__(self) -> Self:
         return self

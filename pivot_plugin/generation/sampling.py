@@ -67,7 +67,8 @@ def sample(
     if model is not None:
         # an object of another repository becomes a model of transformers
         model, processor = load_model(model, processor)
-    dataset = load_questions(questions).verify(judge=judge_of_questions(processor) if processor is not None else None)
+    judge = None if processor is None else judge_of_questions(processor, given_text=engine is not None)
+    dataset = load_questions(questions).verify(judge=judge)
     sampling = Sampling(n, temperature, top_p, max_new_tokens)
     draw = _engine(engine, model, processor)
     settings = {
@@ -137,8 +138,11 @@ def _refuse_other_than_texts(completions: object, batch: range, n: int) -> None:
         finding = f"a {type(completions).__name__}{count} for {len(batch)} questions"
     else:
         for position, texts in zip(batch, completions, strict=True):
-            if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 finding = f"{str(texts)[:80]!r} for question {position}"
+                break
+            if len(texts) != n:
+                finding = f"{len(texts)} completions of {n} for question {position}"
                 break
     if finding:
         raise TrainingError(f"The engine gave {finding}.", f"An engine returns {n} texts for every question, in order.")

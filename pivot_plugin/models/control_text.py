@@ -6,7 +6,7 @@ through the template; then the template's own names get stand-ins, the user's co
 that knows control tokens by their stand-ins alone reads the whole. Everything else is tokenised as ever. Rows without
 such names never come here.
 
-Most processors and generating engines are given text, not tokens; there such a row cannot be used, and is named.
+Some processors and generating engines are given text, not tokens; there such a row cannot be used, and is named.
 """
 
 import json

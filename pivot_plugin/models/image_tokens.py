@@ -207,6 +207,80 @@ class ImageTokens:
             self.control_text.refuse(row, f"{type(self.processor).__name__} reads it as one")
         return plain
 
+    def reworded(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row as a processor can be given it: with other words for the names of control tokens in its own.
+
+        `with_words` puts the row's own words into what the processor makes of it.
+
+        Args:
+            row: in the normal form of questions.
+
+        Raises:
+            DataError: where its own words cannot be kept words.
+        """
+        self.plain_text(row)
+        return self.control_text.without(row)
+
+    def question_text(self, row: Mapping[str, Any]) -> str:
+        """A question up to where its answer begins, in the words of the chat template.
+
+        Args:
+            row: with `images` and `prompt` (messages).
+        """
+        messages = prepare_multimodal_messages(row["prompt"], images=list(row["images"]))
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def question(self, row: Mapping[str, Any], expansions: Sequence[list[int]], given: Sequence[int]) -> list[int]:
+        """A question as tokens, in which the names of control tokens in its words are words.
+
+        Args:
+            row: with `images` and `prompt` (messages).
+            expansions: for each of its images the tokens that its marker becomes.
+            given: what the processor made of the row in other words (`reworded`).
+
+        Raises:
+            DataError: where the processor put other tokens for its images there.
+        """
+        tokens = self.prompt(row, self.question_text(self.plain_text(row)), expansions)
+        if tokens.count(self.image_token_id) != list(given).count(self.image_token_id):
+            self.control_text.refuse(row, f"{type(self.processor).__name__} makes something else of its images there")
+        return tokens
+
+    def with_words(self, rows: Sequence[Mapping[str, Any]], outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the processor made of questions in other words, with their own; as it is where those are the same.
+
+        Args:
+            rows: questions, with `images` (PIL) and `prompt` (messages).
+            outputs: of the processor about `reworded` of them, as tensors, padded on the left.
+
+        Raises:
+            DataError: as `question`.
+        """
+        changed = [bool(self.control_text.in_row(row)) for row in rows]
+        if not any(changed):
+            return dict(outputs)
+        with_images = [number for number, row in enumerate(rows) if row["images"]]
+        of_set = {number: image_set for image_set, number in enumerate(with_images)}
+        needed = any(changed[number] for number in with_images)
+        images = self.process_images([rows[number]["images"] for number in with_images] if needed else [])
+        sequences = [
+            ids[mask.bool()].tolist() for ids, mask in zip(outputs["input_ids"], outputs["attention_mask"], strict=True)
+        ]
+        for number, row in enumerate(rows):
+            if changed[number]:
+                # a row with images that is given as a whole is refused before it comes here
+                expansions = images.expansions_of(of_set.get(number, -1)) or []
+                sequences[number] = self.question(row, expansions, sequences[number])
+        width = max(map(len, sequences))
+        ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for number, sequence in enumerate(sequences):
+            ids[number, width - len(sequence) :] = torch.tensor(sequence)
+            mask[number, width - len(sequence) :] = 1
+        beside = about_images(outputs, self.processor)
+        return {**beside, "input_ids": ids, "attention_mask": mask, **self.token_types(ids)}
+
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text that is in the words of the chat template already."""
         plain = self.control_text.tokens(text)

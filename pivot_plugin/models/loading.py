@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
@@ -34,7 +35,11 @@ def empty_model(name: str) -> PreTrainedModel:
         ModelError: if there is none.
     """
     if is_lora(name):
-        return empty_model(base_of(name)[1])
+        base = base_of(name)[1]
+        try:
+            return empty_model(base)
+        except ModelError as error:
+            raise ModelError(f"{name!r} is a LoRA of {base!r}. {error.finding}", error.remedy) from error
     foreign = from_plugins(name, None, weights=False)
     if foreign is not None:
         return foreign[0]
@@ -43,7 +48,7 @@ def empty_model(name: str) -> PreTrainedModel:
         with init_empty_weights():
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
+        raise _other_kind(Path(name)) or ModelError(
             f"No MLLM could be found at {name!r}: {error}", "Give a folder or Hub id of an image-text model."
         ) from error
 
@@ -188,11 +193,8 @@ def _not_loaded(folder: Path, error: Exception) -> ModelError:
     finding = f"No MLLM could be loaded from {str(folder)!r}: {error}"
     if isinstance(error, ImportError):
         return ModelError(finding, "Install the package; or, of a quantised model, give the one before quantisation.")
-    if (folder / RUN_FILE).is_file():
-        left = [name for name in ("model", "encoder") if (folder / name).is_dir()]
-        named = " and ".join(f"its {name} in {str(folder / name)!r}" for name in left)
-        remedy = f"It left {named}." if left else "It left neither a model nor an encoder."
-        return ModelError(f"{str(folder)!r} is the folder of a run, not of an MLLM.", remedy)
+    if (other := _other_kind(folder)) is not None:
+        return other
     if not (folder / "config.json").is_file():
         return ModelError(finding, "Give a folder or Hub id of an image-text model.")
     damaged = _damaged_files(folder)
@@ -202,6 +204,42 @@ def _not_loaded(folder: Path, error: Exception) -> ModelError:
             "Download or save it again, whole: an interrupted download goes on where it stopped.",
         )
     return ModelError(finding, "Give the folder of an image-text model, with its weights.")
+
+
+def _other_kind(source: Path) -> ModelError | None:
+    """What a folder or Hub id holds in the place of an MLLM, and which command takes it; None where that is not plain.
+
+    Args:
+        source: of what transformers does not load as an MLLM.
+    """
+    name = str(source)
+    if (source / RUN_FILE).is_file() and not (source / "config.json").is_file():
+        left = [part for part in ("model", "encoder") if (source / part).is_dir()]
+        named = " and ".join(f"its {part} in {str(source / part)!r}" for part in left)
+        remedy = f"It left {named}." if left else "It left neither a model nor an encoder."
+        return ModelError(f"{name!r} is the folder of a run, not of an MLLM.", remedy)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    # whatever stands there in place of a configuration
+    except Exception:
+        return None
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return None
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return ModelError(
+            f"{name!r} holds a language model ({config.model_type}), not an MLLM.",
+            f"pivot assemble ENCODER {name} -o FOLDER makes an MLLM of it.",
+        )
+    if any(hasattr(config, setting) for setting in ("patch_size", "image_size", "vision_config")):
+        return ModelError(
+            f"{name!r} holds a vision encoder by itself ({config.model_type}), not an MLLM.",
+            f"pivot verify, export and push take it; pivot graft MLLM {name} -o FOLDER puts it into an MLLM, and pivot "
+            f"assemble {name} LANGUAGE_MODEL -o FOLDER makes one of it.",
+        )
+    return ModelError(
+        f"{name!r} holds a model of type {config.model_type}, not an MLLM.",
+        "Give a folder or Hub id of an image-text model.",
+    )
 
 
 def _damaged_files(folder: Path) -> list[str]:

@@ -154,7 +154,7 @@ def _check_grey(folder: Path, model: str) -> None:
     pictures = [Image.effect_noise((96, 96), 80).convert("RGB") for _ in range(2)]
     finding = ""
     try:
-        processor = AutoProcessor.from_pretrained(folder).image_processor
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False).image_processor
         values = [processor(images=[picture], return_tensors="pt")["pixel_values"] for picture in pictures]
         if max(float(value.abs().max()) for value in values) > 1e-6:
             finding = "it still tells two pictures apart"

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from pivot_plugin.adapters import ImageFeatures
 from pivot_plugin.data.images import ImageAccess
-from pivot_plugin.errors import DataError, ModelError, SettingsError
+from pivot_plugin.errors import DataError, ModelError, SettingsError, said
 from pivot_plugin.files import cache_folder, write_whole
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint
@@ -339,7 +339,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         write_whole(path, lambda aside: save_file(tensors, aside))
     except OSError as error:
         raise SettingsError(
-            f"Features cannot be kept in {str(path.parent)!r}: {error}.",
+            f"Features cannot be kept in {str(path.parent)!r}: {said(error)}.",
             "Make room, give another cache= folder, or cache=False.",
         ) from error
 

@@ -139,10 +139,13 @@ def text_features(data: Captioned, batch_size: int) -> list[np.ndarray]:
     model, tokenizer = data.text_model, data.tokenizer
     if isinstance(model, str):
         try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = AutoModel.from_pretrained(model)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            model = AutoModel.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ModelError(f"No text model could be loaded from {data.text_model!r}: {error}", "Check it.") from error
+            raise ModelError(
+                f"No text model could be loaded from {data.text_model!r}: {error}",
+                "Give a folder or Hub id that transformers loads without code of its author, or a loaded model.",
+            ) from error
     if tokenizer is None:
         raise ModelError("The text model comes without its tokenizer.", "Give tokenizer=.")
     if tokenizer.pad_token is None:

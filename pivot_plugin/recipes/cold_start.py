@@ -36,7 +36,7 @@ from pivot_plugin.generation.distillation import INSTRUCTION, self_distill
 from pivot_plugin.generation.sampling import instructed
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
-from pivot_plugin.runs.instruct import MODEL_FOLDER
+from pivot_plugin.runs.leftovers import MODEL_FOLDER
 from pivot_plugin.training.rollout_trainer import Rewards
 
 from .runs import Keeper, Optimizing
@@ -200,7 +200,7 @@ class _Specs:
         self._note(optimizing.stage(name, settings))
         trained = keeper.model
         if trained is None:
-            trained = AutoModelForImageTextToText.from_pretrained(folder / MODEL_FOLDER)
+            trained = AutoModelForImageTextToText.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
         return _Point(trained, settings)
 
     def distil(self, chosen: _Point, base: _Point, questions: QuestionDataset, instruction: str) -> PairDataset:

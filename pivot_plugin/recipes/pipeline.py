@@ -30,7 +30,8 @@ from pivot_plugin.encoders.towers import image_processor_of
 from pivot_plugin.files import read_record, write_whole
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.models.loading import load_model
-from pivot_plugin.runs.instruct import MODEL_FOLDER, align, instruct
+from pivot_plugin.runs.instruct import align, instruct
+from pivot_plugin.runs.leftovers import MODEL_FOLDER
 from pivot_plugin.training.cost import tower_facts
 
 from .evaluation import Evaluated, Evaluating

@@ -8,7 +8,7 @@ from pathlib import Path
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.models.loading import load_model
 from pivot_plugin.probes.comparison import compare
-from pivot_plugin.runs.instruct import MODEL_FOLDER
+from pivot_plugin.runs.leftovers import MODEL_FOLDER
 
 from .inputs import Parts, RecipeData
 from .results import RecipeResult

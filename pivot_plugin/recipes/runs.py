@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_plugin.data.conversations import ConversationDataset
 from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.files import RUN_FILE, read_record, whole_folder
-from pivot_plugin.runs.instruct import MODEL_FOLDER
+from pivot_plugin.runs.leftovers import MODEL_FOLDER
 from pivot_plugin.runs.optimize import optimize
 from pivot_plugin.runs.result import PivotResult
 from pivot_plugin.training.checkpoints import final_checkpoint

@@ -11,6 +11,8 @@ from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import RUN_FILE, read_record, same_settings, write_whole
 from pivot_plugin.training.checkpoints import final_checkpoint, last_checkpoint
 
+from .leftovers import whole_model
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,14 +72,15 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
         folder: of the run, claimed already.
 
     Raises:
-        SettingsError: if it has, and kept no checkpoint that its model could be taken from.
+        SettingsError: if it has, and left neither a checkpoint nor a folder that its model could be taken from.
     """
     record = read_record(folder)
     if record is None or not record.get("finished"):
         return None
-    if final_checkpoint(folder, record.get("history", [])) is None:
+    if final_checkpoint(folder, record.get("history", [])) is None and whole_model(folder, record) is None:
         raise SettingsError(
-            f"The run in {str(folder)!r} has finished, and kept no checkpoint of its last step.",
+            f"The run in {str(folder)!r} has finished, and kept no checkpoint of its last step, from which the "
+            "language model that it trained could be taken.",
             f"Take what it left from {str(folder)!r}, or choose another output_dir to train anew.",
         )
     logger.info("The run in %s has finished. Nothing is trained, and the folder stays as it is.", folder)

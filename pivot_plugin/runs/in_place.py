@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.errors import PivotError, TrainingError
+from pivot_plugin.files import is_full, unwritten
 from pivot_plugin.hooks import collect
 from pivot_plugin.models.evaluating import undisturbed
 from pivot_plugin.training.checkpoints import last_checkpoint
@@ -61,6 +62,8 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
             snapshot.restore()
         if isinstance(error, PivotError):
             raise
+        if is_full(error):
+            raise _unwritten(folder, error) from error
         checkpoint = last_checkpoint(folder)
         remedy = (
             f"Checkpoint {checkpoint} is kept; go on with resume=True." if checkpoint else "There is no checkpoint yet."
@@ -73,3 +76,13 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
     # where the model was built around an object of another repository, that object is the caller's
     collect("pivot_model_trained", model=adapter.model)
     adapter.model.eval()
+
+
+def _unwritten(folder: Path, error: BaseException) -> TrainingError:
+    """What is said of a checkpoint that found no room."""
+    reason, checkpoint = unwritten(Path(getattr(error, "filename", None) or folder), error), last_checkpoint(folder)
+    go_on = f"from {checkpoint}, which is whole" if checkpoint else "from the start: no checkpoint was whole by then"
+    return TrainingError(
+        f"Training stopped: {reason.finding}",
+        f"{reason.remedy.partition(',')[0]}, and go on with resume=True {go_on}; save_total_limit= keeps fewer.",
+    )

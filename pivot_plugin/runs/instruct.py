@@ -14,14 +14,15 @@ from pivot_plugin.data.records import Judge
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_FILE
 from pivot_plugin.encoders.compatibility import rewrite_for_every_release
+from pivot_plugin.files import whole_folder
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
 
+from .leftovers import MODEL_FOLDER, put_back, trained_in
 from .provenance import instructed_origin
 from .run import LoadRows, Run, RunOptions, begin, merge_lora
 from .settings import instruct_configuration
 
-MODEL_FOLDER = "model"
 # arXiv 2510.16333, appendix E.1, stage 1; found again in the authors' scripts
 ALIGN = {"learning_rate": 1e-3}
 INSTRUCT = {"learning_rate": 1e-5}
@@ -159,18 +160,22 @@ def _instruct(
 
     metrics: dict[str, float] = {}
     with run.in_place() as training:
-        trainer = InstructTrainer(**run.trainer_arguments())
-        trained = trainer.trained_parameters()
-        run.train(trainer)
-        if run.held_out is not None and run.ended is None:
-            metrics = {name: float(value) for name, value in trainer.evaluate().items()}
-        history = trainer.state.log_history
-        if run.ended is None:
-            _save_model(run, trainer)
+        if run.ended is not None and run.left is not None:
+            put_back(run.left, run.adapter)
+            trained, history = trained_in(run.ended), []
         else:
-            merge_lora(trainer)
-        # with it goes the memory of its optimiser
-        del trainer
+            trainer = InstructTrainer(**run.trainer_arguments())
+            trained = trainer.trained_parameters()
+            run.train(trainer)
+            if run.held_out is not None and run.ended is None:
+                metrics = {name: float(value) for name, value in trainer.evaluate().items()}
+            history = trainer.state.log_history
+            if run.ended is None:
+                _save_model(run, trainer)
+            else:
+                merge_lora(trainer)
+            # with it goes the memory of its optimiser
+            del trainer
 
     result = InstructResult(
         model=run.model,
@@ -202,6 +207,7 @@ def _save_model(run: Run, trainer: InstructTrainer) -> None:
     # gathers what FSDP and DeepSpeed keep in shards
     merge_lora(trainer)
     if run.keeper:
-        run.model.save_pretrained(folder)
-        rewrite_for_every_release(folder)
-        run.processor.save_pretrained(folder)
+        with whole_folder(folder) as aside:
+            run.model.save_pretrained(aside)
+            rewrite_for_every_release(aside)
+            run.processor.save_pretrained(aside)

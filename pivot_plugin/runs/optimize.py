@@ -26,6 +26,7 @@ from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 
+from .leftovers import ENCODER_FOLDER, put_back, trained_in
 from .monitoring import Monitoring
 from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
 from .provenance import optimized_origin
@@ -181,19 +182,23 @@ def _optimize(
     metrics: dict[str, dict[str, float]] = {}
     measured = run.held_out is not None and run.ended is None
     with run.in_place() as training:
-        trainer = _trainer(run, source.rollout_rewards, this.reference)
-        if run.ended is None:
-            monitoring.add_to(trainer, run)
-        trained = trainer.trained_parameters()
-        if measured:
-            metrics["before"] = trainer.reference_metrics()
-        run.train(trainer)
-        if measured:
-            metrics["after"] = trainer.held_out_metrics()
-        history = trainer.state.log_history
-        lora_weights = merge_lora(trainer)
-        # with it goes the memory of its optimiser
-        del trainer
+        if run.ended is not None and run.left is not None:
+            put_back(run.left, run.adapter)
+            trained, history, lora_weights = trained_in(run.ended), [], None
+        else:
+            trainer = _trainer(run, source.rollout_rewards, this.reference)
+            if run.ended is None:
+                monitoring.add_to(trainer, run)
+            trained = trainer.trained_parameters()
+            if measured:
+                metrics["before"] = trainer.reference_metrics()
+            run.train(trainer)
+            if measured:
+                metrics["after"] = trainer.held_out_metrics()
+            history = trainer.state.log_history
+            lora_weights = merge_lora(trainer)
+            # with it goes the memory of its optimiser
+            del trainer
 
     result = PivotResult(
         model=run.model,
@@ -220,7 +225,7 @@ def _optimize(
     )
     if run.keeper and run.ended is None:
         # the encoder first: a run that is recorded as finished has one
-        result.save(run.output_dir / "encoder")
+        result.save(run.output_dir / ENCODER_FOLDER)
         details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}
         run.record(result, weight_change=result.weight_change, origin=result.origin, **details)
         notify("pivot_run_finished", result=result)
@@ -278,7 +283,8 @@ def _load_questions(
     questions = load_questions(source.prefs)
     if source.answers is not None:
         refuse_pairs(questions)
-    questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge.of_questions())
+    judge_asked = judge.of_questions(given_text=source.answers is not None and source.answers.engine is not None)
+    questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge_asked)
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
@@ -287,7 +293,7 @@ def _load_questions(
     held_out = load_questions(source.eval_prefs, "eval_questions")
     if source.answers is not None and is_of_pairs(held_out):
         return questions, _held_out_pairs(source.eval_prefs, options, judge)
-    held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge.of_questions())
+    held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge_asked)
     needs_answer(rewards, held_out)
     return questions, held_out
 

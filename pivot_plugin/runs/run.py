@@ -33,7 +33,7 @@ from pivot_plugin.data.split import hold_out
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.models.find import check_processor, check_tower, find_adapter
 from pivot_plugin.models.loading import load_model
-from pivot_plugin.training.checkpoints import check_checkpoint, last_checkpoint
+from pivot_plugin.training.checkpoints import check_checkpoint, final_checkpoint, last_checkpoint
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
@@ -41,6 +41,7 @@ from pivot_plugin.training.sharding import check_engine, gather, undivided
 
 from .folder import claim, finished_record, write_record
 from .in_place import InPlace, in_place
+from .leftovers import whole_model
 from .settings import unwatched
 
 LoadRows = Callable[[RowJudge], tuple[RowDataset | PairStream, RowDataset | None]]
@@ -185,6 +186,13 @@ class Run:
         if checkpoint is not None:
             check_checkpoint(checkpoint, self.config.world_size)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    @property
+    def left(self) -> Path | None:
+        """Where the model of an ended run that kept no checkpoint of its last step is taken from; else None."""
+        if self.ended is None or final_checkpoint(self.output_dir, self.ended["history"]) is not None:
+            return None
+        return whole_model(self.output_dir, self.ended)
 
     def record(self, result: Finished, **details: Any) -> None:
         """Write the record of a finished run.

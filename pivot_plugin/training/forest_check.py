@@ -14,9 +14,11 @@ sequence per row instead, which is compared in the same way; a model that differ
 """
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.data.pairs import PairStream
 from pivot_plugin.data.rows import RowDataset
-from pivot_plugin.errors import ModelError
+from pivot_plugin.errors import ModelError, said
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_tokens import SEQUENCE, ImageTokens
 
@@ -364,6 +366,13 @@ class _Difference:
     clause: str
 
 
+def _where(error: Exception) -> str:
+    """The innermost function of the model's own code that an exception came through, with its file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "modeling_" in frame.filename]
+    frames = frames or traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].name} ({Path(frames[-1].filename).name})"
+
+
 def _difference(
     model: PreTrainedModel,
     adapter: VisionAdapter,
@@ -382,7 +391,7 @@ def _difference(
             logps = model(forest=batch).log_probs.float()
     # whatever a foreign forward pass raises of inputs it was not made for is a finding here
     except Exception as error:
-        return _Difference("forward pass", f"its forward pass raises {type(error).__name__}: {error}")
+        return _Difference("forward pass", f"its forward pass stops in {_where(error)} with {said(error)}")
     for index, (one, (tree, path)) in enumerate(zip(passes, forest.placed(), strict=True)):
         nodes = path.to(model.device)
         for compare in (_position_difference, _mask_difference, _embedding_difference):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -295,8 +295,38 @@ def _load_balancing_loss(model: PreTrainedModel, router_logits: Any, forest: For
     counts = torch.zeros(forest.tokens.shape, device=forest.tokens.device)
     for tree, path in forest.placed():
         counts[tree, path.to(counts.device)] += 1
-    loss: torch.Tensor = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, counts)
+    loss: torch.Tensor = load_balancing_loss_func(
+        router_logits, number_of_experts(config), config.num_experts_per_tok, counts
+    )
     return loss
+
+
+def number_of_experts(config: PreTrainedConfig) -> int | None:
+    """Among how many experts a layer of a mixture chooses, by whichever name its configuration has for it.
+
+    Args:
+        config: of the language model.
+
+    Returns:
+        None for what is no mixture.
+    """
+    numbers = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return next((number for number in numbers if isinstance(number, int)), None)
+
+
+@contextmanager
+def experts_named(model: PreTrainedModel) -> Iterator[None]:
+    """Have a mixture's configuration say `num_experts` meanwhile, the one name by which TRL's loss asks for it."""
+    config = model.config.get_text_config()
+    number = number_of_experts(config)
+    if number is None or hasattr(config, "num_experts"):
+        yield
+        return
+    config.num_experts = number
+    try:
+        yield
+    finally:
+        del config.num_experts
 
 
 def as_model_takes(value: Any, model: PreTrainedModel) -> Any:

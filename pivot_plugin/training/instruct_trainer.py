@@ -22,7 +22,7 @@ from pivot_plugin.config import InstructConfig
 from pivot_plugin.data.conversations import ConversationDataset
 
 from .conversation_batch import ConversationCollator
-from .forward import on_inputs
+from .forward import experts_named, on_inputs
 from .plan import TrainingPlan, unwrapped
 from .rows import Loading, pointing
 from .sharding import through_tower, whole_head
@@ -122,6 +122,7 @@ class InstructTrainer(TowerTraining, SFTTrainer):
     ) -> Any:
         names = inputs.pop("row_ids")
         images = bool((inputs["input_ids"] == self.adapter.image_token_id).any())
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with experts_named(unwrapped(self.accelerator.unwrap_model(model))):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self._checked(result[0] if return_outputs else result, model, names, images)
         return (loss, result[1]) if return_outputs else loss

@@ -21,7 +21,8 @@ def judge_of(config: TowerConfig, processor: ProcessorMixin, image_token_id: int
     """
     collator: Collator
     if isinstance(config, RolloutConfig):
-        collator = Questions(ImageTokens(processor, image_token_id))
+        elsewhere = config.use_vllm or config.use_transformers_continuous_batching
+        collator = Questions(ImageTokens(processor, image_token_id), given_text=elsewhere)
     elif isinstance(config, InstructConfig):
         collator = ConversationCollator(processor, image_token_id, config.plain, config.max_length)
     else:

@@ -13,8 +13,9 @@ Overrides, and why each is needed:
                                           before training, where TRL would load it anew by name
     _generate_and_score_completions       images are looked up late, and processed once per image set; groups without
                                           spread make room for others, where `redraw` asks for it
-    _calculate_rewards                    which groups have spread
-    _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some
+    _calculate_rewards                    which groups have spread; rewards are given questions in their own words
+    _tokenize_prompts                     each distinct prompt once; one may have no images, beside others with some;
+                                          names of control tokens in its words are words
     _generate_single_turn                 each distinct prompt is prefilled once, its images encoded once
     _get_per_token_logps_and_entropies    the forest instead of one row per roll-out
     _get_train_sampler                    the order of an epoch depends on its number, for runs that are resumed in it
@@ -49,6 +50,7 @@ from pivot_plugin.generation.grading import graded
 from pivot_plugin.generation.shared_prefill import PromptImages, SharedPrefill
 from pivot_plugin.models.control_text import NO_PLAIN_TEXT
 from pivot_plugin.models.evaluating import evaluating, undisturbed
+from pivot_plugin.models.image_tokens import ProcessedImages
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
 from . import forward
@@ -79,6 +81,7 @@ class _Shown:
         names: of the rows, for errors.
         sets: for each row its image set, -1 for none.
         images: of each set.
+        reworded: by row the questions whose words hold names of control tokens, which TRL is given in other words.
     """
 
     collator: ForestCollator
@@ -86,18 +89,18 @@ class _Shown:
     names: list[str]
     sets: list[int]
     images: list[list[Any]]
-    _processed: dict[tuple[int, ...], tuple[dict[str, torch.Tensor], list[list[int]]]] = field(default_factory=dict)
+    reworded: dict[int, dict[str, Any]]
+    _processed: dict[tuple[int, ...], ProcessedImages] = field(default_factory=dict)
 
-    def processed(self, sets: Sequence[int]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
-        """Processor outputs about the images of some sets, together, and for each set the image tokens of its images.
+    def processed(self, sets: Sequence[int]) -> ProcessedImages:
+        """The images of some sets as the processor makes them, together.
 
         How an image is cut and padded depends on those beside it, so that shares cannot be taken from a larger batch.
         """
         key = tuple(sets)
         if key not in self._processed:
             image_tokens = self.collator.image_tokens
-            images = image_tokens.process_images([self.images[number] for number in sets])
-            self._processed[key] = images.inputs, images.counts
+            self._processed[key] = image_tokens.process_images([self.images[number] for number in sets])
         return self._processed[key]
 
 
@@ -298,8 +301,10 @@ class Rollouts(TowerTraining):
         """For each group of the roll-outs that were scored last, whether all score alike."""
         return silent_groups(self._rewards, self.reward_weights, self.num_generations)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        own = self._shown[self._mode].reworded
+        prompts = [own[row]["prompt"] if row in own else prompt for row, prompt in enumerate(prompts)]
+        self._rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
         return self._rewards
 
     def _looked_up(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -310,15 +315,23 @@ class Rollouts(TowerTraining):
             (source, position): self._sources[source][position] for source, position in dict.fromkeys(pointers)
         }
 
+        image_tokens = self._forest_collator.image_tokens
         for question in questions.values():
-            self._forest_collator.image_tokens.control_text.refuse(question, NO_PLAIN_TEXT)
+            if not self._generates_here:
+                image_tokens.control_text.refuse(question, NO_PLAIN_TEXT)
 
         # 2. each image set once
         image_sets = {row["image_key"]: row["images"] for row in questions.values() if row["images"]}
         set_number = {key: number for number, key in enumerate(image_sets)}
 
-        # 3. a row per roll-out
-        rows = [dict(questions[pointer]) for pointer in pointers]
+        # 3. a row per roll-out; TRL is given other words for the names of control tokens, rewards the question's own
+        told = {pointer: image_tokens.reworded(question) for pointer, question in questions.items()}
+        rows = [dict(told[pointer]) for pointer in pointers]
+        reworded = {
+            number: questions[pointer]
+            for number, pointer in enumerate(pointers)
+            if told[pointer] is not questions[pointer]
+        }
         question_number = {pointer: number for number, pointer in enumerate(questions)}
         self._shown[self._mode] = _Shown(
             self._forest_collator,
@@ -326,6 +339,7 @@ class Rollouts(TowerTraining):
             names=[f"question {row['id']}" for row in rows],
             sets=[set_number.get(row.pop("image_key"), -1) for row in rows],
             images=list(image_sets.values()),
+            reworded=reworded,
         )
         return rows
 
@@ -335,7 +349,33 @@ class Rollouts(TowerTraining):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts[::repeats])
         # processors take no None for a prompt without images beside others with some
         images = images and [of_prompt or [] for of_prompt in images]
+        prompt_ids, fields = self._in_own_words(prompt_ids, fields, repeats)
         return _repeated(prompt_ids, repeats), images and _repeated(images, repeats), fields
+
+    def _in_own_words(
+        self, prompt_ids: list[list[int]], fields: dict[str, Any], repeats: int
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """Prompts as tokens in the words of their questions, and what else the processor says of each token.
+
+        Args:
+            prompt_ids: of the questions as TRL was given them.
+            fields: other outputs of the processor; lists of numbers for each prompt are about its tokens.
+            repeats: rows of the batch that each prompt stands for.
+        """
+        shown = self._shown[self._mode]
+        changed = {row // repeats: question for row, question in shown.reworded.items() if row % repeats == 0}
+        # an answer to a tool is about other prompts
+        if not changed or len(prompt_ids) * repeats != len(shown.sets):
+            return prompt_ids, fields
+        image_tokens = self._forest_collator.image_tokens
+        images = shown.processed(range(len(shown.images)))
+        prompt_ids = list(prompt_ids)
+        for prompt, question in changed.items():
+            expansions = images.expansions_of(shown.sets[prompt * repeats]) or []
+            prompt_ids[prompt] = image_tokens.question(question, expansions, prompt_ids[prompt])
+        types = [image_tokens.token_types(torch.tensor([ids])) for ids in prompt_ids]
+        about_tokens = {name: [of_prompt[name][0].tolist() for of_prompt in types] for name in types[0]}
+        return prompt_ids, fields | {name: value for name, value in about_tokens.items() if name in fields}
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         shown, repeats = self._shown[self._mode], self._repeats()
@@ -343,11 +383,14 @@ class Rollouts(TowerTraining):
         if not self._generates_here or len(prompt_ids) != len(shown.sets):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         model = self._prefill.model
-        inputs, tokens = shown.processed(range(len(shown.images)))
+        images_of_all = shown.processed(range(len(shown.images)))
         prompt_images = PromptImages(
-            token_counts=[sum(counts) for counts in tokens],
+            token_counts=[sum(counts) for counts in images_of_all.counts],
             shown=[number for number in shown.sets[::repeats] if number >= 0],
-            inputs={name: forward.as_model_takes(value.to(model.device), model) for name, value in inputs.items()},
+            inputs={
+                name: forward.as_model_takes(value.to(model.device), model)
+                for name, value in images_of_all.inputs.items()
+            },
         )
         before = self.generation_config.num_return_sequences
         self.generation_config.num_return_sequences = repeats
@@ -417,9 +460,9 @@ class Rollouts(TowerTraining):
         sequences = [tokens[keep].tolist() for tokens, keep in zip(ids.cpu(), real, strict=True)]
         starts = real[:, :-completion_width].sum(dim=1).tolist()
         sets = sorted({shown.sets[row] for row in rows} - {-1})
-        inputs, tokens = shown.processed(sets)
+        images = shown.processed(sets)
         number = {-1: -1} | {of_generation: of_batch for of_batch, of_generation in enumerate(sets)}
-        image_sets = ImageSets(inputs, tokens, [number[shown.sets[row]] for row in rows])
+        image_sets = ImageSets(images.inputs, images.counts, [number[shown.sets[row]] for row in rows])
         return self._forest_collator.batch_of(sequences, starts, image_sets, [shown.names[row] for row in rows])
 
     _buffered_inputs: list[dict[str, Any]] | None

@@ -384,6 +384,18 @@ def test_extract_and_export_make_an_encoder_of_an_mllm_and_a_folder_for_timm(wor
     assert run.stderr.count("\n") == 1, run.stderr
 
 
+def test_what_is_no_mllm_is_said_with_the_command_that_takes_it(world: Path, tmp_path: Path) -> None:
+    """In a sentence, not in a list of all classes there are; and an encoder's folder is replaced."""
+    pivot("extract", world / "model", "-o", "encoder", folder=tmp_path)
+    for command in (["inspect", "encoder"], ["extract", "encoder", "-o", "other"]):
+        refused = pivot(*command, folder=tmp_path)
+        assert refused.returncode == 1
+        assert "holds a vision encoder by itself" in refused.stderr and "pivot graft MLLM encoder" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    again = pivot("extract", world / "model", "-o", "encoder", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
 def test_extract_prints_json(world: Path, tmp_path: Path) -> None:
     run = pivot("extract", world / "model", "-o", "encoder", "--json", folder=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -365,3 +365,17 @@ def test_rounding_of_another_precision_is_no_difference(saved: Path, llava: Any,
     assert json.loads((half / "pivot.json").read_text())["signature"]["dtype"] == "bfloat16"
     assert pivot.verify(half).passed
     shutil.rmtree(half)
+
+
+def test_a_download_that_finds_no_room_is_said_and_mends_itself(
+    hub: Hub, client: Client, online: Any, tmp_path: Path
+) -> None:
+    client(
+        "import resource as r; limits = r.getrlimit(r.RLIMIT_FSIZE); r.setrlimit(r.RLIMIT_FSIZE, (20000, limits[1]))"
+    )
+    found = load(client, tmp_path / "cache")
+    client("import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (r.getrlimit(r.RLIMIT_FSIZE)[1],) * 2)")
+    assert found["error"] == "EncoderError", found
+    assert str(tmp_path / "cache") in found["finding"] and "File too large" in found["finding"]
+    assert "Make room" in found["remedy"]
+    assert load(client, tmp_path / "cache")["answer"][4] == pytest.approx(total())

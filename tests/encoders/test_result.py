@@ -59,8 +59,22 @@ def test_the_lora_alone_gives_the_trained_encoder(family: str, tiny: Any, fast: 
     assert any((tensor != base.state_dict()[name]).any() for name, tensor in trained.items())
     data = ModelCard.load(folder / "README.md").data.to_dict()
     assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
-    with pytest.raises(EncoderError, match="holds the LoRA of an encoder"):
+    with pytest.raises(EncoderError, match=r"holds the LoRA of an encoder.*pivot extract"):
         pivot.load_encoder(folder)
+    # by itself it has hashes, and no features
+    checks = pivot.verify(folder).checks
+    assert [(check.name, check.passed) for check in checks] == [("files", True), ("features", None)]
+    assert "adapter_model.safetensors" in checks[0].detail and "pivot extract" in checks[1].detail
+    settings = (folder / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").unlink()
+    (check,) = pivot.verify(folder).checks
+    assert not check.passed and "has no adapter_config.json" in check.detail
+    (folder / "adapter_config.json").write_bytes(settings)
+    weights = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (check,) = pivot.verify(folder).checks
+    assert not check.passed and "adapter_model.safetensors" in check.detail
 
 
 def test_the_lora_goes_onto_the_weights_it_was_trained_on_and_onto_no_others(run: Any, tmp_path: Path) -> None:

@@ -90,6 +90,9 @@ def test_odd_command_lines(folder: Path) -> None:
     kept = {path.name for path in folder.iterdir()}
 
     def look(line: list[str]) -> None:
+        # a recipe that is whole: it makes its data and its models, for minutes
+        if line[:2] == ["recipe", "run"] and "embedded" in line:
+            return
         out = io.StringIO()
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

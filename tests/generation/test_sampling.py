@@ -160,6 +160,17 @@ def test_a_bad_question_is_named_before_anything_is_drawn(llava: Tiny) -> None:
         sample(llava[0], [QUESTIONS[0], {"question": None}], processor=llava[1])
 
 
+@pytest.mark.parametrize("drawn", [1, 3, 0])
+def test_an_engine_that_gives_another_number_of_completions_is_refused(drawn: int, llava: Tiny) -> None:
+    def engine(questions: Any, sampling: Any, seed: int) -> list[list[str]]:
+        return [["a"] * 2, *(["a"] * drawn for _ in questions[1:])]
+
+    with pytest.raises(
+        TrainingError, match=rf"gave {drawn} completions of 2 for question 1.*An engine returns 2 texts"
+    ):
+        sample(None, QUESTIONS, processor=llava[1], n=2, engine=engine)
+
+
 class Client:
     """What TRL's client of a vLLM server gives, without a server."""
 

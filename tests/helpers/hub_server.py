@@ -58,7 +58,8 @@ class Fault:
         kind: of request: create, info, preupload, batch, put, commit, resolve, list, paths, tree, tag, branch, refs,
             discussions, yaml.
         action: "status"; "drop" before anything is done; "lose" the answer after it is done; "cut" a body in the
-            middle, "truncate" it, "corrupt" a byte of it; "slow"; "hang" for `seconds`.
+            middle, "truncate" it, "corrupt" a byte of it; "slow"; "hang" for `seconds`; "late", done and
+            answered after `seconds`.
         status: for "status".
         headers: for "status".
         times: how often.
@@ -179,8 +180,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if action == "hang" and self.fault:
                 time.sleep(self.fault.seconds)
                 return self.cut_off()
-            if action == "slow":
-                time.sleep(SECONDS_SLOW)
+            if action in ("slow", "late") and self.fault:
+                time.sleep(SECONDS_SLOW if action == "slow" else self.fault.seconds)
             if action == "status" and self.fault:
                 return self.send(self.fault.status, {"error": "a fault"}, self.fault.headers)
             try:

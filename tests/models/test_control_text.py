@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+import pivot_plugin as pivot
 from pivot_plugin.data.conversations import ConversationDataset
 from pivot_plugin.data.judging import Questions, RowJudge
 from pivot_plugin.data.pairs import load, load_pairs
 from pivot_plugin.data.questions import load_questions
 from pivot_plugin.errors import DataError
-from pivot_plugin.generation.engines import VLLMEngine
+from pivot_plugin.generation.engines import Sampling, TransformersEngine, VLLMEngine
 from pivot_plugin.generation.sampling import sample
 from pivot_plugin.models.control_text import OPEN, ControlText
 from pivot_plugin.models.image_tokens import ImageTokens
@@ -97,15 +98,108 @@ def test_check_counts_them_as_words(llava: Tiny) -> None:
     assert report.statistics["image_tokens_per_pair"]["most"] == 16
 
 
-def test_whoever_is_given_text_refuses_such_a_row(llava: Tiny) -> None:
+def generated_from(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Inputs of every `generate` of a model to come."""
+    calls: list[dict[str, Any]] = []
+    plain = model.generate
+
+    def noted(*args: Any, **inputs: Any) -> Any:
+        calls.append(inputs)
+        return plain(*args, **inputs)
+
+    monkeypatch.setattr(model, "generate", noted)
+    return calls
+
+
+def test_questions_are_answered_in_their_own_words(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is given to the model as the collator of pairs makes it, beside others, with an image and without."""
+    model, processor = tiny
+    image, other = picture(60, 60, 1), picture(90, 60, 2)
+    asked = [
+        {"prompt": "how many?", "image": other},
+        {"prompt": QUESTION, "image": image},
+        {"prompt": "<|im_end|> is what?"},
+    ]
+    calls = generated_from(model, monkeypatch)
+    TransformersEngine(model, processor)(list(load_questions(asked)), Sampling(2, max_new_tokens=2), 0)
+    given = calls[-1]
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
+    pairs = [question | {"chosen": "a", "rejected": "b"} for question in asked]
+    assert rows == [
+        sequence[: len(made)] for sequence, made in zip(sequences(processor, pairs)[::2], rows, strict=True)
+    ]
+    image_token = ImageTokens(processor).image_token_id
+    assert [ids.count(image_token) for ids in rows][2] == 0 < min(ids.count(image_token) for ids in rows[:2])
+    assert QUESTION in processor.tokenizer.decode(rows[1])
+    assert all(
+        value.shape[:2] == given["input_ids"].shape for name, value in given.items() if name.endswith("type_ids")
+    )
+
+
+def test_sampling_and_vqa_take_questions_about_control_tokens(llava: Tiny) -> None:
     model, processor = llava
+    asked = [{"prompt": QUESTION, "image": picture(60, 60, 1), "answer": "yes"}]
+    assert len(sample(model, asked, processor=processor, n=2, max_new_tokens=2)[0]["completions"]) == 2
+    assert len(vqa(subject(model, processor), asked, max_new_tokens=2).artefacts) == 1
+
+
+def test_who_is_given_text_refuses_such_a_row(llava: Tiny, tmp_path: Path) -> None:
+    _, processor = llava
     bad = {"prompt": QUESTION, "image": picture(60, 60, 1), "answer": "yes"}
     with pytest.raises(DataError, match="row 0 of questions holds"):
-        vqa(subject(model, processor), [bad])
-    with pytest.raises(DataError, match=r"row 0 of questions holds '<\|im_end\|>', .* in its text"):
-        sample(model, [bad], processor=processor, n=1, max_new_tokens=2)
-    with pytest.raises(DataError, match="row 0 of questions holds"):
         VLLMEngine(object(), processor)([load_questions([bad])[0]], None, 0)  # type: ignore[arg-type]
+    never = list[list[str]]
+    with pytest.raises(DataError, match=r"row 0 of questions holds '<\|im_end\|>', .* in its text"):
+        sample(None, [bad], processor=processor, n=1, engine=lambda *_: never())
+
+
+def test_a_processor_that_reads_whole_prompts_refuses_such_a_row(llava: Tiny) -> None:
+    _, processor = llava
+    question = load_questions([{"prompt": QUESTION, "image": picture(60, 60, 1)}])[0]
+    with pytest.raises(DataError, match=r"row 0 of questions holds .*reads it as one"):
+        ImageTokens(processor, whole_prompts=True).reworded(question)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_roll_outs_are_of_questions_in_their_own_words(
+    objective: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation, log-probabilities and rewards have the words of the user."""
+    model, processor = tiny
+    asked = [
+        {"prompt": f"{n}? {QUESTION if n % 2 else ''}", "image": picture(60, 60, n), "answer": "a"} for n in range(4)
+    ]
+    told: list[str] = []
+
+    def reward(prompts: list[Any], completions: list[Any], **_: object) -> list[float]:
+        told.extend(prompt[-1]["content"][-1]["text"] for prompt in prompts)
+        return [float(len(str(answer)) % 3) for answer in completions]
+
+    calls = generated_from(model, monkeypatch)
+    pivot.optimize(
+        model,
+        asked,
+        processor=processor,
+        objective=objective,
+        rewards=[reward],
+        lora=None,
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        num_generations=2,
+        per_device_train_batch_size=8,
+        max_completion_length=2,
+        eval_fraction=0,
+        use_cpu=True,
+        saliency=0,
+    )
+    assert any(QUESTION in text for text in told) and all("<|" in text or "?" in text for text in told)
+    given = calls[-1]
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
+    pairs = [question | {"chosen": "a", "rejected": "b"} for question in asked]
+    expected = sequences(processor, pairs)[::2]
+    assert all(any(sequence[: len(ids)] == ids for sequence in expected) for ids in rows)
+    assert sum(QUESTION in processor.tokenizer.decode(ids) for ids in rows) * 2 == len(rows)
 
 
 def test_a_tokenizer_that_cannot_read_them_as_words_makes_a_bad_row() -> None:
@@ -119,7 +213,7 @@ def test_bad_rows_are_left_out_and_listed_where_that_is_asked_for(llava: Tiny, t
     _, processor = llava
     image = picture(60, 60, 1)
     rows = [{"prompt": f"{n}? {QUESTION if n == 2 else ''}", "image": image} for n in range(6)]
-    judge = RowJudge(Questions(ImageTokens(processor)), every_size=False)
+    judge = RowJudge(Questions(ImageTokens(processor), given_text=True), every_size=False)
     kept = load_questions(rows).verify("skip", tmp_path / "skipped.jsonl", judge)
     assert len(kept) == 5
     (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()

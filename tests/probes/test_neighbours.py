@@ -1,5 +1,7 @@
 """Mutual k nearest neighbours, by brute force."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2Model
 
+import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError, SettingsError
 from pivot_plugin.probes import Captioned, alignment, mutual_knn, subject
-from pivot_plugin.probes.neighbours import clamped
+from pivot_plugin.probes.neighbours import clamped, text_features
 from pivot_plugin.testing.families import byte_tokenizer
 from tests.helpers import picture
+from tests.helpers.encoders import encoder
 
 
 def brute_force(first: np.ndarray, second: np.ndarray, k: int) -> list[float]:
@@ -96,3 +100,18 @@ def test_what_cannot_be_aligned_is_named(llava: Any) -> None:
         alignment(who, Captioned(images, ["a"] * 4, text_model()), k=2, cache=False)
     with pytest.raises(SettingsError, match="k is 0"):
         mutual_knn(np.eye(3), np.eye(3), 0)
+
+
+def test_the_code_of_a_text_model_s_author_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked whether to run code"))
+    names = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    images = [picture(20, 20, number) for number in range(3)]
+    with pytest.raises(ModelError, match="without code of its author"):
+        text_features(Captioned(images, ["a", "b", "c"], str(tmp_path)), 2)
+    with pytest.raises(ModelError, match="No language model with its tokenizer could be loaded"):
+        pivot.assemble(*encoder("siglip")[:1], str(tmp_path), image_processor=encoder("siglip")[1])
+    assert not (tmp_path / "ran").exists()

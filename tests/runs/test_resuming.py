@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+import pivot_plugin as pivot
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.testing import build
 from pivot_plugin.training.checkpoints import check_checkpoint
 from pivot_plugin.training.tower import TowerTraining
-from tests.helpers.kills import KINDS, begin, left
+from tests.helpers.kills import COMMON, KINDS, begin, left
 
 
 class Cut(TrainerCallback):
@@ -124,3 +126,34 @@ def test_files_of_a_run_that_are_damaged_or_missing_are_named(cut: Cut, tmp_path
     (folder / "run.json").unlink()
     with pytest.raises(SettingsError, match=r"holds checkpoint-2 and no run.json"):
         begin(kind, folder, resume=True)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [("epochs", "encoder"), ("weights", "encoder+projector"), ("instruction", "projector+language_model")],
+)
+def test_a_run_that_has_ended_without_checkpoints_gives_its_result_again(
+    kind: str, train: str, cut: Cut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is taken from the folder that it left."""
+    rows, options = KINDS[kind]
+    monkeypatch.setitem(KINDS, kind, (rows, {**options, "save_strategy": "no", "eval_fraction": 0, "train": train}))
+    first = begin(kind, tmp_path / "run", resume=False)
+    before, taken = contents(tmp_path / "run"), list(cut.taken)
+    assert taken and not list((tmp_path / "run").glob("checkpoint-*"))
+    again = begin(kind, tmp_path / "run", resume=True)
+    assert cut.taken == taken and contents(tmp_path / "run") == before
+    for name, tensor in first.model.state_dict().items():
+        assert tensor.equal(again.model.state_dict()[name]), name
+    assert (again.metrics, again.history, again.trained) == (first.metrics, first.history, first.trained)
+    assert getattr(again, "weight_change", None) == getattr(first, "weight_change", None)
+
+
+@pytest.mark.training
+def test_a_run_that_has_ended_and_kept_nothing_of_a_language_model_says_so(cut: Cut, tmp_path: Path) -> None:
+    rows, options = KINDS["weights"]
+    options = {**COMMON, **options, "save_strategy": "no", "train": "all", "output_dir": tmp_path / "run"}
+    pivot.optimize(*build("llava")[:1], rows(), processor=build("llava")[1], **options)
+    with pytest.raises(SettingsError, match=r"has finished, and kept no checkpoint .* language model"):
+        pivot.optimize(*build("llava")[:1], rows(), processor=build("llava")[1], resume=True, **options)

@@ -1,6 +1,7 @@
 """Conversations in batches: token by token what TRL makes of them, with every answer in the loss and nothing else."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+import pivot_plugin as pivot
 from pivot_plugin.errors import DataError, ModelError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_conversations
+from pivot_plugin.testing import zoo
 from pivot_plugin.training.conversation_batch import IGNORED, ConversationCollator
 from tests.helpers import Tiny, picture
 
@@ -191,3 +194,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make: Callable[[str],
     )
     with pytest.raises(ModelError, match="writes a turn differently once another follows"):
         collator((model, processor))(rows([("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]))
+
+
+@pytest.mark.training
+def test_a_mixture_that_names_its_experts_otherwise_has_its_load_balanced(tmp_path: Path) -> None:
+    """TRL asks the configuration for `num_experts`; GLM's has `n_routed_experts`, and keeps its own names."""
+    model, processor = zoo.build("glm4v_moe")
+    rows = [{"caption": f"it is {number}", "image": picture(60, 60, number)} for number in range(2)]
+    settings: dict[str, Any] = {"max_steps": 1, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+    result = pivot.align(model, rows, processor=processor, output_dir=tmp_path / "run", **settings)
+    assert max(entry.get("aux_loss", 0.0) for entry in result.history) > 0
+    assert "num_experts" not in model.config.get_text_config().to_dict()
