@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tests.helpers.processes import ROOT
 
-# a copy has no tags
+# the copy has no tags
 VERSION = "1.2.3"
 
 
 def copied(folder: Path) -> Path:
-    """A copy of the files that are or will be tracked."""
+    """A repository of the files that are or will be tracked."""
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -24,6 +24,10 @@ def copied(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
+    # what goes into a source distribution is what is tracked
+    me = ["-c", "user.name=tests", "-c", "user.email=tests@127.0.0.1"]
+    for words in (["init", "--quiet"], ["add", "--all"], [*me, "commit", "--quiet", "--message", "copy"]):
+        subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True)
     return folder
 
 
