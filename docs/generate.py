@@ -239,6 +239,10 @@ def words_of(node: ast.expr) -> str:
         return "".join(words_of(part) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return words_of(node.left) + words_of(node.right)
+    if isinstance(node, ast.BoolOp):
+        return words_of(node.values[-1])
+    if isinstance(node, ast.IfExp):
+        return words_of(node.body)
     return "..."
 
 
