@@ -5,19 +5,23 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check test fuzz test-distributed test-families families test-releases lint types env clean
+.PHONY: demo docs check test fuzz test-distributed test-families families test-releases lint types env clean
 
 env: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools setuptools-scm wheel
 	$(BIN)/python -m pip install --quiet --progress-bar off --editable ".[test]"
 	touch $@
 
 demo: env
 	rm -rf pivot-demo
 	$(BIN)/pivot demo --output-dir pivot-demo
+
+# the documents as a site on 127.0.0.1:8000
+docs: env
+	$(BIN)/python -m mkdocs serve
 
 # while writing: all but the tests that are marked as training or slow (see CONTRIBUTING.md)
 check: env lint types
@@ -34,9 +38,9 @@ test-distributed: env
 test-families: env
 	$(PYTEST) tests/testing
 
-# asks every family, and writes what is found into its record and into README
+# asks every family, and writes what is found into its record, README and the documents
 families: env
-	$(BIN)/python -m pivot_plugin.testing.zoo_findings tests/testing/families.json README.md
+	$(BIN)/python -m pivot_plugin.testing.zoo_findings tests/testing/families.json README.md docs/families.md
 
 # The property tests and the table of the Hub's faults at length, in one process so that a seed repeats a run, and every
 # kind of run killed and gone on with; failing examples are counted by kind, and kept as tests. `make fuzz PIVOT_FUZZ=500 KILLS=5` for a shorter look.

@@ -758,6 +758,18 @@ class VisionAdapter:
         return type(self.model).from_pretrained(folder, dtype="auto")
 
 
+def is_of_class(model: PreTrainedModel, *names: str) -> bool:
+    """Whether a model is of one of some classes of transformers, which not every release has.
+
+    Args:
+        model: any.
+        names: of the classes.
+    """
+    return any(
+        kind.__name__ in names and kind.__module__.partition(".")[0] == "transformers" for kind in type(model).__mro__
+    )
+
+
 def is_encoder(model: PreTrainedModel) -> bool:
     """Whether a model is an encoder by itself: one that is never given token ids."""
     return "input_ids" not in inspect.signature(model.forward).parameters

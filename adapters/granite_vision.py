@@ -1,10 +1,10 @@
 """Granite 4 Vision: a LLaVA-NeXT whose language model is given several layers of the tower at layers of its own."""
 
-from transformers import Granite4VisionForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pivot_plugin.hooks import hookimpl
 
-from .base import VisionAdapter
+from .base import VisionAdapter, is_of_class
 
 
 class Granite4VisionAdapter(VisionAdapter):
@@ -24,4 +24,4 @@ class Granite4VisionAdapter(VisionAdapter):
 
 @hookimpl
 def pivot_adapter(model: PreTrainedModel) -> VisionAdapter | None:
-    return Granite4VisionAdapter(model) if isinstance(model, Granite4VisionForConditionalGeneration) else None
+    return Granite4VisionAdapter(model) if is_of_class(model, "Granite4VisionForConditionalGeneration") else None

@@ -1,12 +1,11 @@
 """MiniCPM-OCR: a tower with a merger halfway up, which a setting of the model leaves out."""
 
 import torch
-from transformers import MiniCPMOcrForConditionalGeneration, PreTrainedModel
-from transformers.models.minicpm_ocr.modeling_minicpm_ocr import MiniCPMOcrVisionModel
+from transformers import PreTrainedModel
 
 from pivot_plugin.hooks import hookimpl
 
-from .base import ImageInputs, TowerArgument, VisionAdapter
+from .base import ImageInputs, TowerArgument, VisionAdapter, is_of_class
 
 MERGER = "vit_merger"
 # of the model, and by which a loaded encoder is read as the model reads it
@@ -40,5 +39,5 @@ class MiniCPMOcrAdapter(VisionAdapter):
 
 @hookimpl
 def pivot_adapter(model: PreTrainedModel) -> VisionAdapter | None:
-    known = isinstance(model, MiniCPMOcrForConditionalGeneration | MiniCPMOcrVisionModel)
+    known = is_of_class(model, "MiniCPMOcrForConditionalGeneration", "MiniCPMOcrVisionModel")
     return MiniCPMOcrAdapter(model) if known else None

@@ -1,11 +1,10 @@
 """PaddleOCR-VL: its tower takes the patches of all images as one sequence of small pictures."""
 
-from transformers import PaddleOCRVLForConditionalGeneration, PreTrainedModel
-from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
+from transformers import PreTrainedModel
 
 from pivot_plugin.hooks import hookimpl
 
-from .base import ImageInputs, TowerArgument, VisionAdapter
+from .base import ImageInputs, TowerArgument, VisionAdapter, is_of_class
 
 
 class PaddleOCRVLAdapter(VisionAdapter):
@@ -21,5 +20,5 @@ class PaddleOCRVLAdapter(VisionAdapter):
 
 @hookimpl
 def pivot_adapter(model: PreTrainedModel) -> VisionAdapter | None:
-    known = isinstance(model, PaddleOCRVLForConditionalGeneration | PaddleOCRVisionModel)
+    known = is_of_class(model, "PaddleOCRVLForConditionalGeneration", "PaddleOCRVisionModel")
     return PaddleOCRVLAdapter(model) if known else None

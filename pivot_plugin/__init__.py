@@ -17,8 +17,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 
 class _SourceTree(MetaPathFinder):
     """In the source tree hooks/ and adapters/ stand beside this folder; the wheel has them inside it."""
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
     from pivot_plugin.runs.result import PivotResult
     from pivot_plugin.training.pair_trainer import PivotTrainer
     from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer
+
+    __version__: str
 
 # where each public name lives; the block above and the list below repeat it for type checkers and a
 # test compares the three
@@ -92,6 +92,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            # of the tag it was built from
+            return version("pivot-plugin")
+        except PackageNotFoundError:
+            # a source tree that was never installed
+            return "0+unknown"
     if name in _PACKAGES:
         return import_module(f".{name}", __name__)
     if name not in _MODULE_OF:

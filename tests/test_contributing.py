@@ -57,9 +57,9 @@ def test_every_room_is_described_in_one_line() -> None:
     assert set(described) | {"preferences"} == folders | {"objectives"}
 
 
-def paths_of_the_readme() -> list[str]:
-    """Files and folders of the README's tree: a room's name begins its line, its files stand in what is said of it."""
-    tree = section((ROOT / "README.md").read_text(), "Where things are").split("```")[1]
+def paths_of_the_tree() -> list[str]:
+    """Files and folders of the tree: a room's name begins its line, its files stand in what is said of it."""
+    tree = section(PAGE, "The house").partition("### Where things are")[2].split("```")[1]
     paths, room = [], ""
     for line in tree.strip("\n").splitlines():
         named = re.match(r"(  )?(\w+/) +(.*)", line)
@@ -71,11 +71,11 @@ def paths_of_the_readme() -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("path", paths_of_the_readme())
-def test_what_the_readme_s_tree_names_is_there(path: str) -> None:
+@pytest.mark.parametrize("path", paths_of_the_tree())
+def test_what_the_tree_names_is_there(path: str) -> None:
     assert (ROOT / path).exists(), path
 
 
-def test_the_readme_s_tree_names_every_room() -> None:
+def test_the_tree_names_every_room() -> None:
     rooms = {f"pivot_plugin/{path.parent.name}/" for path in (ROOT / "pivot_plugin").glob("*/__init__.py")}
-    assert rooms | {"hooks/", "adapters/"} <= set(paths_of_the_readme())
+    assert rooms | {"hooks/", "adapters/"} <= set(paths_of_the_tree())

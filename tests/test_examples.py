@@ -121,6 +121,49 @@ def test_the_trl_example_runs_on_a_local_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.parametrize(
+    ("name", "family", "out", "encoder"),
+    [
+        ("own_answers_qwen_vl.py", "qwen2_5_vl", "qwen-pivot", "qwen-encoder"),
+        ("grpo_internvl.py", "internvl", "internvl-pivot", "internvl-encoder"),
+    ],
+)
+def test_a_script_of_questions_runs_on_a_local_model(
+    name: str, family: str, out: str, encoder: str, tmp_path: Path
+) -> None:
+    model, processor = build(family)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    # a reward that random answers do not all get alike, and short roll-outs: what the tiny model can do
+    code = (EXAMPLES / name).read_text()
+    for long, short in (
+        ('rewards=["normalised_match"]', "rewards=[first_letter]"),
+        ('rewards=["accuracy", "format"]', "rewards=[first_letter]"),
+        ("max_new_tokens=32", "max_new_tokens=4"),
+        ("num_train_epochs=1", "max_steps=1, use_cpu=True"),
+        ("max_completion_length=256", "max_completion_length=4, use_cpu=True"),
+        ("max_steps=200", "max_steps=1"),
+    ):
+        code = code.replace(long, short)
+    reward = """
+def first_letter(prompts, completions, **columns):
+    texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+    return [float(ord((text or "a")[0]) % 7) for text in texts]
+"""
+    (tmp_path / "script.py").write_text(
+        code.replace("import pivot_plugin as pivot\n", f"import pivot_plugin as pivot\n{reward}")
+    )
+    rows = []
+    for number in range(8):
+        picture(40, 40, number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": f"what {number}?", "answer": "this"})
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = script(tmp_path / "script.py", "model", "questions.jsonl", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / out / "encoder" / "pivot.json").exists() and (tmp_path / encoder / "pivot.json").exists()
+
+
+@pytest.mark.training
 def test_specs_runs_its_stages_and_prints_what_each_gave(tmp_path: Path) -> None:
     done = script(EXAMPLES / "specs" / "run.py", "--steps", "20", "--output-dir", tmp_path / "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,13 +1,18 @@
 """What is installed, and that it imports from anywhere."""
 
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.helpers.packages import VERSION, built
 from tests.helpers.processes import python
 
 ROOT = Path(__file__).parents[1]
@@ -15,22 +20,44 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    # a copy, so that a build leaves nothing in the working tree
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+    return built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("sdist", tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.mark.slow
+def test_what_is_released_is_what_pypi_takes(wheel: Path, sdist: Path) -> None:
+    checked = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)], capture_output=True, text=True
     )
-    for name in files.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(out.glob("*.whl"))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert wheel.name == f"pivot_plugin-{VERSION}-py3-none-any.whl" and sdist.name == f"pivot_plugin-{VERSION}.tar.gz"
+    with zipfile.ZipFile(wheel) as opened:
+        (metadata,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "License-Expression: Apache-2.0" in opened.read(metadata).decode()
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in opened.namelist())
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_what_the_wheel_is_made_of(wheel: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    moved = {re.sub(r"^pivot_plugin/(hooks|adapters)/", r"\1/", name) for name in inside}
+    assert moved <= names
+    assert {"LICENSE", "README.md", "CITATION.cff", "tests/test_packaging.py"} <= names
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    import pivot_plugin
+
+    assert pivot_plugin.__version__ == importlib.metadata.version("pivot-plugin")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0" and cited["license"] == "Apache-2.0"
+    assert {"arXiv:2510.16333", "arXiv:2510.25801"} == {one["notes"] for one in cited["references"]}
 
 
 @pytest.mark.slow

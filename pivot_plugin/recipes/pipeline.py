@@ -80,8 +80,8 @@ def pivot(
     """Run the whole recipe. A second call on the same folder goes on where the first stopped.
 
     Args:
-        encoder, language_model, align, instruct, optimize, transplant, evaluate, assemble, seeds, seeds_from,
-        output_dir: as for `PivotRecipe`.
+        encoder, language_model, align, instruct, optimize, transplant: as for `PivotRecipe`.
+        evaluate, assemble, seeds, seeds_from, output_dir: as for `PivotRecipe`.
         tokenizer, image_processor: of loaded models that have no name.
         estimate: take a few steps of every kind beforehand, and say what the recipe will cost.
 
@@ -120,7 +120,7 @@ def run_recipe(recipe: PivotRecipe | str | Path, *, estimate: bool = True) -> Re
         estimate: as for `pivot`.
 
     Raises:
-        as `pivot`.
+        PivotError: as `pivot`.
     """
     if not isinstance(recipe, PivotRecipe):
         recipe = load_recipe(recipe)

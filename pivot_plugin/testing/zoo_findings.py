@@ -19,6 +19,11 @@ from . import families, zoo
 from .kit import Check, conformance
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+WAYS = {
+    "trees": "train, each shared prefix computed once",
+    "by row": "train, one sequence a row",
+    "refused": "refused in a sentence",
+}
 KNOWS, FOREST = "an adapter knows the model", "forest equals plain passes"
 TOKENS = "the processor's tokens are the model's"
 LORA = "LoRA goes on the tower's linear layers that have a gradient"
@@ -131,45 +136,78 @@ def read_record(path: Path) -> dict[str, FamilyFinding]:
     return {name: FamilyFinding(**{**entry, "limits": tuple(entry["limits"])}) for name, entry in entries.items()}
 
 
-def table(record: Mapping[str, FamilyFinding]) -> str:
-    """README's table of families, in Markdown.
+def in_short(record: Mapping[str, FamilyFinding]) -> str:
+    """README's account of the families, in Markdown: a line for each way of training.
+
+    Args:
+        record: of every family.
+    """
+    lines = [counted(record), "", "| | |", "|---|---|"]
+    for training, said in WAYS.items():
+        names = ", ".join(name for name, one in record.items() if one.training == training)
+        lines.append(f"| {said} | {names} |")
+    return "\n".join(lines)
+
+
+def counted(record: Mapping[str, FamilyFinding]) -> str:
+    """How many families train, and how.
 
     Args:
         record: of every family.
     """
     served = [one for one in record.values() if one.training != "refused"]
     in_trees = sum(one.training == "trees" for one in served)
-    sentence = (
+    return (
         f"Of {len(record)} families of transformers {len(served)} train ({in_trees} in trees, {len(served) - in_trees} "
         "with one sequence a row, and the log says why); the others are refused in a sentence."
     )
+
+
+def table(record: Mapping[str, FamilyFinding]) -> str:
+    """The documents' table of families, in Markdown.
+
+    Args:
+        record: of every family.
+    """
     lines = ["| family | class | training | patch grid | saliency | encoder out and in | to know |", "|" + "---|" * 7]
     for name, one in record.items():
         limits = "; ".join(limit.replace("|", "\\|") for limit in one.limits)
         cells = (name, f"`{one.model}`", one.training, one.patches, one.saliency, one.encoder, limits)
         lines.append(f"| {' | '.join(cells)} |")
-    folded = ["<details><summary>Every family, as the conformance kit finds it on a tiny model</summary>", "", *lines]
-    return "\n".join([sentence, "", *folded, "", "</details>"])
+    return "\n".join([counted(record), "", *lines])
 
 
-def with_table(readme: str, record: Mapping[str, FamilyFinding]) -> str:
-    """A README with the table of a record between its marks.
+def between_marks(page: str, text: str) -> str:
+    """A page with a text between its marks.
 
     Args:
-        readme: text that has the marks.
-        record: of every family.
+        page: that has the marks.
+        text: in Markdown.
     """
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def main(record_file: Path, readme: Path) -> None:
-    """Ask every family, and write the record and README's table.
+def write_pages(record: Mapping[str, FamilyFinding], readme: Path, page: Path) -> None:
+    """Write what a record says into README and into the documents.
+
+    Args:
+        record: of every family.
+        readme: gets it in short.
+        page: gets the table.
+    """
+    for path, text in ((readme, in_short(record)), (page, table(record))):
+        path.write_text(between_marks(path.read_text(encoding="utf-8"), text), encoding="utf-8")
+
+
+def main(record_file: Path, readme: Path, page: Path) -> None:
+    """Ask every family, and write the record and the pages made of it.
 
     Args:
         record_file: of findings.
-        readme: with the marks of the table.
+        readme: with the marks of the families.
+        page: of the documents, with the marks of their table.
     """
     logging.disable(logging.WARNING)
     recorded = read_record(record_file) if record_file.exists() else {}
@@ -183,8 +221,8 @@ def main(record_file: Path, readme: Path) -> None:
         print(f"{name}: {record[name].training}")
     text = json.dumps({name: asdict(one) for name, one in record.items()}, indent=1, ensure_ascii=False)
     record_file.write_text(text + "\n", encoding="utf-8")
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), record), encoding="utf-8")
+    write_pages(record, readme, page)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

@@ -63,12 +63,27 @@ def plan(
             f"frozen names {absent[0]!r}, which {type(adapter.model).__name__} does not have.",
             f"Its projector is {', '.join(adapter.projector_paths) or 'unknown'}; model.named_modules() lists all.",
         )
+    _refuse_quantised(adapter, TRAINED_PARTS[train])
     # the projector alone is small, and trains its own weights whatever rank is given
     if lora is None or train == "projector":
         return _of_weights(adapter, train, frozen)
     if isinstance(lora, bool) or (isinstance(lora, int) and lora < 1):
         raise SettingsError(f"lora is {lora!r}.", "Give a rank of 1 or more, a peft LoraConfig, or None.")
     return _of_lora(adapter, train, lora, frozen)
+
+
+def _refuse_quantised(adapter: VisionAdapter, parts: Sequence[str]) -> None:
+    """Refuse to train what is quantised: a LoRA could not be merged into it, nor an encoder be made of it."""
+    for name, parameter in adapter.model.named_parameters():
+        part = adapter.part_of(name)
+        if part in parts and not parameter.is_floating_point():
+            path = adapter.tower_path if part == "encoder" else name.rpartition(".")[0]
+            raise ModelError(
+                f"The {part.replace('_', ' ')} of this {type(adapter.model).__name__} should train and is quantised "
+                f"({name} is {parameter.dtype}).",
+                f"Load it as it is: with bitsandbytes llm_int8_skip_modules=[{path!r}, ...] of the BitsAndBytesConfig. "
+                "Parts that do not train may stay quantised.",
+            )
 
 
 def _of_weights(adapter: VisionAdapter, train: Train, frozen: Sequence[str]) -> TrainingPlan:

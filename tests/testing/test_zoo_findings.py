@@ -1,4 +1,4 @@
-"""The record of what every family gives: README's table is made of it, and every family is asked again."""
+"""The record of what every family gives: README and the documents are made of it, and every family is asked again."""
 
 import logging
 from pathlib import Path
@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 
 from pivot_plugin.testing import zoo_findings
-from pivot_plugin.testing.zoo_findings import FamilyFinding, all_names, read_record, with_table
+from pivot_plugin.testing.zoo_findings import (
+    FamilyFinding,
+    all_names,
+    between_marks,
+    in_short,
+    read_record,
+    table,
+    write_pages,
+)
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests/testing/families.json"
+README, PAGE = ROOT / "README.md", ROOT / "docs/families.md"
 STALE = "run `make families`"
 # of ../shared/families.md: every image-text-to-text family beside the built-in ones that could be built
 FORTY_TWO = (
@@ -26,16 +35,25 @@ def test_the_record_has_every_family() -> None:
     assert set(read_record(RECORD)) == set(all_names()), STALE
 
 
-def test_the_table_in_readme_is_that_of_the_record() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert readme == with_table(readme, read_record(RECORD)), STALE
+def test_readme_and_the_documents_say_what_the_record_says() -> None:
+    record = read_record(RECORD)
+    for path, text in ((README, in_short(record)), (PAGE, table(record))):
+        assert path.read_text() == between_marks(path.read_text(), text), STALE
 
 
-def test_another_record_makes_another_table() -> None:
-    readme, record = (ROOT / "README.md").read_text(), read_record(RECORD)
-    changed = record | {"vipllava": FamilyFinding("A", "by row", "refused", "not verified", "yes", ("a | b",))}
+def test_another_record_makes_other_pages(tmp_path: Path) -> None:
+    for path in (README, PAGE):
+        (tmp_path / path.name).write_text(path.read_text())
+    changed = read_record(RECORD) | {
+        "vipllava": FamilyFinding("A", "by row", "refused", "not verified", "yes", ("a | b",))
+    }
+    write_pages(changed, tmp_path / README.name, tmp_path / PAGE.name)
     expected = r"| vipllava | `A` | by row | refused | not verified | yes | a \| b |"
-    assert expected in with_table(readme, changed) and expected not in readme
+    assert expected in (tmp_path / PAGE.name).read_text() and expected not in PAGE.read_text()
+    by_row = next(line for line in (tmp_path / README.name).read_text().splitlines() if "one sequence a row |" in line)
+    assert " vipllava," in by_row and "vipllava" not in next(
+        line for line in README.read_text().splitlines() if "one sequence a row |" in line
+    )
 
 
 def test_at_least_36_of_42_families_train_and_whatever_is_refused_says_why() -> None:
