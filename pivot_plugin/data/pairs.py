@@ -124,8 +124,11 @@ class PairStream:
                     pair = normalised(row, layout, normalise, where)
                     if self._judge is not None:
                         self._judge(pair, self._access, where)
-                    pair["images"] = [self._access.open(source, where) for source in pair["images"]]
-                    pair["image_key"] = image_set_key([pixel_key(image) for image in pair["images"]])
+                    for name in ("images", "rejected_images"):
+                        if name in pair:
+                            pair[name] = [self._access.open(source, where) for source in pair[name]]
+                            key = image_set_key([pixel_key(image) for image in pair[name]])
+                            pair["image_key" if name == "images" else "rejected_image_key"] = key
                 except DataError as error:
                     if not self._skips or (not recognised and index >= LAYOUT_ROWS):
                         raise
@@ -181,7 +184,7 @@ def load(
 
     Returns:
         pairs with `id`, `images` (RGB), `prompt`, `chosen`, `rejected` (messages), `image_key`, and where there are any
-        `source`, `score_chosen`, `score_rejected`.
+        `rejected_images` with `rejected_image_key`, `source`, `score_chosen`, `score_rejected`.
 
     Raises:
         DataError: if the source cannot be read or its layout is unknown.

@@ -26,4 +26,4 @@ def judge_of(config: TowerConfig, processor: ProcessorMixin, image_token_id: int
         collator = ConversationCollator(processor, image_token_id, config.plain, config.max_length)
     else:
         collator = ForestCollator(processor, image_token_id, max_length=config.max_length)  # type: ignore[attr-defined]
-    return RowJudge(collator, every_size)
+    return RowJudge(collator, every_size, pictures=bool(getattr(config, "image_terms", None)))
