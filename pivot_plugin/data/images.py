@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 
 from pivot_plugin.errors import DataError, foreign_code
 
+from .edits import is_edited, rendered
+
 # where Pillow begins to warn of a decompression bomb; at twice this it refuses
 MAX_PIXELS = 89_478_485
 URL_TIMEOUT_S = 30
@@ -55,12 +57,15 @@ class ImageAccess:
         """The encoded bytes of an image, or the image itself where it is decoded already.
 
         Args:
-            source: PIL image, bytes, path, URL, or mapping with `bytes` or `path`.
+            source: PIL image, bytes, path, URL, or mapping with `bytes` or `path`, and with `edits` where it is made
+                of that (see `data.edits`).
             where: names the row in errors.
 
         Raises:
             DataError: if the file is missing or not allowed, or the source is of a type that is no image.
         """
+        if is_edited(source):
+            return rendered(source, self, where)
         if isinstance(source, Mapping):
             source = source.get("bytes") or source.get("path")
         if isinstance(source, bytes):
