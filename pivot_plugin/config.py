@@ -98,6 +98,9 @@ class PivotConfig(TowerConfig, DPOConfig):
         image_terms: terms of the loss that hold pictures against each other, beside `loss_type`: "conditional" and
             "anchor" (mDPO), "attend" and "reject" (S-VCO); see `training.image_terms`. Rows need `rejected_images`.
         image_weights: of each of them; 1 where None.
+        rejected_images: name of a maker of rejected images for rows without ("other_picture", "patch_shuffle",
+            "region_blackout", "crop", or a plugin's), made of the rows that train and of those held out apart.
+        rejected_difficulty: of what it makes, from 0, quite another picture, to 1, a hardly different one.
         sft_average: what the "sft" loss averages: "token", the mean over all chosen tokens of an optimiser step, over
             accumulated batches and processes, in which long answers weigh more, or "sequence", the mean over answers
             of the mean over their tokens.
@@ -111,6 +114,8 @@ class PivotConfig(TowerConfig, DPOConfig):
     reference_cache: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
     image_terms: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(IMAGE_TERMS)}."})
     image_weights: list[float] | None = field(default=None, metadata={"help": "Of the image terms."})
+    rejected_images: str | None = field(default=None, metadata={"help": "Maker of rejected images."})
+    rejected_difficulty: float = field(default=0.5, metadata={"help": "Of rejected images that are made."})
     sft_average: SftAverage = field(default="token", metadata={"help": "Mean over tokens, or over sequences."})
 
     def __post_init__(self) -> None:

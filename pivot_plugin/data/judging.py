@@ -61,12 +61,12 @@ class RowJudge:
         collator: of the run.
         every_size: whether every size of images is tried, and every row tokenised; else only rows whose text holds the
             name of a control token are, and the collator names others when it meets them.
-        pictures: whether rows need rejected images.
+        needs: columns of pictures that a row must have, of "images" and "rejected_images".
     """
 
     collator: Collator
     every_size: bool
-    pictures: bool = False
+    needs: tuple[str, ...] = ()
     _processed: dict[Sizes, ProcessedImages | DataError] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, row: dict[str, Any], access: ImageAccess, where: str) -> None:
@@ -81,9 +81,10 @@ class RowJudge:
             DataError: if the model cannot take it.
         """
         shown = [row["images"], *([row["rejected_images"]] if row.get("rejected_images") else [])]
-        if self.pictures:
+        if self.needs:
             keys = [image_set_key([access.key(source, where) for source in sources]) for sources in shown]
-            refuse_lacking(keys[0], keys[1] if len(keys) > 1 else "", where)
+            rejected = keys[1] if len(keys) > 1 else "" if "rejected_images" in self.needs else "made"
+            refuse_lacking(keys[0], rejected, where)
         if not self.every_size and not self.collator.image_tokens.control_text.in_row(row):
             return
         for sources in shown:
@@ -129,7 +130,9 @@ def refuse_lacking(image_key: str, rejected_key: str, where: str) -> None:
     """
     if image_key and rejected_key and image_key != rejected_key:
         return
-    finding = "the same rejected images as images" if image_key and image_key == rejected_key else "no rejected images"
+    finding = "no rejected images" if image_key else "no images"
+    if image_key and image_key == rejected_key:
+        finding = "the same rejected images as images"
     raise DataError(f"{where} has {finding}, and {WHY}.", REMEDY, LACKING)
 
 

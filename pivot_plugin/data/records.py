@@ -7,7 +7,7 @@ spread over processes, because reading and decoding images is what it costs.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -105,12 +105,7 @@ def inspect_row(
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
     rejected_keys = [access.key(source, f"{where}, rejected image") for source in row.get("rejected_images", ())]
     rejected_key = image_set_key(rejected_keys)
-    if rejected_key == key and chosen == rejected:
-        raise DataError(
-            f"{where}: chosen and rejected answer are equal, and so are their images.",
-            "Nothing can be learnt from such a pair; drop it.",
-            "equal answers",
-        )
+    refuse_equal(row, key, rejected_key, where)
     shown = [key, rejected_key] if rejected_key else [key]
     identity = "\x1f".join([*shown, str(row["prompt"]), *sorted((chosen, rejected))])
     tokens = None
@@ -140,6 +135,25 @@ def inspect_row(
         rejected_key,
         measured,
     )
+
+
+def refuse_equal(pair: Mapping[str, Any], image_key: str, rejected_key: str, where: str) -> None:
+    """Refuse a pair of one answer about one picture.
+
+    Args:
+        pair: in the normal form.
+        image_key, rejected_key: of its images and of its rejected ones, "" for none.
+        where: names it in errors.
+
+    Raises:
+        DataError: saying so.
+    """
+    if image_key == rejected_key and text_of(pair["chosen"]) == text_of(pair["rejected"]):
+        raise DataError(
+            f"{where}: chosen and rejected answer are equal, and so are their images.",
+            "Nothing can be learnt from such a pair; drop it.",
+            "equal answers",
+        )
 
 
 def _bare(text: str) -> str:

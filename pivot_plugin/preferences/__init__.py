@@ -7,6 +7,7 @@ pairs.py split.py storage.py         data sets of pairs: read, split, saved, put
 conversations.py                      what comes before pairs: captions and conversations for fine-tuning
 engines.py sampling.py               completions drawn from a model
 ranking.py distillation.py           completions into pairs
+makers/ rejected_images.py           pictures into questions, and into rejected pictures
 auditing.py                          what a model makes of pairs, before it is trained on them
 """
 
@@ -19,6 +20,7 @@ from pivot_plugin.data.split import hold_out
 from pivot_plugin.data.storage import push, save
 from pivot_plugin.generation.distillation import self_distill
 from pivot_plugin.generation.ranking import rank
+from pivot_plugin.generation.rejected_images import with_rejected_images
 from pivot_plugin.generation.sampling import sample
 
 from .auditing import AuditReport, PairAudit, audit, keep
@@ -44,4 +46,5 @@ __all__ = [
     "sample",
     "save",
     "self_distill",
+    "with_rejected_images",
 ]

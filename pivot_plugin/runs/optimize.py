@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
+from pivot_plugin.config import PivotConfig, PivotGRPOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.data.judging import RowJudge
 from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
@@ -22,6 +22,7 @@ from pivot_plugin.objectives import ONLINE
 from pivot_plugin.rewards import Scorer, needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.image_terms import ImageTerms
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
@@ -266,6 +267,10 @@ def _load_rows(
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
         pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
+        config = options.config
+        if isinstance(config, PivotConfig) and config.rejected_images is None and options.on_bad_row == "raise":
+            # with their count, before any image is opened
+            ImageTerms.of(config.image_terms, config.image_weights).check(pairs, looked=False)
         pairs.verify(options.on_bad_row, skipped, judge)
     return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options, judge)
 

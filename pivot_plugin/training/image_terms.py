@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from pivot_plugin.data.blind import without_rejected
 from pivot_plugin.data.judging import LACKING, REMEDY, WHY
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import PairDataset
@@ -136,7 +137,7 @@ class ImageTerms:
         return values
 
 
-def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_images(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose question is asked without a picture: no image, no marker of one.
 
     Args:
@@ -146,18 +147,16 @@ def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
         {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
         for message in row["prompt"]
     ]
-    left = {name: value for name, value in row.items() if not name.startswith("rejected_image")}
-    return {**left, "prompt": prompt, "images": [], "image_key": ""}
+    return {**without_rejected(row), "prompt": prompt, "images": [], "image_key": ""}
 
 
-def about_rejected(row: Mapping[str, Any]) -> dict[str, Any]:
+def about_rejected(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose question is asked about its rejected images.
 
     Args:
         row: in the normal form, with rejected images.
     """
-    left = {name: value for name, value in row.items() if not name.startswith("rejected_image")}
-    return {**left, "images": row["rejected_images"], "image_key": row["rejected_image_key"]}
+    return {**without_rejected(row), "images": row["rejected_images"], "image_key": row["rejected_image_key"]}
 
 
 def need_rejected_images(pairs: PairDataset, looked: bool = True) -> None:

@@ -45,6 +45,7 @@ from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
+from pivot_plugin.generation.rejected_images import warn_of_made_looks, with_rejected_images
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
@@ -135,8 +136,11 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
-        sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
         self.image_terms = ImageTerms.of(args.image_terms, args.image_weights)
+        if args.rejected_images is not None:
+            pairs = _rejecting(pairs, args, self.image_terms)
+            held_out = None if held_out is None else _rejecting(held_out, args, self.image_terms)
+        sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
         for source in sources:
             self.image_terms.check(source)
         # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
@@ -209,8 +213,11 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return dataset
         # TRL's `evaluate` takes other pairs than those of the constructor
         pairs = load(dataset)
+        if self.args.rejected_images is not None:
+            pairs = _rejecting(pairs, self.args, self.image_terms)
         if isinstance(pairs, PairStream):
             return streaming(pairs)
+        self.image_terms.check(pairs)
         self._collator.sources.append(pairs)
         return pointing([pairs], first=len(self._collator.sources) - 1)[0]
 
@@ -433,6 +440,31 @@ class _WithoutReferenceModel(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._reference_by_name = not args.precompute_ref_log_probs
+
+
+def _rejecting(pairs: PairDataset | PairStream, args: PivotConfig, terms: ImageTerms) -> PairDataset:
+    """Pairs with rejected images, made where they have none.
+
+    Raises:
+        SettingsError: for a stream, or a maker that there is not.
+        DataError: for a row of which nothing can be made.
+    """
+    make = args.rejected_images
+    assert make is not None
+    if isinstance(pairs, PairStream):
+        raise SettingsError(
+            f"rejected_images={make!r} is given for a stream of pairs.",
+            "Give rows with random access, or a stream whose rows have rejected_images.",
+        )
+    if terms.symmetric:
+        logger.warning(
+            "The objective takes each rejected answer for right of its rejected image, and %r makes images without "
+            "asking what they show: mdpo does not take it so.",
+            make,
+        )
+    made = with_rejected_images(pairs, make, args.rejected_difficulty, args.data_seed or args.seed).verify()
+    warn_of_made_looks(made, make)
+    return made
 
 
 @contextmanager

@@ -79,8 +79,8 @@ class Pictures(Sequence[Picture]):
     """
 
     def __init__(self, pictures: Sequence[Picture], name: str = "pictures") -> None:
-        thumbs = Thumbs()
-        self._pictures = [replace(one, index=index, thumbs=thumbs) for index, one in enumerate(pictures)]
+        self.thumbs = Thumbs()
+        self._pictures = [replace(one, index=index, thumbs=self.thumbs) for index, one in enumerate(pictures)]
         self.name = name
 
     @classmethod
