@@ -8,6 +8,8 @@ LLaMA-Factory   pairs: sharegpt ranking (`conversations` up to the question, `ch
                 ranking (`instruction` and `input` are the question), v1 (`chosen_messages` and `rejected_messages`)
 VLM-R1, EasyR1  questions: `problem` with `answer` or `solution`, or `conversations` that end with the answer
 verl            questions: `prompt` as messages, the answer in `reward_model.ground_truth`
+TWIN            questions (glab-caltech/TWIN): `image_1`, `image_2`, `question`, a verdict in `answer`; as pairs, the
+                verdict against its contrary
 
 Images that stand in the turns of the rejected answer's conversation, and are not those of the chosen one's, are its
 `rejected_images`. What a row holds and a pair cannot (videos, tools) is refused by name.
@@ -29,6 +31,10 @@ REFUSED = ("rejected_images", *REFUSED_IN_BOTH)
 REFUSED_IN_PAIRS = (*REFUSED_IN_BOTH, "objects")
 INLINE_IMAGES = ("image", "image_url")
 MARKER = {"type": "image"}
+TWO_IMAGES = ("image_1", "image_2")
+CONTRARY = {"yes": "no", "same": "different", "true": "false"}
+CONTRARY |= {second: first for first, second in CONTRARY.items()}
+VERDICT = re.compile(r"[A-Za-z]+")
 TAGGED_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 Messages = list[dict[str, Any]]
@@ -43,6 +49,8 @@ def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -
         return _ms_swift_query
     if {"chosen_messages", "rejected_messages"} <= set(columns):
         return _llama_factory_v1
+    if {*TWO_IMAGES, "question", "answer"} <= set(columns) and not {"chosen", "rejected"} & set(columns):
+        return _verdict
     if not {"chosen", "rejected"} <= set(columns) or "prompt" in columns or "question" in columns:
         return None
     if "conversations" in columns or "messages" in columns:
@@ -110,6 +118,28 @@ def _alpaca_ranking(row: Mapping[str, Any]) -> Mapping[str, object]:
         raise DataError(f"instruction or input is a {type(wrong[0]).__name__}.", "Give both as text.", "wrong type")
     question = "\n".join(part for part in said if part)
     return _pair(row, [], _dialogue(row, question), row.get("chosen"), row.get("rejected"))
+
+
+def _verdict(row: Mapping[str, Any]) -> Mapping[str, object]:
+    answer = row.get("answer")
+    said = VERDICT.fullmatch(answer.strip(" .")) if isinstance(answer, str) else None
+    contrary = CONTRARY.get(said[0].lower()) if said else None
+    if not isinstance(answer, str) or said is None or contrary is None:
+        raise DataError(
+            f"answer is {str(answer)[:60]!r}, of which the contrary is not known.",
+            f"Give one of {', '.join(CONTRARY)}; or pairs, with chosen and rejected.",
+            "no verdict",
+        )
+    word = said[0]
+    contrary = contrary.upper() if word.isupper() else contrary.capitalize() if word[0].isupper() else contrary
+    kept = {name: row[name] for name in PASSED_ON if name in row}
+    images = [row[name] for name in TWO_IMAGES]
+    return kept | {
+        "images": images,
+        "prompt": row.get("question"),
+        "chosen": answer,
+        "rejected": answer.replace(word, contrary),
+    }
 
 
 def _answer(row: Mapping[str, Any], column: str) -> object:
@@ -266,7 +296,8 @@ def question_row(row: Mapping[str, Any]) -> Mapping[str, object]:
     """A row of questions with `prompt`, and `answer` where there is one, whichever stack wrote it.
 
     Args:
-        row: with `prompt` or `question`, which stay as they are, or with `problem`, `conversations` or `messages`.
+        row: with `prompt` or `question`, which stay as they are, or with `problem`, `conversations` or `messages`; its
+            images, if it has two columns for them, become a list.
 
     Returns:
         the row; images that stood in its turns in `images`, the answer of `solution` or `reward_model` in `answer`.
@@ -274,6 +305,10 @@ def question_row(row: Mapping[str, Any]) -> Mapping[str, object]:
     Raises:
         DataError: for what would be lost, or a question that is empty.
     """
+    if row.keys() >= set(TWO_IMAGES) and not row.keys() & {"images", "image"}:
+        row = {name: value for name, value in row.items() if name not in TWO_IMAGES} | {
+            "images": [row[name] for name in TWO_IMAGES]
+        }
     if not row.keys() & {"problem", "conversations", "messages", "reward_model"}:
         return row
     _refuse(row, REFUSED)
