@@ -142,9 +142,10 @@ def pivot_rewards() -> "Mapping[str, RewardFunction]":
 
 @hookspec
 def pivot_objectives() -> "Mapping[str, ObjectivePreset]":
-    """Return objective presets by name: settings of TRL's DPOConfig that `objective="name"` stands for.
+    """Return objective presets by name: settings of `PivotConfig` that `objective="name"` stands for.
 
-    Called when an objective is looked up by name.
+    Called when an objective is looked up by name. `loss_type` and `loss_weights` are TRL's, about a pair's two answers;
+    `image_terms` and `image_weights` hold its pictures against each other.
 
     Example:
         from pivot_plugin.hooks import hookimpl

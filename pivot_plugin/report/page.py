@@ -25,6 +25,7 @@ CURVES = (
     ("loss", "loss", "eval_loss", False),
     ("preference accuracy", "rewards/accuracies", "eval_rewards/accuracies", False),
     ("reward margin (beta x nats)", "rewards/margins", "eval_rewards/margins", True),
+    ("margin of images (beta x nats)", "rewards/image_margins", "eval_rewards/image_margins", True),
     ("log-probability of chosen answers (nats)", "logps/chosen", "eval_logps/chosen", False),
     ("reward of roll-outs", "reward", "eval_reward", False),
     ("watch: chosen log-probability, change (nats)", "watch/chosen_logps_change", "watch/chosen_logps_change", True),
@@ -36,6 +37,8 @@ READABLE = {
     "margin": "margin, chosen minus rejected (nats)",
     "logps_chosen": "log-probability of chosen answers (nats)",
     "logps_rejected": "log-probability of rejected answers (nats)",
+    "image_accuracy": "image accuracy: chosen answers more probable with their own images",
+    "image_margin": "margin of images, own minus rejected (nats)",
 }
 
 

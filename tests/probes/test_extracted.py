@@ -16,9 +16,8 @@ from pivot_plugin.errors import DataError
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.probes import ProbeTask, linear_probe, subject
 from tests.helpers import Tiny, picture
-from tests.probes.conftest import coloured
 
-QUESTIONS = [{"image": coloured(n % 3, n), "question": "what?", "answer": "x"} for n in range(3)]
+QUESTIONS = [{"image": picture(40, 40, n), "question": "what?", "answer": "x"} for n in range(3)]
 
 
 def saved(tiny: Tiny, folder: Path) -> Path:
@@ -47,7 +46,7 @@ def checkpoints(make: Any, tmp_path: Path) -> dict[str, Path]:
 def test_towers_are_compared_and_the_language_model_leaves_no_trace(
     checkpoints: dict[str, Path], labelled: Any, masked: Any, tmp_path: Path
 ) -> None:
-    captions = [{"image": coloured(n % 3, n), "caption": f"number {n} is {n % 3}"} for n in range(12)]
+    captions = [{"image": picture(40, 40, n), "caption": f"number {n} is {n % 3}"} for n in range(12)]
     probes = {
         "linear": ProbeTask("linear", labelled(6, shuffled=True), {"regularisation": [1.0]}),
         "segmentation": ProbeTask("segmentation", masked(6), {"epochs": 2}),

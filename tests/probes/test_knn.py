@@ -11,7 +11,7 @@ import pivot_plugin as pivot
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.probes import Labelled, features, knn_probe, labelled_images, subject
 from pivot_plugin.probes.lookup import available
-from tests.probes.conftest import coloured
+from tests.helpers import picture
 
 
 def by_hand(vectors: np.ndarray, labels: np.ndarray, others: np.ndarray, k: int, temperature: float) -> list[int]:
@@ -53,7 +53,7 @@ def test_classes_that_lie_apart_are_told_and_random_labels_are_at_chance(llava: 
 
 def test_a_class_that_is_nearly_all_there_is_gains_nothing(llava: Any) -> None:
     """Who says red to all is right of nine in ten images, and of half of the classes."""
-    images = [coloured(0, seed) for seed in range(40)]
+    images = [picture(40, 40, seed) for seed in range(40)]
     fitting = Labelled(images[:20], np.array([0] * 19 + [1]), ("red", "also red"))
     scoring = Labelled(images[20:], np.array([0] * 18 + [1] * 2), ("red", "also red"))
     found = knn_probe(subject(*llava), (fitting, scoring), k=19, temperature=100.0, cache=False)

@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from pivot_plugin.cli.app import cli
@@ -110,13 +112,13 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
 
 def test_a_batch_that_processes_cannot_make_up_is_refused_by_the_plan(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(ready_recipe("twin").replace("per_device_train_batch_size: 60", "per_device_train_batch_size: 7"))
+    path.write_text(ready_recipe("twin").replace("per_device_train_batch_size: 60", "per_device_train_batch_size: 70"))
     with pytest.raises(SettingsError, match="A batch of 2400 cannot be made up"):
         plan_recipe(load_recipe(path))
 
 
 @pytest.mark.training
-def test_a_recipe_of_this_kind_is_run_and_goes_on_where_it_stopped(make: Any, labelled: Any, tmp_path: Path) -> None:
+def test_a_recipe_of_this_kind_is_run_and_goes_on_where_it_stopped(make: Any, tmp_path: Path) -> None:
     model, processor = make("llava")
     for part in (model, processor):
         part.save_pretrained(tmp_path / "mllm")
@@ -137,7 +139,11 @@ def test_a_recipe_of_this_kind_is_run_and_goes_on_where_it_stopped(make: Any, la
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(written))
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert isinstance(recipe, PostTraining)
-    data = labelled(4)
+    colours = [
+        Image.new("RGB", (40, 40), (80 * label + seed, 90, 200 - seed)) for seed in range(4) for label in range(3)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    data = datasets.Dataset.from_dict({"image": colours, "label": [0, 1, 2] * 4}, features=features)
     recipe = PostTraining(**{**vars(recipe), "evaluate": {"colours": {"probe": "knn", "data": data}}})
     result = run_recipe(recipe)
     assert [(stage.name, stage.ran) for stage in result.stages] == [("grpo, seed 0", True), ("sft, seed 0", True)]
