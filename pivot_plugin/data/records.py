@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pivot_plugin.errors import DataError, foreign_code
 
+from .edits import is_edited, unedited
 from .images import ImageAccess, image_set_key
 from .layout import text_of
 
@@ -40,6 +41,7 @@ class RowRecord(NamedTuple):
         special: special tokens found in the texts.
         tokens: tokens of prompt and chosen answer, of prompt and rejected answer, and of the images; None without a
             processor.
+        origin: key of the picture that the row's first edited image is made of, "" where none is edited.
     """
 
     key: str
@@ -53,6 +55,7 @@ class RowRecord(NamedTuple):
     near: bool = False
     special: tuple[str, ...] = ()
     tokens: tuple[int, int, int] | None = None
+    origin: str = ""
 
 
 class Rows(Protocol):
@@ -87,8 +90,9 @@ def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: Tok
     """
     images = len(row["images"])
     key = image_set_key([access.key(source, where) for source in row["images"]])
+    origin = _origin(row, access, where)
     if "chosen" not in row:
-        return RowRecord(key, images=images)
+        return RowRecord(key, images=images, origin=origin)
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
     identity = "\x1f".join([key, str(row["prompt"]), *sorted((chosen, rejected))])
     tokens = None
@@ -110,7 +114,13 @@ def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: Tok
             sorted(set(SPECIAL.findall(chosen) + SPECIAL.findall(rejected) + SPECIAL.findall(text_of(row["prompt"]))))
         ),
         tokens,
+        origin,
     )
+
+
+def _origin(row: dict[str, Any], access: ImageAccess, where: str) -> str:
+    first = next((unedited(source) for source in row["images"] if is_edited(source)), None)
+    return "" if first is None else access.stored_key(first, where)
 
 
 def _bare(text: str) -> str:

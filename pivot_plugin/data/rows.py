@@ -50,6 +50,7 @@ class RowDataset:
         self._name = source.name
         self._indices = np.arange(len(source.rows))
         self._keys: np.ndarray | None = None
+        self._origins: np.ndarray = np.zeros(0, dtype=f"S{KEY_LENGTH}")
         self._judge: Judge | None = None
         self._layout = self._first_layout(columns)
 
@@ -118,6 +119,7 @@ class RowDataset:
         if self._keys is not None and (judge is None or judge == self._judge):
             return self
         keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
+        origins = np.zeros_like(keys) if self._keys is None else self._origins
         bad: list[int] = []
         with SkippedRows(self._name, skipped if on_bad_row == "skip" else None, len(self)) as left_out:
             for position, record in enumerate(
@@ -125,6 +127,8 @@ class RowDataset:
             ):
                 if record.error is None:
                     keys[position] = record.key.encode()
+                    if self._keys is None:
+                        origins[position] = record.origin.encode()
                 elif on_bad_row == "raise":
                     raise DataError(*record.error)
                 else:
@@ -132,6 +136,7 @@ class RowDataset:
                     left_out.add(int(self._indices[position]), DataError(*record.error))
         self._indices = np.delete(self._indices, bad)
         self._keys = np.delete(keys, bad)
+        self._origins = np.delete(origins, bad)
         self._judge = judge
         return self
 
@@ -141,6 +146,12 @@ class RowDataset:
         keys = self.verify()._keys
         assert keys is not None
         return keys
+
+    @property
+    def picture_keys(self) -> np.ndarray:
+        """(rows,) as `image_keys`, but of a row with edited images the key of the picture that they are made of."""
+        keys = self.image_keys
+        return np.where(self._origins != b"", self._origins, keys)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -161,6 +172,7 @@ class RowDataset:
         wanted = np.asarray(positions, dtype=np.int64)
         chosen._indices = self._indices[wanted]
         chosen._keys = None if self._keys is None else self._keys[wanted]
+        chosen._origins = self._origins if self._keys is None else self._origins[wanted]
         return chosen
 
     def content_key(self, position: int) -> str:

@@ -1,4 +1,4 @@
-"""The held-out share: pairs that training never sees, and no image on both sides."""
+"""The held-out share: pairs that training never sees, and no image on both sides, whatever was made of it."""
 
 import random
 from collections import defaultdict
@@ -25,7 +25,7 @@ def hold_out(pairs: Rows, fraction: float, seed: int) -> tuple[Rows, Rows | None
     """
     wanted = min(max(round(len(pairs) * fraction), SMALLEST), LARGEST, int(len(pairs) * LARGEST_SHARE))
     by_image: dict[str, list[int]] = defaultdict(list)
-    for position, key in enumerate(pairs.image_keys):
+    for position, key in enumerate(pairs.picture_keys):
         # pairs without an image have nothing in common
         by_image[key.decode() or f"text-{position}"].append(position)
     if fraction <= 0 or wanted < 1 or len(by_image) < 2:
