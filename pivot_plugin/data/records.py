@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from pivot_plugin.errors import DataError, foreign_code
+from pivot_plugin.progress import Progress
 
 from .edits import is_edited, unedited
 from .images import ImageAccess, image_set_key
@@ -156,7 +156,7 @@ def inspect_rows(
         # else it draws from the global one, and looking would change what is sampled or shuffled later
         generator=torch.Generator(),
     )
-    with tqdm(total=len(rows), desc=f"checking {name}", disable=not many, leave=False) as bar:
+    with Progress(len(rows), f"checking {name}", quiet_below=WORTH_PROCESSES) as bar:
         for records in looked:
             yield from records
             bar.update(len(records))

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.data.questions import QuestionDataset
 from pivot_plugin.data.sources import Source
 from pivot_plugin.errors import DataError, SettingsError, foreign_code
+from pivot_plugin.progress import Progress
 
 from .lookup import maker_of
 from .pictures import Picture, Pictures
@@ -266,9 +266,7 @@ def _sized(pictures: Pictures) -> tuple[list[Picture], int]:
     """Pictures with their sizes, by their headers, and how many of them are no pictures."""
     sized: list[Picture] = []
     first: DataError | None = None
-    with tqdm(
-        total=len(pictures), desc=f"looking at {pictures.name}", disable=len(pictures) < WORTH_A_BAR, leave=False
-    ) as bar:
+    with Progress(len(pictures), f"looking at {pictures.name}", "picture", quiet_below=WORTH_A_BAR) as bar:
         for picture in pictures:
             try:
                 sized.append(picture.looked_at())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, overload
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from pivot_plugin.data.conversations import normalise_conversation
 from pivot_plugin.data.images import ImageAccess
@@ -15,6 +14,7 @@ from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.rows import as_mapping
 from pivot_plugin.data.sources import open_source
 from pivot_plugin.errors import DataError, foreign_code
+from pivot_plugin.progress import Progress
 
 from .pictures import Picture, Pictures
 
@@ -140,7 +140,7 @@ def _of_rows(rows: Sequence[Any], access: ImageAccess, name: str, captions: bool
             "no pictures",
         )
     sources = RowPictures(rows, columns[0])
-    with tqdm(total=len(rows), desc=f"captions of {name}", disable=not captions or len(rows) < WORTH_A_BAR) as bar:
+    with Progress(len(rows) if captions else 0, f"captions of {name}", "picture", quiet_below=WORTH_A_BAR) as bar:
         made = []
         for at in range(len(rows)):
             where = f"row {at} of {name}"
