@@ -29,7 +29,7 @@ LAYERS = (
     ("hooks",),
     ("config",),
     ("hub",),
-    ("files", "extras", "deadline", "choices", "typed"),
+    ("files", "extras", "deadline", "choices", "typed", "progress"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}

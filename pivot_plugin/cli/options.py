@@ -26,6 +26,9 @@ ARGUMENTS = (
     "lora",
     "eval_fraction",
     "rewards",
+    "make",
+    "difficulty",
+    "count",
     "ood_prefs",
     "on_bad_row",
     "resume",
@@ -65,6 +68,13 @@ DPOSettings = Annotated[
 SFTSettings = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of TRL's SFTConfig, as name=value; repeat it.")
 ]
+Makers = Annotated[
+    list[str] | None, typer.Option("--make", help="What to make of pictures: name, or name=share; repeat it.")
+]
+Difficulty = Annotated[
+    float | None, typer.Option(help="Of what is made, from 0 (easy) to 1 (hard); 0.5 where not given.")
+]
+MadeCount = Annotated[int | None, typer.Option("--count", help="How many to make; one a picture, at least 1000.")]
 AccelerateConfig = Annotated[Path | None, ACCELERATE]
 Processes = Annotated[int | None, PROCESSES]
 Machines = Annotated[int | None, MACHINES]
@@ -91,6 +101,24 @@ def reward_weight(text: str) -> tuple[str, float]:
         raise SettingsError(
             f"--reward {text!r}: {weight!r} is no number.", "For example: --reward format=0.5."
         ) from error
+
+
+def shares_of(texts: list[str]) -> dict[str, float]:
+    """`name` or `name=share`, several times."""
+    shares: dict[str, float] = {}
+    for text in texts:
+        name, equals, share = text.partition("=")
+        try:
+            shares[name] = float(share) if equals else 1.0
+        except ValueError as error:
+            raise SettingsError(f"{text!r}: {share!r} is no number.", "For example: jigsaw=2.") from error
+    return shares
+
+
+def making_options(makers: list[str] | None, difficulty: float | None, count: int | None) -> dict[str, Any]:
+    """What `--make`, `--difficulty` and `--count` say, by the names of `optimize`; nothing where they are not given."""
+    given = {"make": shares_of(makers) if makers else None, "difficulty": difficulty, "count": count}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def setting(text: str) -> tuple[str, Any]:

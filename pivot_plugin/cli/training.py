@@ -14,12 +14,15 @@ from .launching import Nodes, relaunched
 from .options import (
     AccelerateConfig,
     BadRows,
+    Difficulty,
     DPOSettings,
     HeldOutShare,
     ImageFolder,
     Lora,
     MachineRank,
     Machines,
+    MadeCount,
+    Makers,
     Processes,
     Rendezvous,
     Resume,
@@ -27,6 +30,7 @@ from .options import (
     SFTSettings,
     TrainedParts,
     lora_rank,
+    making_options,
     reward_weight,
     setting,
     settings_of,
@@ -35,17 +39,20 @@ from .options import (
 
 def optimize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an MLLM.")],
-    prefs: Annotated[str, typer.Argument(help="Pairs, or questions with --reward: a file, folder, zip or Hub id.")],
+    prefs: Annotated[str, typer.Argument(help="Pairs, questions (--reward) or pictures (--make).")],
     output_dir: RunFolder = Path("pivot-run"),
     objective: Annotated[str, typer.Option(help="dpo, mpo, specs, sft, grpo, rloo, ... or a TRL loss type.")] = "dpo",
     train: TrainedParts = "encoder",
     lora: Lora = "16",
-    eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
+    eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs or pictures, in the same form.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.")] = 0.02,
     rewards: Annotated[
         list[str] | None,
         typer.Option("--reward", help="Of the model's answers to questions: name, or name=weight; repeat it."),
     ] = None,
+    make: Makers = None,
+    difficulty: Difficulty = None,
+    count: MadeCount = None,
     image_folder: ImageFolder = None,
     on_bad_row: BadRows = "raise",
     resume: Resume = False,
@@ -65,8 +72,10 @@ def optimize(
     pivot optimize llava-hf/llava-1.5-7b-hf ./pairs -o run --set learning_rate=1e-4 --set max_steps=500
 
     pivot optimize llava-hf/llava-1.5-7b-hf ./questions --reward accuracy --set samples=8 --set rounds=2
+
+    pivot optimize llava-hf/llava-1.5-7b-hf ./photos --make jigsaw --difficulty 0.5 --objective grpo
     """
-    options = settings_of(settings)
+    options = settings_of(settings) | making_options(make, difficulty, count)
     rank = lora_rank(lora)
     if rewards:
         weighted = [reward_weight(text) for text in rewards]
@@ -80,12 +89,14 @@ def optimize(
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = pivot.optimize(
             model,
-            _rows(prefs, "prefs", image_folder, questions),
+            prefs if make else _rows(prefs, "prefs", image_folder, questions),
             output_dir=output_dir,
             objective=objective,
             train=train,
             lora=rank,
-            eval_prefs=None if eval_prefs is None else _rows(eval_prefs, "eval_prefs", image_folder, questions),
+            eval_prefs=(
+                eval_prefs if eval_prefs is None or make else _rows(eval_prefs, "eval_prefs", image_folder, questions)
+            ),
             eval_fraction=eval_fraction,
             on_bad_row=on_bad_row,
             resume=resume,

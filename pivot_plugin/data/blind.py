@@ -5,6 +5,7 @@ places and only what they show is gone.
 """
 
 import random
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -54,7 +55,7 @@ class WithoutPicture:
         return row | {"images": shown, "image_key": key}
 
 
-def without_rejected(row: dict[str, Any]) -> dict[str, Any]:
+def without_rejected(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row whose rejected answer is about its images too."""
     return {name: value for name, value in row.items() if not name.startswith("rejected_image")}
 

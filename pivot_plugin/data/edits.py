@@ -17,6 +17,8 @@ EDITS = "edits"
 # of one image, those of what is pasted into it counted
 MOST_EDITS = 200
 GREY = (127, 127, 127)
+# JPEG keeps colours for every pixel, every second along one axis, or along both
+COARSE = 4
 _TURNS = {
     90: Image.Transpose.ROTATE_270,
     180: Image.Transpose.ROTATE_180,
@@ -245,6 +247,21 @@ def _light(picture: Image.Image, gain: float, offset: float = 0.0) -> Image.Imag
     return picture.point([min(max(round(value * gain + 255 * offset), 0), 255) for value in range(256)] * 3)
 
 
+def even_colours() -> dict[str, Any]:
+    """An edit: colours, not brightness, as coarse along one axis as along the other; JPEG may keep them unevenly."""
+    return {"edit": "even_colours"}
+
+
+def _even_colours(picture: Image.Image) -> Image.Image:
+    bright, *colours = picture.convert("YCbCr").split()
+    coarse = (max(picture.width // COARSE, 1), max(picture.height // COARSE, 1))
+    even = [
+        colour.resize(coarse, Image.Resampling.BOX).resize(picture.size, Image.Resampling.BILINEAR)
+        for colour in colours
+    ]
+    return Image.merge("YCbCr", (bright, *even)).convert("RGB")
+
+
 def blur(radius: float) -> dict[str, Any]:
     """An edit: blurred, by a radius in shares of the shorter side."""
     return {"edit": "blur", "radius": radius}
@@ -282,6 +299,7 @@ _EDITS: Mapping[str, Callable[..., Image.Image]] = {
     "fill": _fill,
     "blank": _blank,
     "light": _light,
+    "even_colours": _even_colours,
     "blur": _blur,
     "noise": _noise,
 }

@@ -82,6 +82,11 @@ class ImageAccess:
             UNREADABLE,
         )
 
+    def found(self, source: str | Path) -> Path | None:
+        """The file of a path, None where there is none."""
+        folders = (self.image_folder, self.folder or Path())
+        return next((folder / source for folder in folders if folder is not None and (folder / source).is_file()), None)
+
     def _read(self, source: str | Path, where: str) -> bytes:
         folder = self.folder or Path()
         tried = folder / source

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from pivot_plugin.errors import DataError, foreign_code
+from pivot_plugin.progress import Progress
 
+from .edits import is_edited, unedited
 from .images import ImageAccess, image_set_key
 from .layout import text_of
 from .pixels import PixelStatistics, pixel_statistics
@@ -43,6 +44,7 @@ class RowRecord(NamedTuple):
         tokens: tokens of prompt and chosen answer, of prompt and rejected answer, and of the images; None without a
             processor.
         pixels: statistics of its first image that has a rejected one, and of that; None where they are not asked for.
+        origin: key of the picture that the row's first edited image is made of, "" where none is edited.
     """
 
     key: str
@@ -58,6 +60,7 @@ class RowRecord(NamedTuple):
     tokens: tuple[int, int, int] | None = None
     rejected_key: str = ""
     pixels: tuple[PixelStatistics, PixelStatistics] | None = None
+    origin: str = ""
 
 
 class Rows(Protocol):
@@ -100,8 +103,9 @@ def inspect_row(
     images = len(row["images"])
     keys = [access.key(source, where) for source in row["images"]]
     key = image_set_key(keys)
+    origin = _origin(row, access, where)
     if "chosen" not in row:
-        return RowRecord(key, images=images)
+        return RowRecord(key, images=images, origin=origin)
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
     rejected_keys = [access.key(source, f"{where}, rejected image") for source in row.get("rejected_images", ())]
     rejected_key = image_set_key(rejected_keys)
@@ -134,6 +138,7 @@ def inspect_row(
         tokens,
         rejected_key,
         measured,
+        origin,
     )
 
 
@@ -154,6 +159,11 @@ def refuse_equal(pair: Mapping[str, Any], image_key: str, rejected_key: str, whe
             "Nothing can be learnt from such a pair; drop it.",
             "equal answers",
         )
+
+
+def _origin(row: dict[str, Any], access: ImageAccess, where: str) -> str:
+    first = next((unedited(source) for source in row["images"] if is_edited(source)), None)
+    return "" if first is None else access.stored_key(first, where)
 
 
 def _bare(text: str) -> str:
@@ -191,7 +201,7 @@ def inspect_rows(
         # else it draws from the global one, and looking would change what is sampled or shuffled later
         generator=torch.Generator(),
     )
-    with tqdm(total=len(rows), desc=f"checking {name}", disable=not many, leave=False) as bar:
+    with Progress(len(rows), f"checking {name}", quiet_below=WORTH_PROCESSES) as bar:
         for records in looked:
             yield from records
             bar.update(len(records))

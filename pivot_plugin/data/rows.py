@@ -51,6 +51,7 @@ class RowDataset:
         self._indices = np.arange(len(source.rows))
         self._keys: np.ndarray | None = None
         self._rejected_keys: np.ndarray | None = None
+        self._origins: np.ndarray = np.zeros(0, dtype=f"S{KEY_LENGTH}")
         self._judge: Judge | None = None
         self._layout = self._first_layout(columns)
 
@@ -120,7 +121,7 @@ class RowDataset:
             return self
         keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
         rejected_keys = np.zeros_like(keys) if self._rejected_keys is None else self._rejected_keys
-        looks = self._keys is None
+        origins = np.zeros_like(keys) if self._keys is None else self._origins
         bad: list[int] = []
         with SkippedRows(self._name, skipped if on_bad_row == "skip" else None, len(self)) as left_out:
             for position, record in enumerate(
@@ -128,8 +129,9 @@ class RowDataset:
             ):
                 if record.error is None:
                     keys[position] = record.key.encode()
-                    if looks:
+                    if self._keys is None:
                         rejected_keys[position] = record.rejected_key.encode()
+                        origins[position] = record.origin.encode()
                 elif on_bad_row == "raise":
                     raise DataError(*record.error)
                 else:
@@ -138,6 +140,7 @@ class RowDataset:
         self._indices = np.delete(self._indices, bad)
         self._keys = np.delete(keys, bad)
         self._rejected_keys = np.delete(rejected_keys, bad)
+        self._origins = np.delete(origins, bad)
         self._judge = judge
         return self
 
@@ -154,6 +157,12 @@ class RowDataset:
         keys = self.verify()._rejected_keys
         assert keys is not None
         return keys
+
+    @property
+    def picture_keys(self) -> np.ndarray:
+        """(rows,) as `image_keys`, but of a row with edited images the key of the picture that they are made of."""
+        keys = self.image_keys
+        return np.where(self._origins != b"", self._origins, keys)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -179,6 +188,7 @@ class RowDataset:
         chosen._indices = self._indices[wanted]
         chosen._keys = None if self._keys is None else self._keys[wanted]
         chosen._rejected_keys = None if self._rejected_keys is None else self._rejected_keys[wanted]
+        chosen._origins = self._origins if self._keys is None else self._origins[wanted]
         return chosen
 
     def content_key(self, position: int) -> str:

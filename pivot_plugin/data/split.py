@@ -1,4 +1,4 @@
-"""The held-out share: pairs that training never sees, and no image on both sides."""
+"""The held-out share: pairs that training never sees, and no image on both sides, whatever was made of it."""
 
 import logging
 import random
@@ -30,7 +30,7 @@ def hold_out(pairs: Rows, fraction: float, seed: int) -> tuple[Rows, Rows | None
     wanted = min(max(round(len(pairs) * fraction), SMALLEST), LARGEST, int(len(pairs) * LARGEST_SHARE))
     by_image: dict[str, list[int]] = defaultdict(list)
     linked = _linked(pairs)
-    for position, key in enumerate(pairs.image_keys.tolist()):
+    for position, key in enumerate(pairs.picture_keys.tolist()):
         # pairs without an image have nothing in common
         by_image[linked.get(key, key).decode() or f"text-{position}"].append(position)
     if fraction <= 0 or wanted < 1 or (len(by_image) < 2 and not linked):
@@ -71,7 +71,7 @@ def _linked(pairs: RowDataset) -> dict[bytes, bytes]:
             key = parent[key]
         return key
 
-    for key, rejected in zip(pairs.image_keys.tolist(), rejected_keys.tolist(), strict=True):
+    for key, rejected in zip(pairs.picture_keys.tolist(), rejected_keys.tolist(), strict=True):
         if key and rejected:
             first, second = sorted((root(key), root(rejected)))
             parent[second] = first

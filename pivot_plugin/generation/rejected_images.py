@@ -1,7 +1,7 @@
 """Pairs whose rejected pictures are made: when a row is read, and of its own data set's pictures alone."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -46,10 +46,10 @@ def with_rejected_images(
     """
     maker = maker_of(make, difficulty, rejected=True)
     rows = load_pairs(pairs).verify()
-    pool = PicturesOfPairs(rows)
-    if len(pool) < maker.pictures:
+    pool = _Pool(rows)
+    if len(pool.pictures) < maker.pictures:
         raise DataError(
-            f"{rows.name} shows {len(pool)} different picture(s), and {make!r} needs {maker.pictures}.",
+            f"{rows.name} shows {len(pool.pictures)} different picture(s), and {make!r} needs {maker.pictures}.",
             "Give rows about more pictures, or choose another maker.",
         )
     return rows.rejecting(_Rejecting(maker, difficulty, seed, pool))
@@ -81,43 +81,54 @@ def warn_of_made_looks(pairs: PairDataset, make: str) -> None:
         )
 
 
-class PicturesOfPairs(Pictures):
-    """The different pictures of pairs, read when they are asked for; of several that a row shows the first.
+class _FirstImages(Sequence[Any]):
+    """Of some rows the first image as it stands in the source, read when it is asked for."""
+
+    def __init__(self, pairs: PairDataset, positions: Sequence[int]) -> None:
+        self._pairs = pairs
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._pairs.plain(self._positions[index])["images"][0]
+
+
+class _Pool:
+    """The different pictures of pairs; of several that a row shows the first.
 
     Args:
         pairs: looked at.
     """
 
     def __init__(self, pairs: PairDataset) -> None:
-        super().__init__([], pairs.name)
-        self._pairs = pairs
         first: dict[bytes, int] = {}
         for position, key in enumerate(pairs.image_keys.tolist()):
             if key:
                 first.setdefault(key, position)
-        self._positions = list(first.values())
         self._number = {key: number for number, key in enumerate(first)}
+        self.pictures = Pictures.of(_FirstImages(pairs, list(first.values())), pairs.access, pairs.name)
 
-    def number_of(self, key: bytes) -> int:
-        """Place of a picture among all, by the key of its row's images; -1 for one of other rows."""
-        return self._number.get(key, -1)
+    def picture(self, key: str, number: int, image: Any, access: ImageAccess, where: str) -> Picture:
+        """One image of a row as makers are given it.
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    @overload
-    def __getitem__(self, index: int) -> Picture: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Picture]: ...
-    def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        position = self._positions[index]
-        source = self._pairs.plain(position)["images"][0]
-        return Picture(index, source, self._pairs.where(position), self._pairs.access, thumbs=self.thumbs)
-
-    def __iter__(self) -> Iterator[Picture]:
-        return (self[number] for number in range(len(self)))
+        Args:
+            key: of the row's images.
+            number: of the image among them.
+            image: itself.
+            access, where: to it, and the row's name in errors.
+        """
+        # thumbs are kept by place, and a row has one
+        thumbs = Thumbs() if number else self.pictures.thumbs
+        index = self._number.get(key.encode(), -1)
+        return Picture([image], 0, where, access, size=access.size(image, where), index=index, thumbs=thumbs)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class _Rejecting:
     maker: Maker
     difficulty: float
     seed: int
-    pool: PicturesOfPairs
+    pool: _Pool
     # by picture which drawing gave another one, so that it need not be looked at again
     _attempts: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
@@ -136,10 +147,7 @@ class _Rejecting:
 
     def _made(self, number: int, image: Any, key: str, access: ImageAccess, where: str) -> Any:
         own = access.key(image, where)
-        # thumbs are kept by place, and a row has one
-        thumbs = Thumbs() if number else self.pool.thumbs
-        index = self.pool.number_of(key.encode())
-        picture = Picture(index, image, where, access, size=access.size(image, where), thumbs=thumbs)
+        picture = self.pool.picture(key, number, image, access, where)
         # by the picture's content, so that it is the same in any order of rows
         drawn = int(own[:12], 16) + number
         attempts = f"{own} {number}"
@@ -148,7 +156,7 @@ class _Rejecting:
             reason = f"{picture.size[0]} x {picture.size[1]} pixels are too few"
         else:
             for attempt in range(self._attempts.get(attempts, 0), ATTEMPTS):
-                draw = Draw(picture, self.pool, self.difficulty, drawn, self.seed, attempt)
+                draw = Draw(picture, self.pool.pictures, self.difficulty, drawn, self.seed, attempt)
                 try:
                     assert self.maker.rejected is not None
                     made = self.maker.rejected(draw)

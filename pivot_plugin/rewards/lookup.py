@@ -9,7 +9,7 @@ from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks import hookimpl, named, offered
 from pivot_plugin.hooks.types import RewardFunction
 
-from . import answers, form, overlap
+from . import answers, form, overlap, rules
 
 BUILT_IN: Mapping[str, RewardFunction] = {
     "accuracy": answers.accuracy,
@@ -17,11 +17,13 @@ BUILT_IN: Mapping[str, RewardFunction] = {
     "normalised_match": answers.normalised_match,
     "multiple_choice": answers.multiple_choice,
     "numeric": answers.numeric,
+    "permutation": answers.permutation,
     "bleu": overlap.bleu,
     "rouge_l": overlap.rouge_l,
     "box_iou": overlap.box_iou,
     "format": form.format,
     "length_penalty": form.length_penalty,
+    "by_rule": rules.by_rule,
 }
 NEED_ANSWER = tuple(name for name in BUILT_IN if name not in ("format", "length_penalty"))
 # what TRL's trainers pass to a reward beside the columns of the data

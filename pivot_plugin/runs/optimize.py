@@ -16,6 +16,7 @@ from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.generation.makers import Making
 from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
 from pivot_plugin.objectives import ONLINE
@@ -27,6 +28,8 @@ from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 
+from .making import REWARDS as MADE_REWARDS
+from .making import Make, held_out_questions, made_questions, making_of
 from .monitoring import Monitoring
 from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
 from .provenance import optimized_origin
@@ -50,6 +53,7 @@ def optimize(
     lora: int | LoraConfig | None = 16,
     eval_fraction: float = 0.02,
     rewards: Rewards | None = None,
+    make: Make | None = None,
     ood_prefs: object | None = None,
     on_bad_row: OnBadRow = "raise",
     resume: bool = False,
@@ -65,7 +69,8 @@ def optimize(
             failure it is as it was.
         prefs: preference pairs in any form that `pivot_plugin.preferences.load` takes: a list of dicts, a
             `datasets.Dataset`, a file or folder, a Hub id, a stream (then with `max_steps`), or what `load` returned.
-            With rewards questions, as `load_questions` takes them, with what the rewards need (`answer`).
+            With rewards questions, as `load_questions` takes them, with what the rewards need (`answer`). With `make`
+            pictures, as `preferences.make` takes them: a folder is enough.
         processor: the model's; found by the model's `name_or_path` where not given.
         eval_prefs: held-out pairs or questions, in the same forms.
         output_dir: folder of the run: checkpoints, log, encoder.
@@ -80,6 +85,10 @@ def optimize(
             and "rloo" also reward models or their ids; default: format (0.5) and accuracy (1.0). With any other
             objective the model first answers the questions itself, and its better answers are paired with its worse
             ones: the pairs are kept in `own-answers` in `output_dir`.
+        make: what to make of pictures: the name of a maker, such as "same_or_different" or "jigsaw", several with
+            their shares, or a `preferences.Making`; then `difficulty=0.5` and `count` may be given too, and
+            `eval_prefs` are held-out pictures. Answers are judged by the rule of each question ("by_rule") where
+            `rewards` is not given.
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
@@ -113,17 +122,21 @@ def optimize(
     """
     monitoring = Monitoring(probes, tuple(probe_steps), saliency)
     online = objective in ONLINE
+    making, settings = making_of(make, settings)
+    if making is not None and rewards is None:
+        rewards = list(MADE_REWARDS)
     if rewards is None and "reward_weights" not in settings and online:
         rewards, settings = list(SPECS_WEIGHTS), settings | {"reward_weights": list(SPECS_WEIGHTS.values())}
     answers, trainer_settings = own_answers(settings, objective, rewards, online)
-    if answers is not None:
+    if answers is not None and making is None:
         refuse_pairs(prefs)
     watched = eval_prefs is not None or eval_fraction > 0
     config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
     functions = _reward_functions(rewards, config, objective)
-    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers)
+    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers, making)
     own = {} if answers is None else answers.as_dict()
-    choices = {"objective": objective, **_reward_names(functions), **settings, **own}
+    made = {} if making is None else {"make": making.as_dict()}
+    choices = {"objective": objective, **_reward_names(functions), **settings, **own, **made}
     options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume)
     if answers is None or answers.rounds == 1:
         return _optimize(model, processor, options, source, monitoring, Round())
@@ -146,6 +159,7 @@ class _Source:
         prefs, eval_prefs, ood_prefs: as `optimize` was given them.
         rewards: that score answers, None for a run on pairs.
         answers: how own answers become pairs, None where they do not.
+        making: what is made of pictures, None where rows are given.
     """
 
     prefs: object
@@ -153,6 +167,7 @@ class _Source:
     ood_prefs: object | None
     rewards: Sequence[Any] | None
     answers: OwnAnswers | None
+    making: Making | None
 
     @property
     def rollout_rewards(self) -> Sequence[Any] | None:
@@ -280,7 +295,7 @@ def _load_questions(
 ) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
     """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
     rewards = source.rewards or ()
-    questions = load_questions(source.prefs)
+    questions = load_questions(source.prefs) if source.making is None else made_questions(source.prefs, source.making)
     if source.answers is not None:
         refuse_pairs(questions)
     questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge.of_questions())
@@ -289,7 +304,10 @@ def _load_questions(
         return questions, None
     if source.answers is not None and isinstance(source.eval_prefs, PairDataset):
         return questions, _held_out_pairs(source.eval_prefs, options, judge)
-    held_out = load_questions(source.eval_prefs, "eval_questions")
+    if source.making is not None and not isinstance(source.eval_prefs, QuestionDataset):
+        held_out = held_out_questions(source.eval_prefs, source.making, len(questions))
+    else:
+        held_out = load_questions(source.eval_prefs, "eval_questions")
     if source.answers is not None and is_of_pairs(held_out):
         return questions, _held_out_pairs(source.eval_prefs, options, judge)
     held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge.of_questions())

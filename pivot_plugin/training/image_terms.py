@@ -137,7 +137,7 @@ class ImageTerms:
         return values
 
 
-def without_images(row: dict[str, Any]) -> dict[str, Any]:
+def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row whose question is asked without a picture: no image, no marker of one.
 
     Args:
@@ -150,7 +150,7 @@ def without_images(row: dict[str, Any]) -> dict[str, Any]:
     return {**without_rejected(row), "prompt": prompt, "images": [], "image_key": ""}
 
 
-def about_rejected(row: dict[str, Any]) -> dict[str, Any]:
+def about_rejected(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row whose question is asked about its rejected images.
 
     Args:

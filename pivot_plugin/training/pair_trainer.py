@@ -233,7 +233,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if missing:
             self._fill(cache, pairs, missing, keys, name, batch_size)
             cached = cache.read()
-        columns = {"ref_chosen_logps": [cached[key][0] for key in keys]}
+        columns: dict[str, list[Any]] = {"ref_chosen_logps": [cached[key][0] for key in keys]}
         columns["ref_rejected_logps"] = [cached[key][1] for key in keys]
         if self.image_terms:
             columns[REFERENCE_BESIDE] = [list(cached[key][2:]) for key in keys]
@@ -428,8 +428,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if "ref_chosen_logps" not in rows.column_names:
             return self.score(self._collator.source_of(rows))
         elsewhere = torch.tensor(rows[REFERENCE_BESIDE][:])[:, 0] if self.image_terms else None
-        own = (torch.tensor(rows[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps"))
-        return PairScores(*own, elsewhere)
+        chosen, rejected = (torch.tensor(rows[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps"))
+        return PairScores(chosen, rejected, elsewhere)
 
 
 class _WithoutReferenceModel(TrainerCallback):

@@ -6,10 +6,11 @@ from pivot_plugin.errors import PluginError, SettingsError
 from pivot_plugin.hooks import hookimpl, named, offered
 from pivot_plugin.hooks.manager import DISABLE_VARIABLE
 
+from . import captions, comparing, geometry
 from .protocol import Maker
 
 HOOK = "pivot_makers"
-BUILT_IN: dict[str, Maker] = {}
+BUILT_IN: dict[str, Maker] = {**geometry.MAKERS, **comparing.MAKERS, **captions.MAKERS}
 
 
 @hookimpl

@@ -1,9 +1,9 @@
 """Pictures to make something of: where they are, how large, what is said of them. None is kept decoded, but a thumb."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,8 @@ from PIL import Image
 from pivot_plugin.data.edits import edited
 from pivot_plugin.data.images import ImageAccess
 
-THUMB = 16
+T = TypeVar("T")
+THUMB = 32
 REMEMBERED_THUMBS = 20_000
 
 
@@ -25,10 +26,10 @@ class Thumbs:
         """(THUMB, THUMB, 3) colours from 0 to 255."""
         if (kept := self._kept.get(picture.index)) is None:
             small = picture.open().resize((THUMB, THUMB), Image.Resampling.BOX, reducing_gap=2.0)
-            kept = self._kept[picture.index] = np.asarray(small, dtype=np.float32)
+            kept = self._kept[picture.index] = np.asarray(small, dtype=np.uint8)
             if len(self._kept) > REMEMBERED_THUMBS:
                 self._kept.popitem(last=False)
-        return kept
+        return kept.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,28 @@ class Picture:
     """One picture, not opened.
 
     Attributes:
-        index: its place among all pictures.
-        source: whatever a row's `images` may hold.
+        sources: of all pictures, whatever a row's `images` may hold.
+        at: its place among them.
         where: names it in errors.
         access: to it.
         captions: what is said of it, none for nothing.
-        size: (width, height) in pixels, (0, 0) where not looked at.
+        size: (width, height) in pixels, (0, 0) where nobody has looked.
+        index: its place among those that a maker may use.
     """
 
-    index: int
-    source: Any
+    sources: Sequence[Any] = field(repr=False, compare=False)
+    at: int
     where: str
     access: ImageAccess
     captions: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)
+    index: int = 0
     thumbs: Thumbs = field(default_factory=Thumbs, compare=False, repr=False)
+
+    @property
+    def source(self) -> Any:
+        """Whatever a row's `images` may hold."""
+        return self.sources[self.at]
 
     def open(self) -> Image.Image:
         """The picture, decoded, RGB and upright.
@@ -59,6 +67,14 @@ class Picture:
             DataError: if it cannot be used.
         """
         return self.access.open(self.source, self.where)
+
+    def looked_at(self) -> "Picture":
+        """The same picture with its size, read from its header where nobody has.
+
+        Raises:
+            DataError: if it is no image.
+        """
+        return self if self.size != (0, 0) else replace(self, size=self.access.size(self.source, self.where))
 
     def edited(self, *edits: Any) -> dict[str, Any]:
         """The picture with edits that are done when it is opened (`data.edits`)."""
@@ -81,6 +97,7 @@ class Pictures(Sequence[Picture]):
     def __init__(self, pictures: Sequence[Picture], name: str = "pictures") -> None:
         self.thumbs = Thumbs()
         self._pictures = [replace(one, index=index, thumbs=self.thumbs) for index, one in enumerate(pictures)]
+        self._once: dict[str, Any] = {}
         self.name = name
 
     @classmethod
@@ -88,12 +105,24 @@ class Pictures(Sequence[Picture]):
         """Pictures of images as rows hold them.
 
         Args:
-            sources: whatever a row's `images` may hold.
+            sources: whatever a row's `images` may hold; each is asked for when it is needed.
             access: to them.
             name: of the data, for errors.
         """
         reads = access or ImageAccess()
-        return cls([Picture(i, source, f"picture {i} of {name}", reads) for i, source in enumerate(sources)], name)
+        return cls([Picture(sources, at, f"picture {at} of {name}", reads) for at in range(len(sources))], name)
+
+    def once(self, key: str, compute: Callable[[], T]) -> T:
+        """Something about all of these pictures, computed when it is asked for the first time.
+
+        Args:
+            key: its name.
+            compute: gives it.
+        """
+        if key not in self._once:
+            self._once[key] = compute()
+        value: T = self._once[key]
+        return value
 
     def __len__(self) -> int:
         return len(self._pictures)

@@ -15,6 +15,7 @@ from .pictures import Picture, Pictures
 T = TypeVar("T")
 # longest block in which choices are balanced exactly; beyond it they are drawn
 LONGEST_BLOCK = 1000
+SMALLEST_SIDE = 16
 
 
 class Unsuitable(Exception):
@@ -59,6 +60,18 @@ class Draw:
         random.Random(f"{self.seed} {salt} block {self.number // len(options)}").shuffle(order)
         return options[order[self.number % len(options)]]
 
+    def answer(self, options: Sequence[T], salt: str = "") -> tuple[T, list[T]]:
+        """A right answer, balanced, and the other options in random order: none is more often right than wrong.
+
+        Args:
+            options: to choose from, the same for every task.
+            salt: as for `balanced`.
+        """
+        right = self.balanced(options, salt)
+        wrong = [option for option in options if option != right]
+        self.random.shuffle(wrong)
+        return right, wrong
+
     def between(self, easiest: float, hardest: float) -> float:
         """A number that the difficulty moves in a straight line from one end to the other."""
         return easiest + (hardest - easiest) * self.difficulty
@@ -96,6 +109,11 @@ class Question:
     pair: tuple[str, str, str] | None = None
 
 
+def any_size(difficulty: float) -> int:
+    """Pixels of the shorter side that a picture must have where nothing is cut from it."""
+    return SMALLEST_SIDE
+
+
 @dataclass(frozen=True)
 class Maker:
     """Makes tasks of pictures.
@@ -109,8 +127,9 @@ class Maker:
         difficulty: lowest and highest that it can make.
         pictures: how many different ones it needs at least.
         smallest: by difficulty, pixels that the shorter side of a picture must have.
-        needs_caption: whether it works on a picture's caption.
-        can_use: says of a picture, without opening it, whether anything can be made of it, by a reason why not, or "".
+        needs_caption: whether it works on a picture's captions.
+        cannot_use: of a picture, which is not opened, and a difficulty, why nothing can be made of it: a reason that
+            follows "pictures", "whose captions hold no phrase to replace"; "" where something can.
     """
 
     name: str
@@ -119,6 +138,6 @@ class Maker:
     rejected: Callable[[Draw], Any] | None = None
     difficulty: tuple[float, float] = (0.0, 1.0)
     pictures: int = 1
-    smallest: Callable[[float], int] = lambda difficulty: 16
+    smallest: Callable[[float], int] = any_size
     needs_caption: bool = False
-    can_use: Callable[[Picture], str] | None = None
+    cannot_use: Callable[[Picture, float], str] | None = None
