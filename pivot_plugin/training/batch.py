@@ -85,6 +85,21 @@ class ImageSets:
     shown: list[int]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a row about some images.
+
+    Attributes:
+        tokens: ids of the prompt with its answer.
+        start: where the answer begins.
+        shown: the image set that it is about, -1 for none.
+    """
+
+    tokens: list[int]
+    start: int
+    shown: int
+
+
 @dataclass
 class ForestCollator:
     """Turns preference rows into a batch for `PivotTrainer`.
@@ -126,27 +141,36 @@ class ForestCollator:
             DataError: if `max_length` cuts into a prompt, or images and image tokens of a row disagree.
             ModelError: if the processor cannot be used this way.
         """
-        # 1. who shows what, and images, each set once
-        views = self._views(rows)
-        asked = {key: row for _, key, row in views}
-        texts = {key: self.image_tokens.texts(row) for key, row in asked.items()}
-        image_sets = {row["image_key"]: row["images"] for row in asked.values() if row["images"]}
-        prompts = {row["image_key"]: texts[key]["prompt"] for key, row in asked.items()}
+        # 1. each row as it is asked about some images, and these, each set once
+        views = [self._views(row) for row in rows]
+        asked = [{about["image_key"]: about for _, about in of_row} for of_row in views]
+        texts = [{key: self.image_tokens.texts(about) for key, about in of_row.items()} for of_row in asked]
+        image_sets = {key: about["images"] for of_row in asked for key, about in of_row.items() if about["images"]}
+        prompts = {key: text["prompt"] for of_row in texts for key, text in of_row.items()}
         images = self.image_tokens.process_images(list(image_sets.values()), [prompts[key] for key in image_sets])
         number = {key: index for index, key in enumerate(image_sets)}
-        shown = {key: number[row["image_key"]] if row["images"] else -1 for key, row in asked.items()}
 
         # 2. texts, with their images expanded
-        answers = {
-            key: self._tokenised(row, texts[key], images.expansions_of(shown[key])) for key, row in asked.items()
-        }
-        sequences = [answers[key][1][side] for side, key, _ in views]
-        starts = [answers[key][0] for _, key, _ in views]
+        answers = []
+        for of_row, row_asked, row_texts in zip(views, asked, texts, strict=True):
+            tokens = {
+                key: self._tokenised(about, row_texts[key], images.expansions_of(number.get(key, -1)))
+                for key, about in row_asked.items()
+            }
+            keys = [about["image_key"] for _, about in of_row]
+            answers.append(
+                [
+                    Answer(tokens[key][1][side], tokens[key][0], number.get(key, -1))
+                    for (side, _), key in zip(of_row, keys, strict=True)
+                ]
+            )
 
-        # 3. trees
+        # 3. trees, what is scored of all rows in the same order
         names = [str(row.get("id")) for row in rows]
-        sets = ImageSets(images.inputs, images.counts, [shown[key] for _, key, _ in views])
-        batch = replace(self.batch_of(sequences, starts, sets, names), beside=len(self.beside) * len(rows))
+        in_order = [of_row[view] for view in range(2 + len(self.beside)) for of_row in answers]
+        sets = ImageSets(images.inputs, images.counts, [answer.shown for answer in in_order])
+        batch = self.batch_of([a.tokens for a in in_order], [a.start for a in in_order], sets, names)
+        batch = replace(batch, beside=len(self.beside) * len(rows))
 
         # 4. what TRL reads, under its names
         forest = batch.forest
@@ -163,19 +187,12 @@ class ForestCollator:
             **references,
         }
 
-    def _views(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[int, str], Mapping[str, Any]]]:
-        """For each sequence which answer it is, what tells it from the others of a batch but for that, and its row."""
-        for row in rows if self.beside else ():
+    def _views(self, row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+        """What is scored of a row: each time which answer, and the row as it is asked about some images."""
+        if self.beside:
             refuse_lacking(row["image_key"], row.get("rejected_image_key", ""), f"Row {row.get('id')!r}")
-        views = [
-            (side, number, shown_by(row, side, self.beside))
-            for side in ("chosen", "rejected")
-            for number, row in enumerate(rows)
-        ]
-        views += [
-            (view.answer, number, shown_as(row, view.shown)) for view in self.beside for number, row in enumerate(rows)
-        ]
-        return [(side, (number, row["image_key"]), row) for side, number, row in views]
+        own = [(side, shown_by(row, side, self.beside)) for side in ("chosen", "rejected")]
+        return [*own, *((view.answer, shown_as(row, view.shown)) for view in self.beside)]
 
     def check(self, row: Mapping[str, Any], images: ProcessedImages) -> None:
         """Make sure that a pair can be turned into tokens.
