@@ -199,7 +199,7 @@ class PostTraining(Section):
         batch = section.batch
         if batch is not None and isinstance(section, RolloutArm):
             # a trainer of roll-outs counts these
-            batch *= int(section.settings.get("num_generations", PivotGRPOConfig.num_generations))
+            batch *= section.settings.get("num_generations") or PivotGRPOConfig.num_generations or 1
         return accumulated(section.settings, batch)
 
 
