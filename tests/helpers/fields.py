@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .images import encoded
+from tests.helpers.images import encoded
 
 GRIDS = (8, 16, 32)
 
