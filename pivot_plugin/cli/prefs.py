@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -136,7 +136,7 @@ def make(
         from pivot_plugin.generation.makers import make as made_of
 
         making = Making(shares, seed=seed, **given)
-        options = {} if split is None else {"split": split}
+        options: dict[str, Any] = {} if split is None else {"split": split}
         made = made_of(pictures, making, form="pairs" if pairs else "questions", image_folder=image_folder, **options)
         file = write_made(made, making, output_dir)
     print(json.dumps({"rows": len(made), "file": str(file)}) if as_json else f"{len(made):,} rows: {file}")

@@ -6,7 +6,7 @@ of. Boxes are (left, top, right, bottom) in shares of the picture's width and he
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -36,7 +36,7 @@ class Opener(Protocol):
     def open(self, source: object, where: str) -> Image.Image: ...
 
 
-def is_edited(source: object) -> bool:
+def is_edited(source: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether an image of a row is one that is made of another."""
     return isinstance(source, Mapping) and source.get(EDITS) is not None
 

@@ -97,6 +97,7 @@ def render(
         audited=None if audit is None else _audited(audit, len(curves)),
         tables={run.name: _before_after(run) for run in runs},
         readable=READABLE,
+        made=[(run.name, _made(run)) for run in runs if run.made],
         maps=[(run.name, _maps(run)) for run in runs if _saliency(run)],
         compared=_rows(compared) if compared else None,
         costs=[(run.name, _cost(run)) for run in runs],
@@ -214,6 +215,20 @@ def _maps(run: RunFacts) -> list[dict[str, Any]]:
                 pictures.append((f"{loss.upper()} {name}", alt, picture))
         shown.append({"pair": pair, "pictures": pictures})
     return shown
+
+
+def _made(run: RunFacts) -> list[dict[str, Any]]:
+    """Made questions with their pictures and what was answered."""
+    return [
+        {
+            "question": question,
+            "pictures": [
+                (f"Picture {number} of a question by {question.maker}", as_address(fitted(image)))
+                for number, image in enumerate(question.images, 1)
+            ],
+        }
+        for question in run.made
+    ]
 
 
 def _audited(audit: AuditReport, number: int) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The reward that a row itself names, as questions of several makers do."""
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from pivot_plugin.hooks import named
 
 
 def by_rule(
-    prompts: Sequence[object], completions: Sequence[object], rule: Sequence[str], **columns: object
+    prompts: Sequence[object], completions: Sequence[object], rule: Any, **columns: object
 ) -> list[float | None]:
     """The reward that each row's column `rule` names, as for questions of several makers."""
     scores: list[float | None] = [None] * len(completions)

@@ -28,6 +28,7 @@ from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 
+from .made_sheet import MadeSheet
 from .making import REWARDS as MADE_REWARDS
 from .making import Make, held_out_questions, made_questions, making_of
 from .monitoring import Monitoring
@@ -185,6 +186,7 @@ def _optimize(
 ) -> PivotResult:
     """One run, or one round of several, from options to result."""
     run = begin(model, processor, options, partial(_load_rows, source, options))
+    sheet = None if source.making is None else MadeSheet.begin(run)
     answers: tuple[AnswerSummary, ...] = ()
     if source.answers is not None:
         run, summary = answered(run, source.rewards or (), source.answers, this.number)
@@ -235,6 +237,8 @@ def _optimize(
         _lora=lora_weights if this.of == 1 else None,
     )
     if run.keeper and run.ended is None:
+        if sheet is not None:
+            sheet.finish(run, run.model)
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / "encoder")
         details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pivot_plugin.data.edits import unedited
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.data.rows import RowDataset
@@ -87,10 +88,13 @@ def leaks(rows: RowDataset, seed: int = 0) -> LeakReport:
     blind = _blind_accuracy(prompts, options, seed)
     if isinstance(rows, PairDataset):
         return LeakReport(blind, chance, None, 1.0, len(rows))
-    numbers = np.array([_numbers_of_row(rows[position]["images"]) for position in range(len(rows))])
+    # rendered once each; a row that is read as such is rendered for its key too
+    shown = ([rows.access.open(source, rows.where(at)) for source in row["images"]] for at, row in enumerate(plain))
+    numbers = np.array([_numbers_of_row(images) for images in shown])
     targets = _targets([own[0] for own in options])
     # of a picture that was learned from, where each of its parts lies is remembered, not told
-    pictures = np.unique(rows.picture_keys, return_inverse=True)[1]
+    keys = [rows.access.stored_key(unedited(row["images"][0]), rows.where(at)) for at, row in enumerate(plain)]
+    pictures = np.unique(keys, return_inverse=True)[1]
     statistic = _statistic_accuracy(numbers, targets, _folds(pictures, seed), seed)
     return LeakReport(blind, chance, statistic, max(Counter(targets).values()) / len(rows), len(rows))
 
@@ -150,7 +154,7 @@ def _statistic_accuracy(numbers: np.ndarray, targets: Sequence[str], folds: Sequ
     hits = 0
     for test in folds:
         held = np.isin(np.arange(len(labels)), test)
-        model = ExtraTreesClassifier(150, min_samples_leaf=3, random_state=seed, n_jobs=1)
+        model = ExtraTreesClassifier(100, min_samples_leaf=3, random_state=seed, n_jobs=1)
         hits += int((model.fit(numbers[~held], labels[~held]).predict(numbers[held]) == labels[held]).sum())
     return hits / len(labels)
 

@@ -127,7 +127,7 @@ def _patched(draw: Draw) -> _Patched:
             break
     else:
         raise Unsuitable("it shows nothing in any place")
-    found = [patch for _ in range(2 * CANDIDATES) if (patch := _patch(draw, share))[1] is not None][:CANDIDATES]
+    found = [patch for _ in range(2 * CANDIDATES) if (patch := _patch(draw, share)) is not None][:CANDIDATES]
     if not found:
         raise Unsuitable("other pictures show nothing in any place")
     first, *rest = found
@@ -145,12 +145,12 @@ def _patched(draw: Draw) -> _Patched:
     return _Patched(picture.edited(view(box, (side, side))), side, place, (shown[0], shown[1]))
 
 
-def _patch(draw: Draw, share: float) -> tuple[Picture, Box | None, np.ndarray]:
-    """A part of another picture, None for one that shows nothing, and a look at it."""
+def _patch(draw: Draw, share: float) -> tuple[Picture, Box, np.ndarray] | None:
+    """A part of another picture, and a look at it; None for one that shows nothing."""
     other = draw.other()
     box = square(other, draw.random, share)
     seen = look(other, box, 4)
-    return other, box if _spread(seen) >= SPREAD else None, seen
+    return (other, box, seen) if _spread(seen) >= SPREAD else None
 
 
 def _spread(seen: np.ndarray) -> float:

@@ -14,6 +14,8 @@ from .making import Making
 
 QUESTIONS_FILE, PAIRS_FILE = "questions.jsonl", "pairs.jsonl"
 MADE_FILE = "made.json"
+# in the folder of a run on made questions: some of them, and what the model answered before and after
+SHEET_FILE = "made-questions.jsonl"
 
 
 def write_made(made: QuestionDataset | PairDataset, making: Making, folder: str | Path) -> Path:
