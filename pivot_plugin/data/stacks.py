@@ -79,16 +79,11 @@ def _ms_swift(row: Mapping[str, Any]) -> Mapping[str, object]:
             "Give the chosen answer as the last turn of messages.",
             "missing column",
         )
-    if rejected is None and row.get("rejected_images"):
-        rejected = messages[-1:]
     return _pair(row, inline, messages[:-1], messages[-1:], rejected)
 
 
 def _ms_swift_query(row: Mapping[str, Any]) -> Mapping[str, object]:
-    rejected = row.get("rejected_response")
-    if rejected is None and row.get("rejected_images"):
-        rejected = row.get("response")
-    return _pair(row, [], _dialogue(row, row.get("query")), row.get("response"), rejected)
+    return _pair(row, [], _dialogue(row, row.get("query")), row.get("response"), row.get("rejected_response"))
 
 
 def _llama_factory_v1(row: Mapping[str, Any]) -> Mapping[str, object]:

@@ -16,7 +16,7 @@ from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.generation.makers import Making
+from pivot_plugin.generation.makers import Making, maker_of
 from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
 from pivot_plugin.objectives import ONLINE
@@ -133,6 +133,9 @@ def optimize(
         refuse_pairs(prefs)
     watched = eval_prefs is not None or eval_fraction > 0
     config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
+    if isinstance(config, PivotConfig) and config.rejected_images is not None:
+        # whether there is such a maker; it is asked late
+        maker_of(config.rejected_images, config.rejected_difficulty, rejected=True)
     functions = _reward_functions(rewards, config, objective)
     source = _Source(prefs, eval_prefs, ood_prefs, functions, answers, making)
     own = {} if answers is None else answers.as_dict()

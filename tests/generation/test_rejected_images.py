@@ -157,6 +157,9 @@ def test_another_picture_is_never_one_that_is_held_out(photographs: list[Image.I
 def test_what_cannot_be_made_is_refused_by_name(photographs: list[Image.Image]) -> None:
     with pytest.raises(SettingsError, match=r"no maker 'crob'.*crop"):
         with_rejected_images(rows_of(photographs[:2]), "crob")
+    with pytest.raises(SettingsError, match=r"no maker 'crob'"):
+        # before a model is looked for
+        pivot.optimize("no/model", rows_of(photographs[:2]), objective="mdpo", rejected_images="crob")
     with pytest.raises(SettingsError, match=r"difficulty is 1\.5"):
         with_rejected_images(rows_of(photographs[:2]), "crop", difficulty=1.5)
     with pytest.raises(DataError, match=r"shows 1 different picture.*needs 2"):
