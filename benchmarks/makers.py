@@ -220,7 +220,7 @@ def run(cell: Cell, transplant: bool) -> dict[str, Any]:
                 **SETTINGS | WAYS[cell.objective],
             )
             found["made after"] = _made_accuracy(result.model, held)
-            found["tower moved"] = result.weight_change["encoder"]
+            found["tower moved"] = statistics.fmean(result.weight_change.values())
             _tower(tower).load_state_dict(_tower(result.model).state_dict())
         found |= measure(tower)
         if transplant:

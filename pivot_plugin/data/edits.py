@@ -35,6 +35,8 @@ class Opener(Protocol):
 
     def open(self, source: object, where: str) -> Image.Image: ...
 
+    def base(self, source: object, where: str) -> Image.Image: ...
+
 
 def is_edited(source: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether an image of a row is one that is made of another."""
@@ -79,7 +81,7 @@ def rendered(source: Mapping[str, Any], opener: Opener, where: str) -> Image.Ima
     """
     if _count(source) > MOST_EDITS:
         raise DataError(f"{where}: an image has more than {MOST_EDITS} edits.", "Mend the row.")
-    picture = opener.open(unedited(source), where)
+    picture = base = opener.base(unedited(source), where)
     for number, step in enumerate(_steps(source)):
         name = step.get("edit") if isinstance(step, Mapping) else None
         if not isinstance(name, str) or name not in _EDITS:
@@ -92,7 +94,8 @@ def rendered(source: Mapping[str, Any], opener: Opener, where: str) -> Image.Ima
             if name in _SIZED:
                 _check_size(options.get("size") or (0, 0), opener.max_pixels, where)
             picture = _EDITS[name](picture, **options)
-    return picture
+    # the base is kept for the next picture that is made of it
+    return picture.copy() if picture is base else picture
 
 
 def _steps(source: object) -> Sequence[Any]:

@@ -33,6 +33,8 @@ BYTES_PER_PIXEL = 8
 # of a longer strip it makes nothing (Qwen's refuses it)
 SMALLEST_SIDE, LONGEST_STRIP = 4, 200
 REMEMBERED_IMAGES = 10_000
+# decoded pictures that others are made of: those of one question, no larger than 75 MB
+KEPT_BASES, LARGEST_BASE = 3, 25_000_000
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,27 @@ class ImageAccess:
         """
         return self._shown(self.encoded(source, where), source, where)
 
+    def base(self, source: object, where: str = "image") -> Image.Image:
+        """As `open`, for one of which several pictures are made at once; not to be changed, since it is kept a while.
+
+        Args:
+            source, where: as for `encoded`.
+
+        Raises:
+            DataError: as `open`.
+        """
+        encoded = self.encoded(source, where)
+        if isinstance(encoded, Image.Image):
+            return self._shown(encoded, source, where)
+        stored = hashlib.sha256(encoded).digest()
+        if (image := _bases.get(stored)) is None or image.width * image.height > self.max_pixels:
+            image = self._shown(encoded, source, where)
+            if image.width * image.height <= LARGEST_BASE:
+                _bases[stored] = image
+            while len(_bases) > KEPT_BASES:
+                _bases.popitem(last=False)
+        return image
+
     def size(self, source: object, where: str = "image") -> tuple[int, int]:
         """Width and height of an image as `open` gives it, from its header alone.
 
@@ -268,6 +291,7 @@ class KnownImage(NamedTuple):
 
 
 _known_images: OrderedDict[bytes, KnownImage] = OrderedDict()
+_bases: OrderedDict[bytes, Image.Image] = OrderedDict()
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pivot_plugin.errors import DataError, SettingsError
 from pivot_plugin.hooks import hookimpl, named, offered
@@ -23,7 +23,7 @@ BUILT_IN: Mapping[str, RewardFunction] = {
     "box_iou": overlap.box_iou,
     "format": form.format,
     "length_penalty": form.length_penalty,
-    "by_rule": rules.by_rule,
+    "by_rule": cast(RewardFunction, rules.by_rule),
 }
 NEED_ANSWER = tuple(name for name in BUILT_IN if name not in ("format", "length_penalty"))
 # what TRL's trainers pass to a reward beside the columns of the data

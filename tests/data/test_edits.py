@@ -109,6 +109,20 @@ def test_what_is_pasted_lies_in_the_folder_too(tmp_path: Path) -> None:
         confined.open(stranger)
 
 
+def test_pictures_made_of_one_decode_it_once_and_none_changes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, 1) / "000.png"
+    decoded: list[object] = []
+    before = ImageAccess._shown
+    monkeypatch.setattr(ImageAccess, "_shown", lambda self, *given: decoded.append(given[1]) or before(self, *given))
+    first = ACCESS.open(edits.edited(path, edits.turn(0)))
+    first.paste((0, 0, 0), (0, 0, 64, 64))
+    second = ACCESS.open(edits.edited(path, edits.turn(180)))
+    assert [source for source in decoded if source == {"path": str(path)}] == [{"path": str(path)}]
+    assert second.tobytes() == Image.open(path).convert("RGB").rotate(180).tobytes()
+
+
 def test_edited_rows_come_back_from_disk_and_no_picture_is_stored(tmp_path: Path) -> None:
     photos = written(tmp_path / "photos", 3)
     sources = [str(photos / f"{number:03}.png") for number in range(3)]

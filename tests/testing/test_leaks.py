@@ -4,16 +4,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pivot_plugin.data.edits import edited, light
-from pivot_plugin.generation.makers import make
+from pivot_plugin.data.edits import edited, light, paste
+from pivot_plugin.generation.makers import comparing, geometry, make
 from pivot_plugin.generation.makers.captions import MAKERS as CAPTION_MAKERS
 from pivot_plugin.generation.makers.comparing import MAKERS as COMPARING
 from pivot_plugin.generation.makers.geometry import MAKERS as GEOMETRY
 from pivot_plugin.preferences import PairDataset, QuestionDataset
 from pivot_plugin.testing.leaks import leaks
-from tests.helpers.fields import stored
+from tests.helpers.fields import field, stored
+from tests.helpers.images import encoded
 
 COUNT = 200
 PICTURES = stored(40)
@@ -71,6 +73,33 @@ def test_a_planted_leak_is_found(leak: Callable[..., dict[str, Any]], found: tup
     assert report.leaks == found
     with pytest.raises(AssertionError, match=f"told by {found[0]}"):
         report.check()
+
+
+@pytest.mark.parametrize("maker", ["same_or_different", "odd_one_out"])
+def test_a_patch_in_one_view_alone_would_be_found(maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_or_without(self: Any, draw: object, which: int) -> dict[str, Any]:
+        return edited(self.base, *([paste(self.patches[1], self.place)] if which else []))
+
+    monkeypatch.setattr(comparing._Patched, "view", with_or_without)
+    assert leaks(made(maker)).leaks == ("statistic",)
+
+
+def test_how_jpeg_keeps_colours_does_not_say_how_a_picture_was_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    uneven = [encoded(field(90, seed), "JPEG", quality=70, subsampling=1) for seed in range(24)]
+
+    def apart() -> float:
+        rows = make(uneven, "rotation", count=96)
+        ratios: dict[bool, list[float]] = {True: [], False: []}
+        for row in map(rows.plain, range(len(rows))):
+            pixels = np.asarray(rows.access.open(row["images"][0]), dtype=float)
+            colour = pixels[..., 0] - pixels[..., 2]
+            along, across = (np.abs(np.diff(colour, 2, axis=axis)).mean() for axis in (0, 1))
+            ratios[row["answer"] in ("0", "180")].append(np.log(along / across))
+        return float(abs(np.mean(ratios[True]) - np.mean(ratios[False])) / np.std(ratios[True]))
+
+    assert apart() < 1.0
+    monkeypatch.setattr(geometry, "even_colours", lambda: light(1.0))
+    assert apart() > 3.0
 
 
 def test_an_answer_that_comes_too_often_is_found() -> None:

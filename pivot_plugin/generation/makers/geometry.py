@@ -72,9 +72,18 @@ def rotation(draw: Draw) -> Question:
     right, wrong = draw.answer(choices)
     side = side_of(picture, box)
     prompt = draw.random.choice(ROTATION_WORDING).format(options=listed(choices))
-    # what JPEG keeps of colours along one axis alone would say how it was turned
-    shown = picture.edited(view(box, (side, side)), even_colours(), turn(right))
+    # Turned before it is scaled, since scaling rounds along one axis first; and what JPEG keeps of colours along one
+    # axis alone would say how it was turned, too.
+    shown = picture.edited(turn(right), view(_turned(box, right), (side, side)), even_colours())
     return Question([shown], prompt, str(right), [str(degrees) for degrees in wrong])
+
+
+def _turned(box: Box, degrees: int) -> Box:
+    """Where a part lies when the picture is turned clockwise."""
+    for _ in range(degrees // 90):
+        left, top, right, bottom = box
+        box = (1 - bottom, left, 1 - top, right)
+    return box
 
 
 def flip(draw: Draw) -> Question:

@@ -52,6 +52,12 @@ class Making:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.makers, str | Sequence | Mapping) or not all(isinstance(n, str) for n in self.shares):
+            raise SettingsError(
+                f"The makers are {self.makers!r}.", 'Give a name, such as "jigsaw", or shares: {"jigsaw": 1}.'
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise SettingsError(f"seed is {self.seed!r}.", "Give a whole number.")
         for name, share in self.shares.items():
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
                 raise SettingsError(f"The maker {name!r} has the share {share!r}.", "Give 0 or more.")

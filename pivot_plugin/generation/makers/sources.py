@@ -13,7 +13,7 @@ from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.rows import as_mapping
 from pivot_plugin.data.sources import open_source
-from pivot_plugin.errors import DataError, foreign_code
+from pivot_plugin.errors import DataError, SettingsError, foreign_code, unknown
 from pivot_plugin.progress import Progress
 
 from .pictures import Picture, Pictures
@@ -29,6 +29,7 @@ ROW_FILES = ("*.jsonl", "*.parquet", "*.arrow", "dataset_dict.json")
 # of a stream, which is read once and kept as it comes, encoded
 STREAMED = 10_000
 WORTH_A_BAR = 1000
+OPTIONS = ("split", "streaming", "allow_urls", "max_pixels", "image_folder")
 FORMS = (
     "a folder with pictures, the path of one or a list of them, PIL images, a datasets.Dataset, stream, file or Hub id "
     "with a column image"
@@ -48,10 +49,17 @@ def pictures_of(source: object, name: str = "pictures", captions: bool = False, 
 
     Raises:
         DataError: if there are none, or the source is none of these.
+        SettingsError: for an option that does not exist.
     """
     if isinstance(source, Pictures):
         return source
+    if absent := [option for option in options if option not in OPTIONS]:
+        raise unknown("option", absent[0], OPTIONS)
+    if isinstance(source, list | tuple) and not source:
+        raise DataError(f"{name} holds no picture.", f"Give {FORMS}.", "no pictures")
     if isinstance(source, str | Path) and (found := _files(Path(source))) is not None:
+        if options.get("split") is not None:
+            raise SettingsError(f"split={options['split']!r} is given for files.", "Only Hub ids have splits.")
         return _of_files(found, Path(source), captions, options)
     if isinstance(source, str | bytes | Path | Image.Image):
         listed: list[Any] | None = None if isinstance(source, str | Path) else [source]

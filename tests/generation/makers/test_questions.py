@@ -46,9 +46,12 @@ def test_rotation_undone_by_its_answer_is_a_part_of_the_picture_as_it_was() -> N
     for position in range(8):
         (image,), answer = shown(questions, position)
         upright = np.rot90(image, int(answer) // 90)
-        base = questions.plain(position)["images"][0]["image"]
-        box = questions.plain(position)["images"][0]["edits"][0]["box"]
-        part = base.resize(image.shape[1::-1], box=tuple(side * 100 for side in box))
+        spec = questions.plain(position)["images"][0]
+        box = next(step["box"] for step in spec["edits"] if step["edit"] == "view")
+        for _ in range(int(answer) // 90):
+            # where the part lay before the picture was turned
+            box = [box[1], 1 - box[2], box[3], 1 - box[0]]
+        part = spec["image"].resize(image.shape[1::-1], box=tuple(side * 100 for side in box))
         scores = {turns: alike(np.rot90(upright, turns), np.asarray(part, dtype=float)) for turns in range(4)}
         assert max(scores, key=scores.__getitem__) == 0, scores
 
