@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
     from pivot_plugin.adapters.base import VisionAdapter
+    from pivot_plugin.generation.makers import Maker
 
     from .types import Layout, ObjectivePreset, Probe, Result, RewardFunction, Run
 
@@ -141,9 +142,10 @@ def pivot_rewards() -> "Mapping[str, RewardFunction]":
 
 @hookspec
 def pivot_objectives() -> "Mapping[str, ObjectivePreset]":
-    """Return objective presets by name: settings of TRL's DPOConfig that `objective="name"` stands for.
+    """Return objective presets by name: settings of `PivotConfig` that `objective="name"` stands for.
 
-    Called when an objective is looked up by name.
+    Called when an objective is looked up by name. `loss_type` and `loss_weights` are TRL's, about a pair's two answers;
+    `image_terms` and `image_weights` hold its pictures against each other.
 
     Example:
         from pivot_plugin.hooks import hookimpl
@@ -173,6 +175,36 @@ def pivot_probes() -> "Mapping[str, Probe]":
         @hookimpl
         def pivot_probes():
             return {"spread": spread}
+    """
+
+
+@hookspec
+def pivot_makers() -> "Mapping[str, Maker]":
+    """Return makers by name: what turns a picture into a question with a known answer, or into a rejected picture.
+
+    Called when makers are looked up by name. A maker of questions is called as `questions(draw)`, a maker of rejected
+    pictures as `rejected(draw)`: `draw.picture` is the picture, `draw.difficulty`, `draw.random` and
+    `draw.balanced(options)` are what else the task may depend on, so that it can be made again. Say by `edited` and
+    the edits in `pivot_plugin.data.edits` what is to be done to a picture: it is rendered when it is needed. Raise
+    `Unsuitable` for a picture of which nothing can be made; another is taken.
+
+    Example:
+        from pivot_plugin.data.edits import fill, mirror
+        from pivot_plugin.generation.makers import Maker, Question
+        from pivot_plugin.hooks import hookimpl
+
+        def upside(draw):
+            answer = draw.balanced(["yes", "no"])
+            edits = [mirror("upside-down")] if answer == "yes" else []
+            wrong = ["no" if answer == "yes" else "yes"]
+            return Question([draw.picture.edited(*edits)], "Is this picture upside down?", answer, wrong)
+
+        def half(draw):
+            return draw.picture.edited(fill([0, 0, 0.5, 1]))
+
+        @hookimpl
+        def pivot_makers():
+            return {"upside": Maker("upside", "ours", questions=upside), "half": Maker("half", "ours", rejected=half)}
     """
 
 

@@ -43,6 +43,8 @@ BUILT_IN = {
     "objectives": BuiltIn("pivot_plugin.objectives", ("pivot_objectives",)),
     "rewards": BuiltIn("pivot_plugin.rewards.lookup", ("pivot_rewards",)),
     "probes": BuiltIn("pivot_plugin.probes.lookup", ("pivot_probes",)),
+    "makers": BuiltIn("pivot_plugin.generation.makers.lookup", ("pivot_makers",)),
+    "rejected-pictures": BuiltIn("pivot_plugin.generation.makers.rejected", ("pivot_makers",)),
     "embedded-world": BuiltIn("pivot_plugin.quickstart.sources", ("pivot_sources",)),
     "generic": BuiltIn("pivot_plugin.adapters.generic", ("pivot_adapter",)),
     "llava": BuiltIn("pivot_plugin.adapters.llava", ("pivot_adapter",)),

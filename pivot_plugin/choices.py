@@ -8,4 +8,6 @@ OnBadRow = Literal["raise", "skip"]
 Projector = Literal["keep", "new", "first-layer"]
 PairUp = Literal["best-worst", "best-each", "all"]
 Reference = Literal["previous", "first"]
+ImageTerm = Literal["conditional", "anchor", "attend", "reject"]
+IMAGE_TERMS: tuple[ImageTerm, ...] = get_args(ImageTerm)
 ExportTarget = Literal["timm", "llava-next", "internvl", "transformers-4"]

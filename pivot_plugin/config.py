@@ -7,9 +7,10 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
+from pivot_plugin.choices import IMAGE_TERMS as IMAGE_TERMS
 from pivot_plugin.choices import TRAIN_CHOICES as TRAIN_CHOICES
 from pivot_plugin.choices import Train as Train
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import SettingsError, unknown
 
 SftAverage = Literal["token", "sequence"]
 _RENAMED = {
@@ -94,6 +95,12 @@ class PivotConfig(TowerConfig, DPOConfig):
             images, and of the pairs of an image, is drawn anew each epoch.
         reference_cache: folder of the reference log-probabilities; default `~/.cache/pivot_plugin/reference`, or
             `$PIVOT_CACHE/reference`.
+        image_terms: terms of the loss that hold pictures against each other, beside `loss_type`: "conditional" and
+            "anchor" (mDPO), "attend" and "reject" (S-VCO); see `training.image_terms`. Rows need `rejected_images`.
+        image_weights: of each of them; 1 where None.
+        rejected_images: name of a maker of rejected images for rows without ("other_picture", "patch_shuffle",
+            "region_blackout", "crop", or a plugin's), made of the rows that train and of those held out apart.
+        rejected_difficulty: of what it makes, from 0, quite another picture, to 1, a hardly different one.
         sft_average: what the "sft" loss averages: "token", the mean over all chosen tokens of an optimiser step, over
             accumulated batches and processes, in which long answers weigh more, or "sequence", the mean over answers
             of the mean over their tokens.
@@ -105,12 +112,36 @@ class PivotConfig(TowerConfig, DPOConfig):
     max_length: int | None = field(default=None, metadata={"help": "Cut sequences to this many tokens."})
     group_by_image: bool = field(default=True, metadata={"help": "Batch pairs that share an image together."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
+    image_terms: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(IMAGE_TERMS)}."})
+    image_weights: list[float] | None = field(default=None, metadata={"help": "Of the image terms."})
+    rejected_images: str | None = field(default=None, metadata={"help": "Maker of rejected images."})
+    rejected_difficulty: float = field(default=0.5, metadata={"help": "Of rejected images that are made."})
     sft_average: SftAverage = field(default="token", metadata={"help": "Mean over tokens, or over sequences."})
 
     def __post_init__(self) -> None:
         if self.sft_average not in ("token", "sequence"):
             raise SettingsError(f"sft_average is {self.sft_average!r}.", "Choose 'token' or 'sequence'.")
         super().__post_init__()
+        self._check_image_terms()
+
+    def _check_image_terms(self) -> None:
+        names = self.image_terms or []
+        for name in names:
+            if name not in IMAGE_TERMS:
+                raise unknown("term", name, IMAGE_TERMS, f"image_terms names {name!r}.")
+        if len(set(names)) < len(names):
+            raise SettingsError(f"image_terms names one twice: {names}.", "Give each once, with image_weights.")
+        if self.image_weights is not None and len(self.image_weights) != len(names):
+            raise SettingsError(
+                f"There are {len(names)} image_terms and {len(self.image_weights)} image_weights.", "Give one for each."
+            )
+        # what TRL makes of log-probabilities in these cases it makes of a pair's own two answers alone; and a cut at a
+        # length leaves different words of one answer about pictures of different sizes
+        others = {"max_length": None, "ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
+        for name, plain in others.items():
+            value = getattr(self, name)
+            if names and getattr(value, "value", value) != plain:
+                raise SettingsError(f"{name} is {value!r}, with image_terms {names}.", f"Leave {name} out.")
 
 
 @dataclass

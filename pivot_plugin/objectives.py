@@ -1,7 +1,9 @@
 """Objectives by name: the trainer and the settings of TRL's configuration that a word stands for.
 
 Notation: r(y) = log pi(y|x) - log pi_ref(y|x), summed over the tokens of the answer y; w is chosen, l rejected; s is
-the logistic function. Any loss type of TRL is an objective under its own name too.
+the logistic function; r(y|m) is r(y) about a picture m. Any loss type of TRL is an objective under its own name too.
+Where a row has `rejected_images`, its rejected answer is about them, as in ms-swift; but for mdpo and svco, which hold
+both answers against both pictures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +78,33 @@ def dpo_norm() -> ObjectivePreset:
     return {"loss_type": ["sigmoid_norm"], "beta": 5.0}
 
 
+def mdpo() -> ObjectivePreset:
+    """Multimodal DPO: pairs of answers, pairs of pictures, and an anchor, each weighing 1.
+
+    dpo + conditional + anchor, where of the chosen answer w and a picture m it is right of, a rejected one m',
+    conditional = -log s(beta (r(w|m) - r(w|m'))) and anchor = -log s(beta r(w|m)), beta 0.1.
+    When: rows have `rejected_images`, or they are made (`rejected_images="other_picture"`), and answers that words
+    alone tell apart would else be learnt without looking. Rejected pictures that look unnatural teach just that.
+    Source: arXiv 2406.11839, section 3, and the authors' code; their rejected pictures are crops.
+    Relations: mdpo = 1.0 sigmoid + 1.0 conditional + 1.0 anchor (`image_terms`).
+    """
+    return {"loss_type": ["sigmoid"], "image_terms": ["conditional", "anchor"]}
+
+
+def svco() -> ObjectivePreset:
+    """Symmetrical visual contrastive optimisation: each of two pictures is right for its own answer.
+
+    -log s(beta (r(w|m) - r(w|0))) - log s(beta (r(w|0) - r(w|m'))) and the same of the rejected answer l and the
+    rejected picture m', for which it is right: -log s(beta (r(l|m') - r(l|0))) - log s(beta (r(l|0) - r(l|m))), beta
+    0.1; 0 is the question without a picture. Answers of one picture are never held against each other.
+    When: pairs of nearly equal pictures, `rejected` the right answer to `rejected_images`. Not where the rejected
+    answer is wrong of both, as own answers with made pictures are: there mdpo.
+    Source: arXiv 2502.13928, section 3, and the authors' code, which has one beta for each comparison, all 0.1.
+    Relations: svco = 1.0 attend + 1.0 reject (`image_terms`).
+    """
+    return {"loss_type": ["sigmoid"], "loss_weights": [0.0], "image_terms": ["attend", "reject"]}
+
+
 def grpo() -> ObjectivePreset:
     """Group-relative policy optimisation on the model's own roll-outs, with verifiable rewards.
 
@@ -98,7 +127,7 @@ def rloo() -> ObjectivePreset:
 
 
 BUILT_IN: Mapping[str, Callable[[], ObjectivePreset]] = {
-    preset.__name__: preset for preset in (dpo, sft, mpo, specs, ipo, dpo_norm, grpo, rloo)
+    preset.__name__: preset for preset in (dpo, sft, mpo, specs, ipo, dpo_norm, mdpo, svco, grpo, rloo)
 }
 ONLINE = ("grpo", "rloo")
 # Learning rates where weights train themselves. dpo, sft: arXiv 2510.16333, appendix E.1 (all parameters); specs and

@@ -15,6 +15,8 @@ READABLE = {
     "margin": "margin (nats)",
     "logps_chosen": "log p of chosen answers (nats)",
     "logps_rejected": "log p of rejected answers (nats)",
+    "image_accuracy": "chosen answers more probable with their own pictures (chance 0.5)",
+    "image_margin": "margin of pictures, own minus rejected (nats)",
     "reward": "mean reward of answers",
 }
 # of the scores of probes: parts of their names, in words

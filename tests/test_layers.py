@@ -29,7 +29,7 @@ LAYERS = (
     ("hooks",),
     ("config",),
     ("hub",),
-    ("files", "extras", "deadline", "choices", "typed", "verdict"),
+    ("files", "extras", "deadline", "choices", "typed", "progress", "verdict"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
@@ -139,7 +139,7 @@ def test_the_encoders_load_no_trl_and_few_modules_of_ours(names: str) -> None:
     assert len(ours) < 27, ours
 
 
-@pytest.mark.parametrize("hook", ["pivot_rewards", "pivot_objectives", "pivot_probes", "pivot_sources"])
+@pytest.mark.parametrize("hook", ["pivot_rewards", "pivot_objectives", "pivot_probes", "pivot_makers", "pivot_sources"])
 def test_a_built_in_plugin_loads_when_its_hook_is_first_asked(hook: str) -> None:
     modules = loaded_by(f"from pivot_plugin import hooks\nassert hooks.offered({hook!r})", cold=False)
     from pivot_plugin.hooks.manager import BUILT_IN

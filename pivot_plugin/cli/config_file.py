@@ -25,6 +25,9 @@ KEYS: dict[str, Any] = {
     "split": str | None,
     "allow_urls": bool,
     "image_folder": str | None,
+    "make": dict[str, float] | list[str] | str | None,
+    "difficulty": float | None,
+    "count": int | None,
     "on_bad_row": OnBadRow,
     "save_model": bool,
 }

@@ -29,11 +29,21 @@ def compare(
     ] = None,
     mllm: Annotated[str | None, typer.Option(help="MLLM to graft encoders into, for probes that need one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the results.")] = None,
+    extract: Annotated[
+        bool, typer.Option("--extract", help="Take the towers out of MLLMs first, and examine them by themselves.")
+    ] = False,
+    extract_to: Annotated[Path | None, typer.Option(help="Folder that keeps the extracted encoders.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Run probes on several encoders and mark which differences are beyond noise.
 
     pivot compare google/siglip2-base-patch16-384 run/encoder --probe linear=imagenet-1k --probe segmentation=ade20k
+
+    With --extract two MLLMs are asked whether the tower got better: linear and knn of one data set, and what else is
+    given; --probe ravel=captions.jsonl with the first one's language model, --probe vqa=questions.jsonl with and
+    without the picture.
+
+    pivot compare Qwen/Qwen2.5-VL-3B-Instruct my-checkpoint --extract --probe linear=./flowers
     """
     options_of: dict[str, dict[str, Any]] = {}
     for text in options or []:
@@ -51,7 +61,7 @@ def compare(
     from pivot_plugin.probes.comparison import compare as compare_all
 
     tasks = {label: ProbeTask(probe, data, options_of.get(label, {})) for label, (probe, data) in data_of.items()}
-    comparison = compare_all(examined, tasks, mllm=mllm, output=output)
+    comparison = compare_all(examined, tasks, mllm=mllm, output=output, extract=extract_to or extract)
     if as_json:
         print(json.dumps(comparison.as_dict()))
     elif sys.stdout.isatty():

@@ -26,6 +26,9 @@ ARGUMENTS = (
     "lora",
     "eval_fraction",
     "rewards",
+    "make",
+    "difficulty",
+    "count",
     "ood_prefs",
     "on_bad_row",
     "resume",
@@ -84,6 +87,13 @@ LearningRate = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing while it runs; the result at its end.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of every library, as it comes.")]
+Makers = Annotated[
+    list[str] | None, typer.Option("--make", help="What to make of pictures: name, or name=share; repeat it.")
+]
+Difficulty = Annotated[
+    float | None, typer.Option(help="Of what is made, from 0 (easy) to 1 (hard); 0.5 where not given.")
+]
+MadeCount = Annotated[int | None, typer.Option("--count", help="How many to make; one a picture, at least 1000.")]
 AccelerateConfig = Annotated[Path | None, ACCELERATE]
 Processes = Annotated[int | None, PROCESSES]
 Machines = Annotated[int | None, MACHINES]
@@ -134,6 +144,27 @@ def column(text: str) -> tuple[str, str]:
     if not equals or not ours or not theirs:
         raise SettingsError(f"--column {text!r} is not ours=theirs.", "For example: --column prompt=instruction.")
     return ours, theirs
+
+
+def shares_of(texts: list[str]) -> dict[str, float]:
+    """`name` or `name=share`, several times."""
+    shares: dict[str, float] = {}
+    for text in texts:
+        name, equals, share = text.partition("=")
+        try:
+            shares[name] = float(share) if equals else 1.0
+        except ValueError as error:
+            raise SettingsError(f"{text!r}: {share!r} is no number.", "For example: jigsaw=2.") from error
+    return shares
+
+
+def making_options(makers: object, difficulty: float | None, count: int | None) -> dict[str, Any]:
+    """What `--make`, `--difficulty` and `--count`, or a configuration file, say; nothing where they are not given."""
+    if isinstance(makers, str):
+        makers = [makers]
+    shares = shares_of(makers) if isinstance(makers, list) else makers
+    given = {"make": shares or None, "difficulty": difficulty, "count": count}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def setting(text: str) -> tuple[str, Any]:

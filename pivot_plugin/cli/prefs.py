@@ -1,16 +1,16 @@
-"""Commands about preference data: `pivot prefs check`, `build`, `audit`, `push`."""
+"""Commands about preference data: `pivot prefs check`, `build`, `make`, `audit`, `push`."""
 
 import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pivot_plugin.choices import PairUp
 
-from .options import ImageFolder, column, reward_weight
+from .options import Difficulty, ImageFolder, MadeCount, column, making_options, reward_weight, shares_of
 
 group = typer.Typer(help="Check or audit preference pairs, or make them.", no_args_is_help=True)
 
@@ -109,6 +109,36 @@ def build(
         print(json.dumps({"questions": len(dataset), "pairs": len(pairs), "folder": str(output_dir / "pairs")}))
     else:
         print(f"{report}\nPairs: {output_dir / 'pairs'}")
+
+
+@group.command("make")
+def make(
+    makers: Annotated[str, typer.Argument(help="Name of a maker, or several: jigsaw=2,rotation=1.")],
+    pictures: Annotated[str, typer.Argument(help="Folder of pictures, or file or Hub id with a column image.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the rows.")],
+    difficulty: Difficulty = None,
+    count: MadeCount = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Pairs, right against nearest wrong answer.")] = False,
+    split: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
+    image_folder: ImageFolder = None,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make questions with known answers of pictures alone. Pictures stay where they are; what is made of them is said.
+
+    pivot prefs make jigsaw ./photos -o out --difficulty 0.5 --count 10000
+    """
+    shares = shares_of(makers.split(","))
+    given = making_options(None, difficulty, count)
+    with contextlib.redirect_stdout(sys.stderr):
+        from pivot_plugin.generation.makers import Making, write_made
+        from pivot_plugin.generation.makers import make as made_of
+
+        making = Making(shares, seed=seed, **given)
+        options: dict[str, Any] = {} if split is None else {"split": split}
+        made = made_of(pictures, making, form="pairs" if pairs else "questions", image_folder=image_folder, **options)
+        file = write_made(made, making, output_dir)
+    print(json.dumps({"rows": len(made), "file": str(file)}) if as_json else f"{len(made):,} rows: {file}")
 
 
 @group.command("audit")

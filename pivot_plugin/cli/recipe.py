@@ -66,7 +66,7 @@ def specs(
 
 @group.command("run")
 def run(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a ready recipe: paper, single-gpu, embedded.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a ready recipe: paper, single-gpu, embedded, twin.")],
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Instead of the recipe's.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Instead of the recipe's, separated by commas.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, say how many steps, and load nothing.")] = False,
@@ -75,7 +75,7 @@ def run(
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
 ) -> None:
-    """The paper's recipe: a bare encoder in, a better one out, proved in a new MLLM.
+    """The paper's recipe: a bare encoder in, a better one out, proved in a new MLLM; or arms from an MLLM on.
 
     Finished stages are not run again: the same command goes on where it stopped.
 
@@ -84,7 +84,7 @@ def run(
     if not dry_run and relaunched(accelerate_config, num_processes):
         return
     with contextlib.redirect_stdout(sys.stderr):
-        from pivot_plugin.recipes import load_recipe, plan_recipe, run_recipe
+        from pivot_plugin.recipes import PostTrainingResult, load_recipe, plan_recipe, run_recipe
 
         read = load_recipe(recipe)
         if output_dir is not None:
@@ -98,11 +98,12 @@ def run(
     if dry_run:
         print(json.dumps(plan.as_dict()) if as_json else plan)
     else:
-        print(json.dumps([vars(score) for score in result.scores]) if as_json else result)
+        told = result.as_dict() if isinstance(result, PostTrainingResult) else [vars(score) for score in result.scores]
+        print(json.dumps(told, default=str) if as_json else result)
 
 
 @group.command("show")
-def show(name: Annotated[str, typer.Argument(help="paper, single-gpu or embedded.")]) -> None:
+def show(name: Annotated[str, typer.Argument(help="paper, single-gpu, embedded or twin.")]) -> None:
     """Print a ready recipe, to begin one's own with.
 
     pivot recipe show paper > mine.yaml

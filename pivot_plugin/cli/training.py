@@ -18,6 +18,7 @@ from .options import (
     AllowUrls,
     BadRows,
     Columns,
+    Difficulty,
     DPOSettings,
     HeldOutShare,
     ImageFolder,
@@ -25,6 +26,8 @@ from .options import (
     Lora,
     MachineRank,
     Machines,
+    MadeCount,
+    Makers,
     Processes,
     Quiet,
     Rendezvous,
@@ -36,6 +39,7 @@ from .options import (
     Verbose,
     columns_given,
     lora_rank,
+    making_options,
     rewards_given,
     setting,
     settings_of,
@@ -47,7 +51,8 @@ def optimize(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id of an MLLM.")] = None,
     prefs: Annotated[
-        str | None, typer.Argument(help="Pairs, or questions with --reward: a file, folder, zip or Hub id.")
+        str | None,
+        typer.Argument(help="Pairs, questions (--reward) or pictures (--make): a file, folder, zip or Hub id."),
     ] = None,
     output_dir: RunFolder = Path("pivot-run"),
     objective: Annotated[
@@ -61,7 +66,7 @@ def optimize(
         typer.Option(help="Pairs at once (roll-outs, for grpo): per_device_train_batch_size.", show_default="8"),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="3 epochs of pairs")] = None,
-    eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs, in the same form.")] = None,
+    eval_prefs: Annotated[str | None, typer.Option(help="Held-out pairs or pictures, in the same form.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.")] = 0.02,
     rewards: Annotated[
         list[str] | None,
@@ -72,6 +77,9 @@ def optimize(
             "format, ...",
         ),
     ] = None,
+    make: Makers = None,
+    difficulty: Difficulty = None,
+    count: MadeCount = None,
     columns: Columns = None,
     split: Split = None,
     allow_urls: AllowUrls = False,
@@ -103,6 +111,8 @@ def optimize(
 
     pivot optimize llava-hf/llava-1.5-7b-hf ./questions --reward accuracy --set samples=8 --set rounds=2
 
+    pivot optimize llava-hf/llava-1.5-7b-hf ./photos --make jigsaw --difficulty 0.5 --objective grpo
+
     pivot optimize --config run.yaml --resume
     """
     said = Config(context, config)
@@ -122,12 +132,16 @@ def optimize(
     ):
         if value is not None:
             options[name] = value
-    online, questions = objective in early.ONLINE, bool(rewards) or objective in early.ONLINE
+    made = making_options(
+        said.of("make", make), said.of("difficulty", difficulty), said.of("count", count)
+    )
+    online = objective in early.ONLINE
+    questions = online or bool(rewards) or bool(made)
     early.check_objective(objective)
     early.check_settings(
         options,
         objective if online else "pairs",
-        bool(rewards) and not online,
+        questions and not online,
         f"optimize with objective={objective!r}",
     )
     rank = lora_rank(str(said.of("lora", lora)))
@@ -153,7 +167,13 @@ def optimize(
         "eval_fraction": said.of("eval_fraction", eval_fraction),
         "on_bad_row": said.of("on_bad_row", on_bad_row),
         **reading,
+        **made,
     }
+    if dry_run and made:
+        raise SettingsError(
+            "--dry-run looks at every row, and --make makes them when they are needed.",
+            "Write them with `pivot prefs make`, and look at those.",
+        )
     if not dry_run and relaunched(accelerate_config, num_processes, Nodes(num_machines, machine_rank, rendezvous)):
         return
     if dry_run:

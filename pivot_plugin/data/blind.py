@@ -5,6 +5,7 @@ places and only what they show is gone.
 """
 
 import random
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ Without = Literal["other", "mean"]
 
 
 class WithoutPicture:
-    """Rows whose pictures are replaced. Rows without pictures are as they were.
+    """Rows whose pictures are replaced. Rows without pictures are as they were; rejected pictures are left out.
 
     Args:
         rows: with their pictures.
@@ -42,7 +43,7 @@ class WithoutPicture:
         return len(self._rows)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        row = self._rows[position]
+        row = without_rejected(self._rows[position])
         if not row["images"]:
             return row
         # rows that show the same images go on doing so, and may go on sharing them
@@ -52,6 +53,11 @@ class WithoutPicture:
         taken = self._rows[self._other[row["image_key"].encode()]]["images"]
         shown = [taken[number % len(taken)].resize(image.size) for number, image in enumerate(row["images"])]
         return row | {"images": shown, "image_key": key}
+
+
+def without_rejected(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose rejected answer is about its images too."""
+    return {name: value for name, value in row.items() if not name.startswith("rejected_image")}
 
 
 def _mean_colour(image: Image.Image) -> Image.Image:

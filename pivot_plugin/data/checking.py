@@ -17,6 +17,7 @@ from pivot_plugin.models.image_tokens import ImageTokens
 
 from .images import MAX_PIXELS
 from .pairs import load_pairs
+from .pixels import PixelStatistics, told_apart
 from .records import RowRecord, inspect_rows
 
 Severity = Literal["error", "warning"]
@@ -25,6 +26,8 @@ EXAMPLES_KEPT = 3
 # a sign test this unlikely by chance, and a share of at least this, is a bias worth naming
 BIAS_P, BIAS_SHARE = 1e-3, 0.6
 MOST_SPECIAL = 20
+# pairs of pictures, from the first on
+MEASURED = 5000
 
 
 @dataclass
@@ -116,7 +119,7 @@ def check(source: object, processor: Any = None, max_pixels: int = MAX_PIXELS, *
     pairs = load_pairs(source, max_pixels=max_pixels, **options)
     totals = _Found()
     for row, record in enumerate(
-        inspect_rows(pairs, pairs.name, None if processor is None else _TokenCounter(processor))
+        inspect_rows(pairs, pairs.name, None if processor is None else _TokenCounter(processor), pixels=True)
     ):
         totals.add(row, record)
     return CheckReport(pairs.name, len(pairs), totals.defects(), totals.statistics())
@@ -162,6 +165,9 @@ class _Found:
         self._images: Counter[int] = Counter()
         self._special: dict[str, array[int]] = defaultdict(lambda: array("q"))
         self._tokens: tuple[array[int], array[int], array[int]] = (array("q"), array("q"), array("q"))
+        self._rejected_images = 0
+        self._same_images: array[int] = array("q")
+        self._pixels: list[tuple[PixelStatistics, PixelStatistics]] = []
 
     def add(self, row: int, record: RowRecord) -> None:
         if record.error is not None:
@@ -179,8 +185,15 @@ class _Found:
             self._keys.append(int(record.key[:16], 16))
         for lengths, length in zip(self._lengths, (record.chosen, record.rejected), strict=True):
             lengths.append(length)
-        if record.near:
+        # answers may be equal where the pictures are not
+        if record.near and record.rejected_key in ("", record.key):
             self._near.append(row)
+        if record.rejected_key:
+            self._rejected_images += 1
+            if record.rejected_key == record.key:
+                self._same_images.append(row)
+        if record.pixels is not None and len(self._pixels) < MEASURED:
+            self._pixels.append(record.pixels)
         if record.reversed:
             self._reversed.append(row)
         for token in record.special:
@@ -217,6 +230,21 @@ class _Found:
             example = f"The {side} answer is the longer one in {share:.0%} of the pairs with unequal lengths."
             remedy = "A model can learn length instead of content: balance the pairs, or use a length-averaged loss."
             defects.append(Defect("length bias", "warning", [], [example], remedy))
+        if len(self._same_images):
+            remedy = "Nothing is learnt of such pictures, and mdpo and svco refuse them: drop the rows, or the column."
+            example = "The rejected images are the images themselves."
+            defects.append(Defect("rejected images equal images", "warning", self._same_images, [example], remedy))
+        told = told_apart(self._pixels)
+        if told is not None and told.beyond_chance:
+            remedy = (
+                "A model can learn to know unnatural pictures instead of reading them: take natural ones (the maker "
+                "other_picture), or edits that leave no trace."
+            )
+            example = (
+                f"A linear classifier of single pictures' pixel statistics calls {told.share:.0%} of {told.pairs:,} "
+                f"pairs' pictures what they are, true or rejected ({told.low:.0%} to {told.high:.0%}; 50% by chance)."
+            )
+            defects.append(Defect("rejected images are told by their pixels", "warning", [], [example], remedy))
         for token, rows in self._special.items():
             remedy = "Fine where the chat template means it; otherwise it is text of another model's format."
             defects.append(Defect(f"special token {token}", "warning", rows, [], remedy))
@@ -260,6 +288,10 @@ class _Found:
             "characters_rejected": _spread(self._lengths[1]),
             "chosen_is_longer": round(longer, 4),
         }
+        if self._rejected_images:
+            numbers["pairs_with_rejected_images"] = self._rejected_images
+            if (told := told_apart(self._pixels)) is not None:
+                numbers["rejected_images_told_by_pixels"] = round(told.share, 4)
         if len(self._tokens[0]):
             names = ("tokens_prompt_and_chosen", "tokens_prompt_and_rejected", "image_tokens_per_pair")
             numbers |= {name: _spread(counts) for name, counts in zip(names, self._tokens, strict=True)}

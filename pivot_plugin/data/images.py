@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 
 from pivot_plugin.errors import DataError, foreign_code
 
+from .edits import is_edited, rendered
+
 # where Pillow begins to warn of a decompression bomb; at twice this it refuses
 MAX_PIXELS = 89_478_485
 URL_TIMEOUT_S = 30
@@ -31,6 +33,8 @@ BYTES_PER_PIXEL = 8
 # of a longer strip it makes nothing (Qwen's refuses it)
 SMALLEST_SIDE, LONGEST_STRIP = 4, 200
 REMEMBERED_IMAGES = 10_000
+# decoded pictures that others are made of: those of one question, no larger than 75 MB
+KEPT_BASES, LARGEST_BASE = 3, 25_000_000
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,15 @@ class ImageAccess:
         """The encoded bytes of an image, or the image itself where it is decoded already.
 
         Args:
-            source: PIL image, bytes, path, URL, or mapping with `bytes` or `path`.
+            source: PIL image, bytes, path, URL, or mapping with `bytes` or `path`, and with `edits` where it is made
+                of that (see `data.edits`).
             where: names the row in errors.
 
         Raises:
             DataError: if the file is missing or not allowed, or the source is of a type that is no image.
         """
+        if is_edited(source):
+            return rendered(source, self, where)
         if isinstance(source, Mapping):
             source = source.get("bytes") or source.get("path")
         if isinstance(source, bytes):
@@ -76,6 +83,11 @@ class ImageAccess:
             "Give a PIL image, encoded bytes, or the path of a file.",
             UNREADABLE,
         )
+
+    def found(self, source: str | Path) -> Path | None:
+        """The file of a path, None where there is none."""
+        folders = (self.image_folder, self.folder or Path())
+        return next((folder / source for folder in folders if folder is not None and (folder / source).is_file()), None)
 
     def _read(self, source: str | Path, where: str) -> bytes:
         folder = self.folder or Path()
@@ -157,6 +169,27 @@ class ImageAccess:
             DataError: if it is no image, truncated, empty, over-large or too small, or its pixels are no colours.
         """
         return self._shown(self.encoded(source, where), source, where)
+
+    def base(self, source: object, where: str = "image") -> Image.Image:
+        """As `open`, for one of which several pictures are made at once; not to be changed, since it is kept a while.
+
+        Args:
+            source, where: as for `encoded`.
+
+        Raises:
+            DataError: as `open`.
+        """
+        encoded = self.encoded(source, where)
+        if isinstance(encoded, Image.Image):
+            return self._shown(encoded, source, where)
+        stored = hashlib.sha256(encoded).digest()
+        if (image := _bases.get(stored)) is None or image.width * image.height > self.max_pixels:
+            image = self._shown(encoded, source, where)
+            if image.width * image.height <= LARGEST_BASE:
+                _bases[stored] = image
+            while len(_bases) > KEPT_BASES:
+                _bases.popitem(last=False)
+        return image
 
     def size(self, source: object, where: str = "image") -> tuple[int, int]:
         """Width and height of an image as `open` gives it, from its header alone.
@@ -258,6 +291,7 @@ class KnownImage(NamedTuple):
 
 
 _known_images: OrderedDict[bytes, KnownImage] = OrderedDict()
+_bases: OrderedDict[bytes, Image.Image] = OrderedDict()
 
 
 @functools.cache

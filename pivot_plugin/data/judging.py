@@ -13,11 +13,17 @@ from pivot_plugin.errors import DataError, foreign_code
 from pivot_plugin.models.control_text import NO_PLAIN_TEXT
 from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
-from .images import ImageAccess
+from .images import ImageAccess, image_set_key
 from .records import Judge
 
 Sizes = tuple[tuple[int, int], ...]
 UNFIT = "row the model cannot take"
+LACKING = "no rejected images"
+WHY = "the objective holds pictures against each other"
+REMEDY = (
+    "Give rows a column rejected_images that shows something else, have them made (rejected_images='other_picture', or "
+    "another maker), leave these rows out, or choose another objective."
+)
 
 
 class Collator(Protocol):
@@ -63,10 +69,12 @@ class RowJudge:
         collator: of the run.
         every_size: whether every size of images is tried, and every row tokenised; else only rows whose text holds the
             name of a control token are, and the collator names others when it meets them.
+        needs: columns of pictures that a row must have, of "images" and "rejected_images".
     """
 
     collator: Collator
     every_size: bool
+    needs: tuple[str, ...] = ()
     _processed: dict[Sizes, ProcessedImages | DataError] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, row: dict[str, Any], access: ImageAccess, where: str) -> None:
@@ -80,12 +88,18 @@ class RowJudge:
         Raises:
             DataError: if the model cannot take it.
         """
+        shown = [row["images"], *([row["rejected_images"]] if row.get("rejected_images") else [])]
+        if self.needs:
+            keys = [image_set_key([access.key(source, where) for source in sources]) for sources in shown]
+            rejected = keys[1] if len(keys) > 1 else "" if "rejected_images" in self.needs else "made"
+            refuse_lacking(keys[0], rejected, where)
         if not self.every_size and not self.collator.image_tokens.control_text.in_row(row):
             return
-        sizes = tuple(access.size(source, where) for source in row["images"])
-        blank = {**row, "images": [Image.new("RGB", size) for size in sizes]}
-        with foreign_code(f"{where} cannot be processed", "Mend the row, or leave it out.", kind=UNFIT):
-            self.collator.check(blank, self._images(sizes, blank["images"], where))
+        for sources in shown:
+            sizes = tuple(access.size(source, where) for source in sources)
+            blank = {**row, "images": [Image.new("RGB", size) for size in sizes]}
+            with foreign_code(f"{where} cannot be processed", "Mend the row, or leave it out.", kind=UNFIT):
+                self.collator.check(blank, self._images(sizes, blank["images"], where))
 
     def of_questions(self, given_text: bool = False) -> "RowJudge":
         """The same judge of questions that are asked before there are answers to them.
@@ -115,6 +129,24 @@ class RowJudge:
             # named by the row that came first
             raise DataError(f"{where}: {made.finding.partition(': ')[2]}", made.remedy, made.kind)
         return made
+
+
+def refuse_lacking(image_key: str, rejected_key: str, where: str) -> None:
+    """Refuse a row whose pictures cannot be held against others.
+
+    Args:
+        image_key, rejected_key: of its images and of its rejected ones, "" for none.
+        where: names it in errors.
+
+    Raises:
+        DataError: if it has no rejected images, or the same as its images.
+    """
+    if image_key and rejected_key and image_key != rejected_key:
+        return
+    finding = "no rejected images" if image_key else "no images"
+    if image_key and image_key == rejected_key:
+        finding = "the same rejected images as images"
+    raise DataError(f"{where} has {finding}, and {WHY}.", REMEDY, LACKING)
 
 
 def judge_of_questions(processor: ProcessorMixin, given_text: bool = False) -> Judge:

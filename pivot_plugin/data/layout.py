@@ -17,7 +17,7 @@ from pivot_plugin.hooks.types import Layout
 IMAGE_MARKER = "<image>"
 ROLE = re.compile(r"[A-Za-z][A-Za-z_ -]{0,31}")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-BESIDE_A_PAIR = ("images", "image", "id", "source", "score_chosen", "score_rejected")
+BESIDE_A_PAIR = ("images", "image", "rejected_images", "id", "source", "score_chosen", "score_rejected")
 BESIDE_A_QUESTION = ("images", "image", "id", "source", "answer", "solution", "completions", "prompt", "question")
 # where turns and parts keep their text, and how deep: a list of turns, a turn, a list of parts, a part
 TEXT_KEYS, TURNS_PARTS_TEXT = ("content", "value", "text", "question", "prompt"), 4
@@ -54,7 +54,7 @@ def recognise(example: Mapping[str, Any], name: str, columns: Mapping[str, str] 
         return _renamed(example, name, dict(columns))
     names = [str(column) for column in example]
     layout: Layout | None = ask("pivot_preference_layout", columns=names, example=example)  # type: ignore[assignment]
-    if layout is not None or {"chosen", "rejected"} <= example.keys():
+    if layout is not None or ("chosen" in example and {"rejected", "rejected_images"} & example.keys()):
         return layout
     if {"question", "prompt", "problem"} & example.keys() and {"answer", "solution"} & example.keys():
         raise DataError(
@@ -115,20 +115,25 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Bring a row of TRL's layouts to the normal form of a pair.
 
     Args:
-        row: with `chosen` and `rejected` (text or messages), `prompt` unless the answers contain it, and `images` (a
-            list) or `image`.
+        row: with `chosen` and `rejected` (text or messages; where there are `rejected_images`, `rejected` may be left
+            out), `prompt` unless the answers contain it, and `images` (a list) or `image`.
         where: names the row in errors.
 
     Returns:
-        `id`, `images` (sources), `prompt`, `chosen`, `rejected` (messages with structured content), and `source`,
-        `score_chosen` and `score_rejected` where the row has them.
+        `id`, `images` (sources), `prompt`, `chosen`, `rejected` (messages with structured content), and
+        `rejected_images` (sources, one for each of `images`), `source`, `score_chosen` and `score_rejected` where the
+        row has them.
 
     Raises:
-        DataError: for a missing column, an empty answer, equal answers, or images and markers that do not agree.
+        DataError: for a missing column, an empty answer, equal answers to the same images, or images, rejected images
+            and markers that do not agree.
     """
     if row.get("prompt") is None and row.get("question") is not None:
         # rows of a file need not have the columns of its first
         row = {**row, "prompt": row["question"]}
+    if row.get("rejected") is None and row.get("rejected_images"):
+        # the same answer, of which other images make a wrong one
+        row = {**row, "rejected": row.get("chosen")}
     if implicit := row.get("prompt") is None and row.get("chosen") is not None and row.get("rejected") is not None:
         if "prompt" in row and isinstance(row["chosen"], str):
             raise DataError(
@@ -163,7 +168,10 @@ def normalise(row: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"Take {IMAGE_MARKER} out of the answers; images belong to the prompt.",
                 "image marker in an answer",
             )
-    if text_of(pair["chosen"]) == text_of(pair["rejected"]):
+    if rejected_images := rejected_images_of(row, len(pair["images"]), where):
+        pair["rejected_images"] = rejected_images
+    # an answer that is right of one picture and wrong of another is a pair too
+    if not rejected_images and text_of(pair["chosen"]) == text_of(pair["rejected"]):
         raise DataError(
             f"{where}: chosen and rejected are equal ({text_of(pair['chosen'])[:60]!r}).",
             "Nothing can be learnt from such a pair; drop it.",
@@ -300,6 +308,27 @@ def images_of(row: Mapping[str, Any], where: str) -> list[Any]:
             "images and markers differ",
         )
     return images or image
+
+
+def rejected_images_of(row: Mapping[str, Any], images: int, where: str) -> list[Any]:
+    """The images of a row that its chosen answer is not right of, in ms-swift's column `rejected_images`.
+
+    Args:
+        row: as it was brought.
+        images: how many the row has otherwise.
+        where: names the row in errors.
+
+    Raises:
+        DataError: if there are some, and not one for each.
+    """
+    rejected = _listed(row.get("rejected_images"))
+    if rejected and len(rejected) != images:
+        raise DataError(
+            f"{where} has {images} image(s) and {len(rejected)} rejected image(s).",
+            "Give one rejected image for each image, in their order; what stays the same is given again.",
+            "images and rejected images differ",
+        )
+    return rejected
 
 
 def _listed(images: object) -> list[Any]:

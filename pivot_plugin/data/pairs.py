@@ -1,7 +1,7 @@
 """Preference pairs as data sets: with random access, or as streams that are checked as they pass."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,10 +11,12 @@ from pivot_plugin.hooks.types import Layout
 
 from .images import MAX_PIXELS, ImageAccess, image_set_key, pixel_key
 from .layout import normalise, recognise
-from .records import Judge
+from .records import Judge, refuse_equal
 from .rows import LAYOUT_ROWS, RowDataset, as_mapping, normalised, refuse_late_options
 from .skipped import SKIPPED_FILE, SkippedRows
 from .sources import open_source
+
+Rejecting = Callable[[list[Any], str, ImageAccess, str], list[Any]]
 
 
 class PairDataset(RowDataset):
@@ -30,11 +32,38 @@ class PairDataset(RowDataset):
         DataError: if there are none, or their layout is unknown.
     """
 
+    _rejecting: Rejecting | None = None
+
     def _recognise(self, first: Mapping[str, Any], columns: Mapping[str, str] | None) -> Layout | None:
         return recognise(first, self._name, columns)
 
     def _normal(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return normalise(row, where)
+
+    def plain(self, position: int) -> dict[str, Any]:
+        """As the parent's; with rejected images that are made, where they are."""
+        row = super().plain(position)
+        if self._rejecting is not None and row["images"] and not row.get("rejected_images"):
+            where = self.where(position)
+            if self._keys is None:
+                key = image_set_key([self.access.key(source, where) for source in row["images"]])
+            else:
+                key = self._keys[position].decode()
+            row["rejected_images"] = self._rejecting(row["images"], key, self.access, where)
+        return row
+
+    def rejecting(self, make: Rejecting) -> Self:
+        """The same pairs, with rejected images made for rows that have images and no rejected ones.
+
+        Args:
+            make: of a row's images, the key of their set, access to them and the row's name in errors; it gives an
+                image for each.
+        """
+        pairs = self.select(range(len(self)))
+        pairs._rejecting = make
+        # what was looked at had none of them
+        pairs._keys = pairs._rejected_keys = None
+        return pairs
 
 
 class PairStream:
@@ -124,8 +153,12 @@ class PairStream:
                     pair = normalised(row, layout, normalise, where)
                     if self._judge is not None:
                         self._judge(pair, self._access, where)
-                    pair["images"] = [self._access.open(source, where) for source in pair["images"]]
-                    pair["image_key"] = image_set_key([pixel_key(image) for image in pair["images"]])
+                    for name in ("images", "rejected_images"):
+                        if name in pair:
+                            pair[name] = [self._access.open(source, where) for source in pair[name]]
+                            key = image_set_key([pixel_key(image) for image in pair[name]])
+                            pair["image_key" if name == "images" else "rejected_image_key"] = key
+                    refuse_equal(pair, pair["image_key"], pair.get("rejected_image_key", ""), where)
                 except DataError as error:
                     if not self._skips or (not recognised and index >= LAYOUT_ROWS):
                         raise
@@ -181,7 +214,7 @@ def load(
 
     Returns:
         pairs with `id`, `images` (RGB), `prompt`, `chosen`, `rejected` (messages), `image_key`, and where there are any
-        `source`, `score_chosen`, `score_rejected`.
+        `rejected_images` with `rejected_image_key`, `source`, `score_chosen`, `score_rejected`.
 
     Raises:
         DataError: if the source cannot be read or its layout is unknown.

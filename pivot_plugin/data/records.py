@@ -7,17 +7,19 @@ spread over processes, because reading and decoding images is what it costs.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from pivot_plugin.errors import DataError, foreign_code
+from pivot_plugin.progress import Progress
 
+from .edits import is_edited, unedited
 from .images import ImageAccess, image_set_key
 from .layout import text_of
+from .pixels import PixelStatistics, pixel_statistics
 
 SPECIAL = re.compile(r"</?(?:think|answer|tool_call|image|img|video|box|ref|s|pad|unk|bos|eos)>|<\|[^|<>]{1,40}\|>")
 ROWS_PER_TASK = 64
@@ -32,6 +34,7 @@ class RowRecord(NamedTuple):
         key: of its image set, "" for none.
         error: (finding, remedy, kind) where the row cannot be used, else None.
         images: how many it shows.
+        rejected_key: of the image set that its chosen answer is not right of, "" for none.
         chosen, rejected: lengths of the answers in characters; for a question both are 0.
         pair: hash of images, prompt and both answers, whichever way round they stand.
         turned: whether the rejected answer sorts before the chosen one.
@@ -40,6 +43,8 @@ class RowRecord(NamedTuple):
         special: special tokens found in the texts.
         tokens: tokens of prompt and chosen answer, of prompt and rejected answer, and of the images; None without a
             processor.
+        pixels: statistics of its first image that has a rejected one, and of that; None where they are not asked for.
+        origin: key of the picture that the row's first edited image is made of, "" where none is edited.
     """
 
     key: str
@@ -53,6 +58,9 @@ class RowRecord(NamedTuple):
     near: bool = False
     special: tuple[str, ...] = ()
     tokens: tuple[int, int, int] | None = None
+    rejected_key: str = ""
+    pixels: tuple[PixelStatistics, PixelStatistics] | None = None
+    origin: str = ""
 
 
 class Rows(Protocol):
@@ -73,7 +81,13 @@ Judge = Callable[[dict[str, Any], ImageAccess, str], None]
 TokenCounter = Callable[[dict[str, Any]], tuple[int, int, int]]
 
 
-def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: TokenCounter | None = None) -> RowRecord:
+def inspect_row(
+    row: dict[str, Any],
+    access: ImageAccess,
+    where: str,
+    count: TokenCounter | None = None,
+    pixels: bool = False,
+) -> RowRecord:
     """Look at one row in the normal form, decoding each of its images once.
 
     Args:
@@ -81,17 +95,29 @@ def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: Tok
         access: to its images.
         where: names the row in errors.
         count: counts the tokens of a pair whose images are decoded.
+        pixels: whether a picture and the one rejected for it are measured.
 
     Raises:
-        DataError: if an image cannot be used.
+        DataError: if an image cannot be used, or nothing is left to be told apart.
     """
     images = len(row["images"])
-    key = image_set_key([access.key(source, where) for source in row["images"]])
+    keys = [access.key(source, where) for source in row["images"]]
+    key = image_set_key(keys)
+    origin = _origin(row, access, where)
     if "chosen" not in row:
-        return RowRecord(key, images=images)
+        return RowRecord(key, images=images, origin=origin)
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
-    identity = "\x1f".join([key, str(row["prompt"]), *sorted((chosen, rejected))])
+    rejected_keys = [access.key(source, f"{where}, rejected image") for source in row.get("rejected_images", ())]
+    rejected_key = image_set_key(rejected_keys)
+    refuse_equal(row, key, rejected_key, where)
+    shown = [key, rejected_key] if rejected_key else [key]
+    identity = "\x1f".join([*shown, str(row["prompt"]), *sorted((chosen, rejected))])
     tokens = None
+    measured = None
+    differ = [n for n, (one, other) in enumerate(zip(keys, rejected_keys, strict=False)) if one != other]
+    if pixels and differ:
+        true, other = (row[name][differ[0]] for name in ("images", "rejected_images"))
+        measured = pixel_statistics(access.open(true, where)), pixel_statistics(access.open(other, where))
     if count is not None:
         opened = [access.open(source, where) for source in row["images"]]
         with foreign_code(f"{where} cannot be processed", "Mend the row, or leave it out."):
@@ -110,7 +136,34 @@ def inspect_row(row: dict[str, Any], access: ImageAccess, where: str, count: Tok
             sorted(set(SPECIAL.findall(chosen) + SPECIAL.findall(rejected) + SPECIAL.findall(text_of(row["prompt"]))))
         ),
         tokens,
+        rejected_key,
+        measured,
+        origin,
     )
+
+
+def refuse_equal(pair: Mapping[str, Any], image_key: str, rejected_key: str, where: str) -> None:
+    """Refuse a pair of one answer about one picture.
+
+    Args:
+        pair: in the normal form.
+        image_key, rejected_key: of its images and of its rejected ones, "" for none.
+        where: names it in errors.
+
+    Raises:
+        DataError: saying so.
+    """
+    if image_key == rejected_key and text_of(pair["chosen"]) == text_of(pair["rejected"]):
+        raise DataError(
+            f"{where}: chosen and rejected answer are equal, and so are their images.",
+            "Nothing can be learnt from such a pair; drop it.",
+            "equal answers",
+        )
+
+
+def _origin(row: dict[str, Any], access: ImageAccess, where: str) -> str:
+    first = next((unedited(source) for source in row["images"] if is_edited(source)), None)
+    return "" if first is None else access.stored_key(first, where)
 
 
 def _bare(text: str) -> str:
@@ -124,6 +177,7 @@ def inspect_rows(
     count: TokenCounter | None = None,
     judge: Judge | None = None,
     known: Sequence[bytes] | None = None,
+    pixels: bool = False,
 ) -> Iterator[RowRecord]:
     """Look at every row, in order, over several processes where there are many.
 
@@ -133,20 +187,21 @@ def inspect_rows(
         count: as for `inspect_row`.
         judge: says which rows a model cannot take.
         known: keys of the image sets of rows that were looked at before: they are judged, and not decoded again.
+        pixels: as for `inspect_row`.
 
     Returns:
         a record per row; one with `error` where the row cannot be used.
     """
     many = len(rows) >= WORTH_PROCESSES
     looked = DataLoader(
-        _Looked(rows, count, judge, known),
+        _Looked(rows, count, judge, known, pixels),
         batch_size=ROWS_PER_TASK,
         collate_fn=list,
         num_workers=min(os.cpu_count() or 1, LARGEST_POOL) if many else 0,
         # else it draws from the global one, and looking would change what is sampled or shuffled later
         generator=torch.Generator(),
     )
-    with tqdm(total=len(rows), desc=f"checking {name}", disable=not many, leave=False) as bar:
+    with Progress(len(rows), f"checking {name}", quiet_below=WORTH_PROCESSES) as bar:
         for records in looked:
             yield from records
             bar.update(len(records))
@@ -156,12 +211,18 @@ class _Looked(Dataset[RowRecord]):
     """Records of rows, in whichever process asks."""
 
     def __init__(
-        self, rows: Rows, count: TokenCounter | None, judge: Judge | None, known: Sequence[bytes] | None
+        self,
+        rows: Rows,
+        count: TokenCounter | None,
+        judge: Judge | None,
+        known: Sequence[bytes] | None,
+        pixels: bool,
     ) -> None:
         self._rows = rows
         self._count = count
         self._judge = judge
         self._known = known
+        self._pixels = pixels
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -171,7 +232,7 @@ class _Looked(Dataset[RowRecord]):
             row = self._rows.plain(position)
             where = self._rows.where(position)
             if self._known is None:
-                record = inspect_row(row, self._rows.access, where, self._count)
+                record = inspect_row(row, self._rows.access, where, self._count, self._pixels)
             else:
                 record = RowRecord(self._known[position].decode())
             if self._judge is not None:

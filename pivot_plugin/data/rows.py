@@ -50,6 +50,8 @@ class RowDataset:
         self._name = source.name
         self._indices = np.arange(len(source.rows))
         self._keys: np.ndarray | None = None
+        self._rejected_keys: np.ndarray | None = None
+        self._origins: np.ndarray = np.zeros(0, dtype=f"S{KEY_LENGTH}")
         self._judge: Judge | None = None
         self._layout = self._first_layout(columns)
 
@@ -118,6 +120,8 @@ class RowDataset:
         if self._keys is not None and (judge is None or judge == self._judge):
             return self
         keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
+        rejected_keys = np.zeros_like(keys) if self._rejected_keys is None else self._rejected_keys
+        origins = np.zeros_like(keys) if self._keys is None else self._origins
         bad: list[int] = []
         with SkippedRows(self._name, skipped if on_bad_row == "skip" else None, len(self)) as left_out:
             for position, record in enumerate(
@@ -125,6 +129,9 @@ class RowDataset:
             ):
                 if record.error is None:
                     keys[position] = record.key.encode()
+                    if self._keys is None:
+                        rejected_keys[position] = record.rejected_key.encode()
+                        origins[position] = record.origin.encode()
                 elif on_bad_row == "raise":
                     raise DataError(*record.error)
                 else:
@@ -132,6 +139,8 @@ class RowDataset:
                     left_out.add(int(self._indices[position]), DataError(*record.error))
         self._indices = np.delete(self._indices, bad)
         self._keys = np.delete(keys, bad)
+        self._rejected_keys = np.delete(rejected_keys, bad)
+        self._origins = np.delete(origins, bad)
         self._judge = judge
         return self
 
@@ -142,16 +151,33 @@ class RowDataset:
         assert keys is not None
         return keys
 
+    @property
+    def rejected_image_keys(self) -> np.ndarray:
+        """(rows,) as `image_keys`, of the images that the chosen answer is not right of."""
+        keys = self.verify()._rejected_keys
+        assert keys is not None
+        return keys
+
+    @property
+    def picture_keys(self) -> np.ndarray:
+        """(rows,) as `image_keys`, but of a row with edited images the key of the picture that they are made of."""
+        keys = self.image_keys
+        return np.where(self._origins != b"", self._origins, keys)
+
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         row, where = self.plain(position), self.where(position)
-        if self._keys is None:
-            row["image_key"] = inspect_row(row, self.access, where).key
+        if self._keys is None or self._rejected_keys is None:
+            record = inspect_row(row, self.access, where)
+            row["image_key"], rejected_key = record.key, record.rejected_key
         else:
-            row["image_key"] = self._keys[position].decode()
+            row["image_key"], rejected_key = self._keys[position].decode(), self._rejected_keys[position].decode()
         row["images"] = [self.access.open(source, where) for source in row["images"]]
+        if rejected_key:
+            row["rejected_image_key"] = rejected_key
+            row["rejected_images"] = [self.access.open(source, where) for source in row["rejected_images"]]
         return row
 
     def select(self, positions: Sequence[int]) -> Self:
@@ -161,13 +187,18 @@ class RowDataset:
         wanted = np.asarray(positions, dtype=np.int64)
         chosen._indices = self._indices[wanted]
         chosen._keys = None if self._keys is None else self._keys[wanted]
+        chosen._rejected_keys = None if self._rejected_keys is None else self._rejected_keys[wanted]
+        chosen._origins = self._origins if self._keys is None else self._origins[wanted]
         return chosen
 
     def content_key(self, position: int) -> str:
         """A key that is equal for rows with equal images and texts."""
         row = self.plain(position)
         texts = [row[name] for name in ("prompt", "chosen", "rejected", "messages") if name in row]
-        return hashlib.sha256(json.dumps([self.image_keys[position].decode(), texts]).encode()).hexdigest()
+        keys = [self.image_keys[position].decode()]
+        if rejected_key := self.rejected_image_keys[position].decode():
+            keys.append(rejected_key)
+        return hashlib.sha256(json.dumps([*keys, texts]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """A key that is equal for data sets with equal rows in equal order."""

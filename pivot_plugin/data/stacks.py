@@ -1,14 +1,18 @@
 """Layouts in which training stacks keep their rows, read as they are.
 
 ms-swift        pairs: `messages` that end with the chosen answer, with `rejected_response` (text, or the turns after
-                the last question) or `rejected_messages` (the whole other conversation); its older form has `query`,
-                `response`, `history` and `system` in place of messages
+                the last question) or `rejected_messages` (the whole other conversation), with `rejected_images` alone
+                (the same answer to other images) or beside them; its older form has `query`, `response`, `history`
+                and `system` in place of messages
 LLaMA-Factory   pairs: sharegpt ranking (`conversations` up to the question, `chosen` and `rejected` as records), alpaca
                 ranking (`instruction` and `input` are the question), v1 (`chosen_messages` and `rejected_messages`)
 VLM-R1, EasyR1  questions: `problem` with `answer` or `solution`, or `conversations` that end with the answer
 verl            questions: `prompt` as messages, the answer in `reward_model.ground_truth`
+TWIN            questions (glab-caltech/TWIN): `image_1`, `image_2`, `question`, a verdict in `answer`; as pairs, the
+                verdict against its contrary
 
-What a row holds and a pair cannot (videos, tools, other images for the rejected answer) is refused by name.
+Images that stand in the turns of the rejected answer's conversation, and are not those of the chosen one's, are its
+`rejected_images`. What a row holds and a pair cannot (videos, tools) is refused by name.
 """
 
 import re
@@ -21,11 +25,16 @@ from pivot_plugin.hooks.types import Layout
 
 from .conversations import turn_of
 
-PASSED_ON = ("id", "source", "score_chosen", "score_rejected")
-REFUSED = ("rejected_images", "rejected_videos", "rejected_audios", "videos", "audios", "video", "audio", "tools")
-REFUSED_IN_PAIRS = (*REFUSED, "objects")
+PASSED_ON = ("id", "source", "score_chosen", "score_rejected", "rejected_images")
+REFUSED_IN_BOTH = ("rejected_videos", "rejected_audios", "videos", "audios", "video", "audio", "tools")
+REFUSED = ("rejected_images", *REFUSED_IN_BOTH)
+REFUSED_IN_PAIRS = (*REFUSED_IN_BOTH, "objects")
 INLINE_IMAGES = ("image", "image_url")
 MARKER = {"type": "image"}
+TWO_IMAGES = ("image_1", "image_2")
+CONTRARY = {"yes": "no", "same": "different", "true": "false"}
+CONTRARY |= {second: first for first, second in CONTRARY.items()}
+VERDICT = re.compile(r"[A-Za-z]+")
 TAGGED_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 Messages = list[dict[str, Any]]
@@ -33,12 +42,15 @@ Messages = list[dict[str, Any]]
 
 @hookimpl
 def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -> Layout | None:
-    if "messages" in columns and ("rejected_response" in columns or "rejected_messages" in columns):
+    pictures = "rejected_images" in columns and "chosen" not in columns
+    if "messages" in columns and (pictures or {"rejected_response", "rejected_messages"} & set(columns)):
         return _ms_swift
-    if {"query", "response", "rejected_response"} <= set(columns):
+    if {"query", "response"} <= set(columns) and (pictures or "rejected_response" in columns):
         return _ms_swift_query
     if {"chosen_messages", "rejected_messages"} <= set(columns):
         return _llama_factory_v1
+    if {*TWO_IMAGES, "question", "answer"} <= set(columns) and not {"chosen", "rejected"} & set(columns):
+        return _verdict
     if not {"chosen", "rejected"} <= set(columns) or "prompt" in columns or "question" in columns:
         return None
     if "conversations" in columns or "messages" in columns:
@@ -49,8 +61,11 @@ def pivot_preference_layout(columns: list[str], example: Mapping[str, object]) -
 def _ms_swift(row: Mapping[str, Any]) -> Mapping[str, object]:
     messages, inline = _messages(row, "messages")
     if row.get("rejected_messages") is not None:
-        other, _ = _messages(row, "rejected_messages")
-        return _pair(row, inline, *_parted(messages, other, "messages", "rejected_messages"))
+        other, others = _messages(row, "rejected_messages")
+        row = _with_rejected_images(row, inline, others)
+        same = messages == other and row.get("rejected_images")
+        parted = _split_off(messages, other) if same else _parted(messages, other, "messages", "rejected_messages")
+        return _pair(row, inline, *parted)
     rejected = row.get("rejected_response")
     if isinstance(rejected, list):
         question = _last_question(messages, "messages")
@@ -74,12 +89,9 @@ def _ms_swift_query(row: Mapping[str, Any]) -> Mapping[str, object]:
 def _llama_factory_v1(row: Mapping[str, Any]) -> Mapping[str, object]:
     chosen, inline = _messages(row, "chosen_messages")
     rejected, others = _messages(row, "rejected_messages")
-    if inline != others:
-        raise DataError(
-            "chosen_messages and rejected_messages show different images.",
-            "A pair has one question with its images; drop the row.",
-            "images differ",
-        )
+    row = _with_rejected_images(row, inline, others)
+    if chosen == rejected and row.get("rejected_images"):
+        return _pair(row, inline, *_split_off(chosen, rejected))
     return _pair(row, inline, *_parted(chosen, rejected, "chosen_messages", "rejected_messages"))
 
 
@@ -101,6 +113,28 @@ def _alpaca_ranking(row: Mapping[str, Any]) -> Mapping[str, object]:
         raise DataError(f"instruction or input is a {type(wrong[0]).__name__}.", "Give both as text.", "wrong type")
     question = "\n".join(part for part in said if part)
     return _pair(row, [], _dialogue(row, question), row.get("chosen"), row.get("rejected"))
+
+
+def _verdict(row: Mapping[str, Any]) -> Mapping[str, object]:
+    answer = row.get("answer")
+    said = VERDICT.fullmatch(answer.strip(" .")) if isinstance(answer, str) else None
+    contrary = CONTRARY.get(said[0].lower()) if said else None
+    if not isinstance(answer, str) or said is None or contrary is None:
+        raise DataError(
+            f"answer is {str(answer)[:60]!r}, of which the contrary is not known.",
+            f"Give one of {', '.join(CONTRARY)}; or pairs, with chosen and rejected.",
+            "no verdict",
+        )
+    word = said[0]
+    contrary = contrary.upper() if word.isupper() else contrary.capitalize() if word[0].isupper() else contrary
+    kept = {name: row[name] for name in PASSED_ON if name in row}
+    images = [row[name] for name in TWO_IMAGES]
+    return kept | {
+        "images": images,
+        "prompt": row.get("question"),
+        "chosen": answer,
+        "rejected": answer.replace(word, contrary),
+    }
 
 
 def _answer(row: Mapping[str, Any], column: str) -> object:
@@ -159,6 +193,25 @@ def _parted(chosen: Messages, rejected: Messages, *columns: str) -> tuple[Messag
                 "questions differ",
             )
     return chosen[:asked], *answers
+
+
+def _split_off(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """As `_parted`, of two conversations that differ in their images alone."""
+    asked = _last_question(chosen, "the conversations")
+    return chosen[:asked], chosen[asked:], rejected[asked:]
+
+
+def _with_rejected_images(row: Mapping[str, Any], inline: list[Any], others: list[Any]) -> Mapping[str, Any]:
+    """A row whose rejected conversation shows other images in its turns than the chosen one."""
+    if not others or others == inline:
+        return row
+    if row.get("rejected_images"):
+        raise DataError(
+            "There are images in the rejected turns and in rejected_images.",
+            "Give them in one of the two.",
+            "images and rejected images differ",
+        )
+    return {**row, "rejected_images": others}
 
 
 def _last_question(messages: Messages, column: str) -> int:
@@ -238,7 +291,8 @@ def question_row(row: Mapping[str, Any]) -> Mapping[str, object]:
     """A row of questions with `prompt`, and `answer` where there is one, whichever stack wrote it.
 
     Args:
-        row: with `prompt` or `question`, which stay as they are, or with `problem`, `conversations` or `messages`.
+        row: with `prompt` or `question`, which stay as they are, or with `problem`, `conversations` or `messages`; its
+            images, if it has two columns for them, become a list.
 
     Returns:
         the row; images that stood in its turns in `images`, the answer of `solution` or `reward_model` in `answer`.
@@ -246,6 +300,10 @@ def question_row(row: Mapping[str, Any]) -> Mapping[str, object]:
     Raises:
         DataError: for what would be lost, or a question that is empty.
     """
+    if row.keys() >= set(TWO_IMAGES) and not row.keys() & {"images", "image"}:
+        row = {name: value for name, value in row.items() if name not in TWO_IMAGES} | {
+            "images": [row[name] for name in TWO_IMAGES]
+        }
     if not row.keys() & {"problem", "conversations", "messages", "reward_model"}:
         return row
     _refuse(row, REFUSED)

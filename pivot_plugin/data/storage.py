@@ -35,6 +35,7 @@ FEATURES = Features(
         "score_rejected": Value("float64"),
     }
 )
+REJECTED_IMAGES = "rejected_images"
 SHARD_BYTES = 200_000_000
 SHARD_ROWS = 20_000
 CARD = "README.md"
@@ -66,8 +67,9 @@ def save(pairs: PairDataset, folder: str | Path, built: str = "") -> CheckReport
     try:
         with whole_folder(target) as aside:
             (aside / "data").mkdir()
-            for number, rows in enumerate(_shards(pairs)):
-                Dataset.from_list(rows, features=FEATURES).to_parquet(aside / "data" / f"train-{number:05d}.parquet")
+            features = _features(pairs)
+            for number, rows in enumerate(_shards(pairs, features)):
+                Dataset.from_list(rows, features=features).to_parquet(aside / "data" / f"train-{number:05d}.parquet")
             (aside / CARD).write_text(str(_card(pairs, report, built)), encoding="utf-8")
     except OSError as error:
         raise SettingsError(
@@ -137,13 +139,20 @@ def push(
         raise PublishError(f"The pairs could not be put on the Hub as {repo_id!r}: {finding}", remedy) from error
 
 
-def _shards(pairs: PairDataset) -> Iterator[list[dict[str, Any]]]:
+def _features(pairs: PairDataset) -> Features:
+    """The columns of pairs; one with rejected images only where a row has some."""
+    if not any(pairs.rejected_image_keys):
+        return FEATURES
+    return Features({**FEATURES, REJECTED_IMAGES: List(Image())})
+
+
+def _shards(pairs: PairDataset, features: Features) -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     size = 0
     for position in range(len(pairs)):
         row = stored(pairs.plain(position), pairs.access, pairs.where(position))
-        rows.append(row)
-        size += sum(len(image["bytes"]) for image in row["images"])
+        rows.append({name: row.get(name) for name in features})
+        size += sum(len(image["bytes"]) for image in (*row["images"], *row.get(REJECTED_IMAGES, ())))
         if size > SHARD_BYTES or len(rows) >= SHARD_ROWS:
             yield rows
             rows, size = [], 0
@@ -152,8 +161,12 @@ def _shards(pairs: PairDataset) -> Iterator[list[dict[str, Any]]]:
 
 
 def stored(pair: Mapping[str, Any], access: ImageAccess, where: str) -> dict[str, Any]:
-    """A pair in the columns of `FEATURES`, its images as encoded bytes."""
-    images = [{"bytes": _bytes(access.encoded(source, where)), "path": None} for source in pair["images"]]
+    """A pair in the columns of `FEATURES`, and its rejected images where it has some, all as encoded bytes."""
+    images = {
+        name: [{"bytes": _bytes(access.encoded(source, where)), "path": None} for source in pair[name]]
+        for name in ("images", REJECTED_IMAGES)
+        if name in pair
+    }
     messages = {
         name: [
             {"role": m["role"], "content": [{"type": p["type"], "text": p.get("text")} for p in m["content"]]}
@@ -161,7 +174,7 @@ def stored(pair: Mapping[str, Any], access: ImageAccess, where: str) -> dict[str
         ]
         for name in ("prompt", "chosen", "rejected")
     }
-    return {name: pair.get(name) for name in FEATURES} | {"images": images} | messages
+    return {name: pair.get(name) for name in FEATURES} | images | messages
 
 
 def _bytes(encoded: bytes | PILImage) -> bytes:

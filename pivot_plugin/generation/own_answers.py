@@ -19,13 +19,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.choices import PairUp, Reference
 from pivot_plugin.config import TIME_LIMIT_S
+from pivot_plugin.data.edited_rows import write_rows
+from pivot_plugin.data.edits import is_edited
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import PairDataset
 from pivot_plugin.data.questions import QuestionDataset
 from pivot_plugin.data.sources import Source, open_source
 from pivot_plugin.data.storage import save
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.files import same_settings, write_whole
+from pivot_plugin.files import same_settings, whole_folder, write_whole
 from pivot_plugin.rewards import Scorer, completion_text
 
 from .engines import Engine, Sampling
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 ANSWERS_FILE = "answers.json"
 PAIRS_FOLDER = "pairs"
+PAIRS_FILE = "pairs.jsonl"
 EXAMPLES = 3
 QUESTIONS_AT_ONCE = 64
 # of an answer or a question in a printed example
@@ -362,11 +365,20 @@ class _Maker:
             f"{self.settings.temperature:g}, scored by {self.judges} and paired {self.settings.pair_up}. "
             f"{summary.paired:,} of {summary.questions:,} questions gave {summary.pairs:,} pairs."
         )
-        save(pairs, self.folder / PAIRS_FOLDER, built)
+        self._write(pairs, self.folder / PAIRS_FOLDER, built)
         record = {"settings": self.recorded(questions), "summary": summary.as_dict()}
         write_whole(self.folder / ANSWERS_FILE, json.dumps(record, indent=1, default=str))
         # as a second run reads them, so that both train on the same rows
         return self._kept_pairs(questions), summary
+
+    def _write(self, pairs: PairDataset, folder: Path, built: str) -> None:
+        rows = [pairs.plain(position) for position in range(len(pairs))]
+        if not any(is_edited(source) for row in rows for source in row["images"]):
+            save(pairs, folder, built)
+            return
+        # pictures that were made for the questions are made again, and not stored
+        with whole_folder(folder) as aside:
+            write_rows(rows, aside / PAIRS_FILE, folder, pairs.access, len(rows))
 
     def _nothing(self, count: int, counts: Mapping[str, int]) -> DataError:
         asked = f"{count} questions, {self.settings.samples} answers each"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.data.judging import judge_of_questions
@@ -15,6 +14,7 @@ from pivot_plugin.data.sources import Source
 from pivot_plugin.errors import PivotError, SettingsError, TrainingError
 from pivot_plugin.models.fingerprints import model_fingerprint
 from pivot_plugin.models.loading import load_model
+from pivot_plugin.progress import Progress
 
 from .engines import Engine, Sampling, TransformersEngine, VLLMEngine
 from .kept_lines import KeptLines
@@ -83,7 +83,7 @@ def sample(
     done = KeptLines(path, settings, "completions")
     if done.values:
         logger.info("%d questions are sampled already in %s.", len(done.values), path)
-    bar = tqdm(total=len(dataset), initial=len(done.values), desc="sampling", disable=len(dataset) < 32, leave=False)
+    bar = Progress(len(dataset), "sampling", "question", len(done.values), quiet_below=32)
     with bar, done:
         for batch in _batches(len(dataset), batch_size):
             missing = [position for position in batch if position not in done.values]

@@ -7,6 +7,7 @@ pairs.py split.py storage.py         data sets of pairs: read, split, saved, put
 conversations.py                      what comes before pairs: captions and conversations for fine-tuning
 engines.py sampling.py               completions drawn from a model
 ranking.py distillation.py           completions into pairs
+makers                               questions and pairs made of pictures alone
 auditing.py                          what a model makes of pairs, before it is trained on them
 """
 
@@ -18,7 +19,9 @@ from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.split import hold_out
 from pivot_plugin.data.storage import push, save
 from pivot_plugin.generation.distillation import self_distill
+from pivot_plugin.generation.makers import Making, make, makers, write_made
 from pivot_plugin.generation.ranking import rank
+from pivot_plugin.generation.rejected_images import with_rejected_images
 from pivot_plugin.generation.sampling import sample
 
 from .auditing import AuditReport, PairAudit, audit, keep
@@ -27,6 +30,7 @@ __all__ = [
     "AuditReport",
     "CheckReport",
     "ConversationDataset",
+    "Making",
     "OnBadRow",
     "PairAudit",
     "PairDataset",
@@ -39,9 +43,13 @@ __all__ = [
     "load",
     "load_conversations",
     "load_questions",
+    "make",
+    "makers",
     "push",
     "rank",
     "sample",
     "save",
     "self_distill",
+    "with_rejected_images",
+    "write_made",
 ]

@@ -6,9 +6,11 @@ A few forest passes tell of every pair
     blind margins          the same with another row's picture, and with the picture's mean colour
     picture's share        how far the picture moves the margin: the margin less the mean of the blind ones
     gap to own answers     how much less probable, per token, an answer is than what the model says itself
+    margin of pictures     how much less probable the chosen answer is about the pair's rejected pictures
     word margin            what the words of the other pairs' answers say: log-odds of being chosen, by counting alone
 
-The last asks no model. What it tells apart can be learnt without looking, though the model does not guess it yet.
+The last asks no model. What it tells apart can be learnt without looking, though the model does not guess it yet. Where
+chosen and rejected answer are one, the margin is that of the pictures.
 
 All in nats (natural logarithm). A pair with a high margin is told apart already; one that both blind margins tell apart
 can be guessed; answers far from the model's own are another model's words.
@@ -28,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.adapters import VisionAdapter
-from pivot_plugin.data.blind import Without, WithoutPicture
+from pivot_plugin.data.blind import Without, WithoutPicture, without_rejected
 from pivot_plugin.data.layout import text_of
 from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.errors import DataError, SettingsError
@@ -39,6 +41,7 @@ from pivot_plugin.models.loading import load_model
 from pivot_plugin.training.batch import ForestBatch, ForestCollator
 from pivot_plugin.training.forest_check import read_rows, varied_rows
 from pivot_plugin.training.forward import ForestReading, answering
+from pivot_plugin.training.image_terms import about_rejected
 
 AUDIT_FILE = "audit.json"
 BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -60,6 +63,7 @@ class PairAudit:
         own_answer: that one.
         word_margin: log-odds of the chosen answer's words less those of the rejected one's, by how often each stands in
             chosen and in rejected answers of all other pairs.
+        image_margin: log p(chosen) with the picture less log p(chosen) with the rejected one; None without such.
     """
 
     id: str
@@ -72,6 +76,7 @@ class PairAudit:
     own: float
     own_answer: str
     word_margin: float
+    image_margin: float | None = None
 
     @property
     def _blind(self) -> list[float]:
@@ -138,6 +143,12 @@ class AuditReport:
                 "moved up by the picture": float((share > 0).mean()),
                 "median share of the picture": float(np.median(share)),
             }
+        if len(of_images := self.column("image_margin")):
+            numbers |= {
+                "with rejected pictures": float(len(of_images)),
+                "pictures told apart": float((of_images > 0).mean()),
+                "median margin of pictures": float(np.median(of_images)),
+            }
         return numbers | {
             "median gap of the chosen answer": float(np.median(self.column("chosen_gap"))),
             "median gap of the rejected answer": float(np.median(self.column("rejected_gap"))),
@@ -194,6 +205,12 @@ class AuditReport:
             ]
         else:
             lines.append("Without pictures nothing here can teach a vision tower.")
+        if "pictures told apart" in told:
+            lines.append(
+                f"Of {int(told['with rejected pictures'])} with rejected pictures, "
+                f"{100 * told['pictures told apart']:.0f} % have a chosen answer that is more probable with the true "
+                f"one already (median {told['median margin of pictures']:+.2f} nats)."
+            )
         return [
             *lines,
             f"{100 * told['told apart by words']:.0f} % are told apart by the words of the other pairs' answers alone "
@@ -276,7 +293,9 @@ def audit(
         own_answers = _own_answers(TransformersEngine(model, processor), rows, batch_size, max_new_tokens)
         reading = read_rows(model, adapter, processor, varied_rows(rows))
         scorer = _PairScorer(model, adapter, processor, reading, batch_size)
-        seen = scorer(rows, "with their pictures")
+        seen = scorer(_Asked(rows), "with their pictures")
+        elsewhere = _Elsewhere(rows)
+        of_others = dict(zip(elsewhere.positions, scorer(elsewhere, "rejected pictures").summed[0], strict=True))
         own = scorer(_Answered(rows, own_answers), "own answers")
         blind = {how: scorer(without, f"without ({how})") for how, without in _without(rows).items()}
     finally:
@@ -298,6 +317,7 @@ def audit(
             own=float(own.per_token[0, position]),
             own_answer=own_answers[position],
             word_margin=float(words[position]),
+            image_margin=float(seen.summed[0, position] - of_others[position]) if position in of_others else None,
         )
         for position in range(len(rows))
     ]
@@ -426,8 +446,38 @@ class _PairScorer:
                 logps = self.model(forest=batch.to(self.model.device)).log_probs.float().sum(dim=1)
                 summed.append(logps.cpu().reshape(2, -1).numpy())
                 lengths.append((batch.forest.edge_of >= 0).sum(dim=1).reshape(2, -1).cpu().numpy())
+        if not summed:
+            return _Scores(np.zeros((2, 0)), np.zeros((2, 0)))
         total, tokens = np.concatenate(summed, axis=1), np.concatenate(lengths, axis=1)
         return _Scores(total, total / np.maximum(tokens, 1))
+
+
+class _Asked:
+    """Pairs whose two answers are about their pictures; where they are one, the second is about the rejected ones."""
+
+    def __init__(self, rows: PairDataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row = self._rows[position]
+        return row if text_of(row["chosen"]) == text_of(row["rejected"]) else without_rejected(row)
+
+
+class _Elsewhere:
+    """Pairs with rejected pictures, asked about these."""
+
+    def __init__(self, rows: PairDataset) -> None:
+        self._rows = rows
+        self.positions: list[int] = np.flatnonzero(rows.rejected_image_keys != b"").tolist()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return about_rejected(self._rows[self.positions[position]])
 
 
 class _Answered:
@@ -442,7 +492,7 @@ class _Answered:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         content = [{"type": "text", "text": self._answers[position]}]
-        return self._rows[position] | {"chosen": [{"role": "assistant", "content": content}]}
+        return without_rejected(self._rows[position]) | {"chosen": [{"role": "assistant", "content": content}]}
 
 
 def _own_answers(engine: TransformersEngine, rows: PairDataset, size: int, max_new_tokens: int) -> list[str]:

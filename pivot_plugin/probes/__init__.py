@@ -2,6 +2,7 @@
 
     features(model, images)                 frozen patch features with their grid
     linear_probe, prototype_probe           images with a class each
+    knn_probe                               the same by nearest neighbours, fitting nothing
     segmentation_probe                      images with a class per pixel
     saliency, pointing_game                 the gradient of a pair's loss, as a map over its image
     alignment, ravel                        neighbours shared with a text model
@@ -13,7 +14,7 @@ Each takes what is examined (a model, an encoder, a folder, a Hub id, the result
 
 Probes:
     linear.py segmentation.py            what a small head on frozen features tells
-    neighbours.py ravel.py               which things lie near each other, without any head
+    knn.py neighbours.py ravel.py        which things lie near each other, without any head
     gradients.py pointing.py             where a loss looks, and whether that is where the object is
     questions.py benchmarks.py           what the whole MLLM answers
     exploration.py generalization.py     measures of roll-outs, and of gains beyond the training distribution
@@ -22,6 +23,7 @@ Tools:
     data.py splits.py                    images with classes or masks, to fit on and to score on
     extraction.py                        frozen features, kept on disk
     scores.py comparison.py              intervals, paired tests, subjects side by side
+    extracted.py                         towers taken out of MLLMs, to be compared by themselves
     lookup.py storage.py                 probes by name, their results on disk
 
 Notation for shapes: n samples or images, P patches of one image in raster order, D width of a feature, K classes,
@@ -34,6 +36,7 @@ from .exploration import candidate_set_sizes, pass_at_k, rollout_branching_facto
 from .extraction import Features, features
 from .generalization import generalization_factor, plot_generalization
 from .gradients import PairSaliency, pointing_game, saliency
+from .knn import knn_probe
 from .linear import linear_probe, prototype_probe
 from .lookup import ProbeTask
 from .neighbours import Captioned, alignment, mutual_knn
@@ -63,6 +66,7 @@ __all__ = [
     "difference",
     "features",
     "generalization_factor",
+    "knn_probe",
     "labelled_images",
     "linear_probe",
     "masked_images",

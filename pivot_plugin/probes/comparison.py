@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from pivot_plugin.encoders.extraction import TowerChange
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import write_whole
 
 from . import subjects
+from .extracted import Towers, said_of_change, tower_probes
 from .lookup import needs_mllm, runners
 from .scores import BLIND, Difference, ProbeResult, apart, difference, holm
 from .subjects import Subject, name_of
@@ -62,9 +66,12 @@ class Comparison:
 
     Attributes:
         results: by name of the compared and label of the probe; the first is what the others are held against.
+        tower_changes: by name of the compared how far its tower's weights are from the first one's, where towers were
+            extracted and are of one kind.
     """
 
     results: dict[str, dict[str, ProbeResult]] = field(default_factory=dict)
+    tower_changes: dict[str, TowerChange] = field(default_factory=dict)
     # a test draws thousands of times, and is asked for by every table
     _tested: dict[tuple[str, str, str], Difference] = field(default_factory=dict, repr=False, compare=False)
 
@@ -140,7 +147,8 @@ class Comparison:
             )
             if any(contrast.survives_blind for contrast in contrasts.values()):
                 note += f" {WORDS_MARK} {WORDS_NOTE}"
-        return note
+        changes = [said_of_change(name, self.names[0], change) for name, change in self.tower_changes.items()]
+        return " ".join([note, *changes])
 
     def _repr_html_(self) -> str:
         head, *rows = self.cells()
@@ -170,6 +178,7 @@ class Comparison:
                 for name, results in self.results.items()
             },
             "against": self.names[0] if self.names else None,
+            "tower_changes": {name: dict(change.parts) for name, change in self.tower_changes.items()},
             "contrasts": [
                 asdict(contrast) | {"survives_blind": contrast.survives_blind} for contrast in self.contrasts()
             ],
@@ -213,6 +222,7 @@ def compare(
     processor: ProcessorMixin | None = None,
     mllm: object | None = None,
     output: str | Path | None = None,
+    extract: bool | str | Path = False,
 ) -> Comparison:
     """Run probes on several models or encoders, and tell which differences are beyond noise.
 
@@ -221,12 +231,16 @@ def compare(
     Args:
         examined: what to compare, the one the others are held against first: models, encoders, folders or Hub ids of
             either, folders of runs, results; or a mapping that names them.
-        probes: by label a `probes.ProbeTask`; or data, the label naming the probe ("linear", "prototype",
+        probes: by label a `probes.ProbeTask`; or data, the label naming the probe ("linear", "knn", "prototype",
             "segmentation", "saliency", "pointing", "alignment", "ravel", "vqa", or a plugin's); or a function of a
             `probes.Subject`.
         processor: of loaded models that have no name.
         mllm: an MLLM into a copy of which encoders are grafted, for probes that need one.
         output: JSON file, or folder, that gets the results, also those of a comparison that fails halfway.
+        extract: take the towers of MLLMs out first and examine them as encoders by themselves, so that the question is
+            whether a checkpoint's *tower* got better; probes that need an MLLM ask the whole one, "vqa" with its
+            control without the picture. The data of "linear" serve "knn" too, and rows with captions (as for
+            `load_conversations`) serve "ravel", with the first one's language model. A folder keeps the encoders.
 
     Raises:
         SettingsError: if there is nothing to compare, two have one name, or a probe is unknown.
@@ -239,17 +253,35 @@ def compare(
     of_whole_mllm = [label for label, probe in probes.items() if needs_mllm(label, probe)]
     around = subjects.subject(mllm, processor) if mllm is not None else None
     comparison = Comparison()
-    for name, one in examined_by_name.items():
-        subject = subjects.subject(one, processor, name, around)
-        if of_whole_mllm:
-            subject.mllm(f"Probe {of_whole_mllm[0]!r}")
-        comparison.results[name] = {}
-        for label, probe in run.items():
-            logger.info("%s: %s", name, label)
-            comparison.results[name][label] = probe(subject)
-            if output is not None:
-                comparison.save(output)
+    with _folder(extract) as folder:
+        towers = None if folder is None else Towers(folder)
+        for name, one in examined_by_name.items():
+            subject = subjects.subject(one, processor, name, around)
+            if of_whole_mllm:
+                subject.mllm(f"Probe {of_whole_mllm[0]!r}")
+            if towers is not None and not comparison.results:
+                run = runners(tower_probes(probes, subject))
+            alone = subject if towers is None else towers.of(subject)
+            comparison.results[name] = {}
+            comparison.tower_changes = {} if towers is None else towers.changes
+            for label, probe in run.items():
+                logger.info("%s: %s", name, label)
+                comparison.results[name][label] = probe(subject if label in of_whole_mllm else alone)
+                if output is not None:
+                    comparison.save(output)
     return comparison
+
+
+@contextmanager
+def _folder(extract: bool | str | Path) -> Iterator[Path | None]:
+    """Where extracted encoders go: nowhere, for a while, or into a folder that is kept."""
+    if extract is False:
+        yield None
+    elif extract is True:
+        with tempfile.TemporaryDirectory(prefix="pivot-towers-") as folder:
+            yield Path(folder)
+    else:
+        yield Path(extract)
 
 
 def _named(examined: Mapping[str, object] | Sequence[object]) -> dict[str, object]:

@@ -9,6 +9,7 @@ from pivot_plugin.hooks import hookimpl, named, offered
 from pivot_plugin.hooks.types import Probe
 
 from .gradients import pointing_game, saliency
+from .knn import knn_probe
 from .linear import linear_probe, prototype_probe
 from .neighbours import alignment
 from .questions import vqa
@@ -42,6 +43,7 @@ Runner = Callable[[Subject], ProbeResult]
 def pivot_probes() -> Mapping[str, Probe]:
     return {
         "linear": linear_probe,
+        "knn": knn_probe,
         "prototype": prototype_probe,
         "segmentation": segmentation_probe,
         "saliency": saliency,

@@ -13,9 +13,10 @@ from pivot_plugin.errors import SettingsError, said
 
 from .door import Key, RecipeError, values_of
 from .plan import check_settings
+from .post_training import PostTraining, check_post_training
 from .sections import PivotRecipe
 
-READY = ("paper", "single-gpu", "embedded")
+READY = ("paper", "single-gpu", "embedded", "twin")
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,11 +28,11 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 )
 
 
-def load_recipe(path: str | Path) -> PivotRecipe:
-    """Read a recipe.
+def load_recipe(path: str | Path) -> PivotRecipe | PostTraining:
+    """Read a recipe: one that begins with an MLLM, where it has a key `model`, else with a bare encoder.
 
     Args:
-        path: of a YAML file, or the name of a ready one: "paper", "single-gpu" or "embedded".
+        path: of a YAML file, or the name of a ready one: "paper", "single-gpu", "embedded" or "twin".
 
     Raises:
         SettingsError: if it cannot be read, or for a key or value that is none, with its line.
@@ -48,6 +49,10 @@ def load_recipe(path: str | Path) -> PivotRecipe:
     with _yaml(name, text):
         content = _Constructing(text, node).content
     try:
+        if "model" in content:
+            post_training = PostTraining(**values_of(PostTraining, content, ()))
+            check_post_training(post_training)
+            return post_training
         recipe = PivotRecipe(**values_of(PivotRecipe, content, ()))
         check_settings(recipe)
         return recipe

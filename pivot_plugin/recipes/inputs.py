@@ -54,14 +54,15 @@ def conversations(data: object, name: str, image_folder: str | Path | None = Non
     """
     if isinstance(data, Stored):
         folder = image_folder if data.image_folder is None else data.image_folder
-        return _sampled(load_conversations(data.path, name, folder, **_split(data)), data)
+        return sampled(load_conversations(data.path, name, folder, **_split(data)), data)
     return load_conversations(made(data) if isinstance(data, Made) else data, name, image_folder)
 
 
 def pairs(data: object, name: str = "optimize.data") -> PairDataset:
     """Preference pairs of a recipe, opened; as `conversations` otherwise."""
     if isinstance(data, Stored):
-        return _sampled(load_pairs(data.path, name, SAME_PAIRS, **_split(data)), data)
+        folder = {} if data.image_folder is None else {"image_folder": data.image_folder}
+        return sampled(load_pairs(data.path, name, SAME_PAIRS, **folder, **_split(data)), data)
     return load_pairs(made(data) if isinstance(data, Made) else data, name, SAME_PAIRS)
 
 
@@ -213,7 +214,8 @@ def _split(data: Stored) -> dict[str, Any]:
     return {} if data.split is None else {"split": data.split}
 
 
-def _sampled(rows: Any, data: Stored) -> Any:
+def sampled(rows: Any, data: Stored) -> Any:
+    """Rows of a data set that a recipe names, as many as it wants of them."""
     if data.sample is None or data.sample >= len(rows):
         return rows
     return rows.select(sorted(random.Random(data.seed).sample(range(len(rows)), data.sample)))

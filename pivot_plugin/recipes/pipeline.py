@@ -19,7 +19,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +38,7 @@ from .evaluation import Evaluated, Evaluating
 from .file import load_recipe
 from .inputs import Parts, RecipeData
 from .plan import RecipePlan, plan_recipe
+from .post_training import PostTraining, PostTrainingResult, run_post_training
 from .rates import Arms
 from .results import EncoderScore, RecipeResult
 from .runs import save_model, tune
@@ -112,18 +113,28 @@ def pivot(
     return run_recipe(recipe, estimate=estimate)
 
 
-def run_recipe(recipe: PivotRecipe | str | Path, *, estimate: bool = True) -> RecipeResult:
+@overload
+def run_recipe(recipe: PivotRecipe, *, estimate: bool = ...) -> RecipeResult: ...
+@overload
+def run_recipe(recipe: PostTraining, *, estimate: bool = ...) -> PostTrainingResult: ...
+@overload
+def run_recipe(recipe: str | Path, *, estimate: bool = ...) -> RecipeResult | PostTrainingResult: ...
+def run_recipe(
+    recipe: PivotRecipe | PostTraining | str | Path, *, estimate: bool = True
+) -> RecipeResult | PostTrainingResult:
     """Run a recipe that was read or made.
 
     Args:
         recipe: itself, the path of its file, or the name of a ready one.
-        estimate: as for `pivot`.
+        estimate: as for `pivot`; of a recipe that begins with an MLLM nothing is measured beforehand.
 
     Raises:
         PivotError: as `pivot`.
     """
     if not isinstance(recipe, PivotRecipe):
-        recipe = load_recipe(recipe)
+        recipe = recipe if isinstance(recipe, PostTraining) else load_recipe(recipe)
+    if isinstance(recipe, PostTraining):
+        return run_post_training(recipe)
     run = _Pipeline(recipe)
     if estimate:
         run.estimate()

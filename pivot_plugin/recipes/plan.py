@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import PartialState
 
@@ -117,17 +117,25 @@ class RecipePlan:
         return RecipePlan(tuple(stages))
 
 
-def plan_recipe(recipe: PivotRecipe, rows: Mapping[str, int] | None = None) -> RecipePlan:
+class PlansItself(Protocol):
+    """A recipe of another kind."""
+
+    def plan(self, rows: int | None = None) -> RecipePlan: ...
+
+
+def plan_recipe(recipe: PivotRecipe | PlansItself, rows: Mapping[str, int] | None = None) -> RecipePlan:
     """The optimiser steps of every stage; every setting is checked on the way.
 
     Args:
         recipe: to plan.
-        rows: by section ("align", "instruct", "optimize", "transplant.align", "transplant.instruct") how many there
-            are; what the recipe says of its data where not given.
+        rows: by section ("align", "instruct", "optimize", "transplant.align", "transplant.instruct"; "data" of a recipe
+            that begins with an MLLM) how many there are; what the recipe says of its data where not given.
 
     Raises:
         SettingsError: for a setting that does not exist or cannot be used.
     """
+    if not isinstance(recipe, PivotRecipe):
+        return recipe.plan((rows or {}).get("data"))
     sizes = {name: declared_rows(data) for name, data in _data(recipe).items()} | dict(rows or {})
     return RecipePlan(tuple(job.planned(sizes[job.section]) for job in _jobs(recipe)))
 

@@ -94,7 +94,7 @@ def _made(value: Mapping[Any, Any], key: Key) -> Made:
     return Made(source, rows, {str(k): v for k, v in value.items() if k not in ("source", "rows")})
 
 
-def _rows(value: object, key: Key) -> object:
+def rows_of(value: object, key: Key) -> object:
     """Rows by name, made by a plugin, or themselves."""
     # other mappings, such as a DatasetDict, are data themselves
     if type(value) is dict:
@@ -114,7 +114,7 @@ def _rows(value: object, key: Key) -> object:
 
 def _probed(value: object, key: Key) -> object:
     """Data of a probe, which opens it itself: by name, made by a plugin, or itself."""
-    rows = _rows(value, key)
+    rows = rows_of(value, key)
     if isinstance(rows, Stored) and rows != Stored(rows.path, rows=rows.rows):
         raise RecipeError(
             f"{'.'.join(key)} has more than a path.", "Give the path alone; a probe opens its data itself.", key
@@ -122,7 +122,7 @@ def _probed(value: object, key: Key) -> object:
     return rows
 
 
-def _part(value: object, key: Key) -> object:
+def part_of(value: object, key: Key) -> object:
     """An encoder or language model: by name, made by a plugin, or itself."""
     if isinstance(value, Mapping):
         if "source" not in value:
@@ -134,7 +134,7 @@ def _part(value: object, key: Key) -> object:
 
 
 def _part_or_none(value: object, key: Key) -> object:
-    return None if value is None else _part(value, key)
+    return None if value is None else part_of(value, key)
 
 
 # What trains
@@ -155,7 +155,7 @@ class Tuning(Section):
 
     CONFIG: ClassVar[type | None] = InstructConfig
 
-    data: Annotated[Any, _rows] = None
+    data: Annotated[Any, rows_of] = None
     image_folder: str | Path | None = None
     batch: int | None = None
     eval_fraction: float = 0.0
@@ -287,8 +287,8 @@ class Optimization(Section):
 
     CONFIG: ClassVar[type | None] = PivotConfig
 
-    data: Annotated[Any, _rows] = None
-    eval_data: Annotated[Any, _rows] = None
+    data: Annotated[Any, rows_of] = None
+    eval_data: Annotated[Any, rows_of] = None
     arms: dict[str, Arm] = field(default_factory=dict)
     select: Annotated[Any, _select] = None
     learning_rate: float | list[float] | None = None
@@ -427,7 +427,7 @@ class Transplant(Section):
     instruct: TransplantInstruction = field(default_factory=TransplantInstruction)
 
 
-def _seeds(value: object, key: Key) -> list[int]:
+def checked_seeds(value: object, key: Key) -> list[int]:
     seeds = list(value) if isinstance(value, list | tuple | range) else []
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
@@ -459,15 +459,15 @@ class PivotRecipe(Section):
         RecipeError: for a key or value that cannot be used, a `SettingsError` that names it.
     """
 
-    encoder: Annotated[Any, _part]
-    language_model: Annotated[Any, _part]
+    encoder: Annotated[Any, part_of]
+    language_model: Annotated[Any, part_of]
     align: Tuning
     instruct: Instruction
     optimize: Optimization
     transplant: Transplant | None = None
     evaluate: dict[str, Evaluation] = field(default_factory=dict)
     assemble: Assembly = field(default_factory=Assembly)
-    seeds: Annotated[list[int], _seeds] = field(default_factory=lambda: [0])
+    seeds: Annotated[list[int], checked_seeds] = field(default_factory=lambda: [0])
     seeds_from: SeedsFrom = "assemble"
     output_dir: str | Path = "pivot-recipe"
 

@@ -26,6 +26,7 @@ CURVES = (
     ("loss", "loss", "eval_loss", False),
     ("reward accuracy, against the reference", "rewards/accuracies", "eval_rewards/accuracies", False),
     ("reward margin (beta x nats)", "rewards/margins", "eval_rewards/margins", True),
+    ("margin of images (beta x nats)", "rewards/image_margins", "eval_rewards/image_margins", True),
     ("log-probability of chosen answers (nats)", "logps/chosen", "eval_logps/chosen", False),
     ("reward of roll-outs", "reward", "eval_reward", False),
     ("watch: chosen log-probability, change (nats)", "watch/chosen_logps_change", "watch/chosen_logps_change", True),
@@ -91,6 +92,7 @@ def render(
         readable=READABLE,
         words_of=words_of,
         summary=_summary(runs) if len(runs) > 1 else [],
+        made=[(run.name, _made(run)) for run in runs if run.made],
         maps=[(run.name, _maps(run)) for run in runs if _saliency(run)],
         compared=_rows(compared) if compared else None,
         costs=[(run.name, _cost(run)) for run in runs],
@@ -233,6 +235,20 @@ def _maps(run: RunFacts) -> list[dict[str, Any]]:
                 pictures.append((f"{loss.upper()} {name}", alt, picture))
         shown.append({"pair": pair, "pictures": pictures})
     return shown
+
+
+def _made(run: RunFacts) -> list[dict[str, Any]]:
+    """Made questions with their pictures and what was answered."""
+    return [
+        {
+            "question": question,
+            "pictures": [
+                (f"Picture {number} of a question by {question.maker}", as_address(fitted(image)))
+                for number, image in enumerate(question.images, 1)
+            ],
+        }
+        for question in run.made
+    ]
 
 
 def _audited(audit: AuditReport, number: int) -> dict[str, Any]:

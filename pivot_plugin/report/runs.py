@@ -1,22 +1,49 @@
 """What the folder of a run tells, read for the page; a run that is not finished tells what it can."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pivot_plugin.errors import SettingsError
+from PIL import Image
+
+from pivot_plugin.data.layout import text_of
+from pivot_plugin.data.questions import load_questions
+from pivot_plugin.errors import PivotError, SettingsError
 from pivot_plugin.files import RUN_FILE, logged, read_record
+from pivot_plugin.generation.makers.storage import SHEET_FILE
 from pivot_plugin.generation.own_answers import AnswerSummary
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.storage import saved_results
 from pivot_plugin.training.checkpoints import last_checkpoint
 from pivot_plugin.verdict import Verdict
 
+logger = logging.getLogger(__name__)
+
 # Images seen in pre-training, by the type of the tower. SigLIP: Zhai et al. 2023 (arXiv 2303.15343), section 4, and
 # Tschannen et al. 2025 (arXiv 2502.14786), section 2 for SigLIP 2: 40 billion. CLIP: Radford et al. 2021
 # (arXiv 2103.00020), section 2.5: 32 epochs of 400 million.
 PRETRAINING_IMAGES = {"siglip_vision_model": 40e9, "siglip2_vision_model": 40e9, "clip_vision_model": 12.8e9}
+
+
+@dataclass(frozen=True)
+class MadeQuestion:
+    """A question that was made of pictures.
+
+    Attributes:
+        images: shown.
+        prompt, answer: texts.
+        before, after: what the model answered.
+        maker: of it.
+    """
+
+    images: list[Image.Image]
+    prompt: str
+    answer: str
+    before: str
+    after: str
+    maker: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,7 @@ class RunFacts:
         verdict: on the run, None where it has none.
         answers: what came of asking the model, a round each; empty where it learnt from given pairs or roll-outs.
         probes: results by label and step.
+        made: some of the questions that were made of pictures, where it was given these.
     """
 
     name: str
@@ -45,6 +73,7 @@ class RunFacts:
     verdict: Verdict | None
     answers: list[AnswerSummary]
     probes: dict[str, dict[int, ProbeResult]] = field(repr=False)
+    made: list[MadeQuestion] = field(default_factory=list, repr=False)
 
     def series(self, name: str, held_out: bool) -> list[tuple[float, float]]:
         """(step, value) of a quantity in the log.
@@ -124,4 +153,23 @@ def read_run(folder: str | Path) -> RunFacts:
         Verdict.from_dict(record.get("verdict")),
         [AnswerSummary.from_dict(summary) for summary in record.get("answers") or []],
         saved_results(folder),
+        _made(folder),
+    )
+
+
+def _made(folder: Path) -> list[MadeQuestion]:
+    """The made questions that a run has kept, their pictures made again; none where they cannot be read any more."""
+    if not (folder / SHEET_FILE).is_file():
+        return []
+    try:
+        rows = load_questions(folder / SHEET_FILE)
+        return [_made_question(rows[position]) for position in range(len(rows))]
+    except PivotError as error:
+        logger.warning("The made questions of %s are left out: %s", folder, error)
+        return []
+
+
+def _made_question(row: dict[str, Any]) -> MadeQuestion:
+    return MadeQuestion(
+        row["images"], text_of(row["prompt"]), str(row["answer"]), str(row["before"]), str(row["after"]), row["maker"]
     )

@@ -19,6 +19,9 @@ NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)
 FRACTION = re.compile(r"\s*([-+]?\d+)\s*/\s*(\d+)\s*")
 CHOICE = re.compile(r"\(?([A-Za-z])\)?\s*(?:[.:)\]].*)?", re.DOTALL)
 TOLERANCE = 1e-3
+ORDER_NUMBER = re.compile(r"\d{1,9}")
+# of an order with some numbers in place; arXiv 2509.25190, so that nobody is content with half of it
+PARTIAL_CREDIT = 0.2
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
@@ -145,3 +148,18 @@ def multiple_choice(prompts: Sequence[object], completions: Sequence[object], **
 def numeric(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
     """1 where the final answer is the expected number within 0.1 %, or an equal formula."""
     return _judge("numeric", same_number, completions, columns)
+
+
+def same_order(answer: str, expected_answer: str) -> float:
+    """1 for the right order of numbers; for another order of the same numbers a part, by the share of right places."""
+    said, right = ([int(number) for number in ORDER_NUMBER.findall(text)] for text in (answer, expected_answer))
+    if said == right:
+        return 1.0
+    if sorted(said) != sorted(right):
+        return 0.0
+    return PARTIAL_CREDIT * sum(one == other for one, other in zip(said, right, strict=True)) / len(right)
+
+
+def permutation(prompts: Sequence[object], completions: Sequence[object], **columns: object) -> list[float]:
+    """1 for the expected order of numbers, up to 0.2 for one with some in place. Source: arXiv 2509.25190."""
+    return _judge("permutation", same_order, completions, columns)

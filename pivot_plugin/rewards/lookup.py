@@ -6,13 +6,13 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pivot_plugin.errors import DataError, SettingsError, said
 from pivot_plugin.hooks import hookimpl, named, offered
 from pivot_plugin.hooks.types import RewardFunction
 
-from . import answers, form, overlap
+from . import answers, form, overlap, rules
 
 BUILT_IN: Mapping[str, RewardFunction] = {
     "accuracy": answers.accuracy,
@@ -20,11 +20,13 @@ BUILT_IN: Mapping[str, RewardFunction] = {
     "normalised_match": answers.normalised_match,
     "multiple_choice": answers.multiple_choice,
     "numeric": answers.numeric,
+    "permutation": answers.permutation,
     "bleu": overlap.bleu,
     "rouge_l": overlap.rouge_l,
     "box_iou": overlap.box_iou,
     "format": form.format,
     "length_penalty": form.length_penalty,
+    "by_rule": cast(RewardFunction, rules.by_rule),
 }
 NEED_ANSWER = tuple(name for name in BUILT_IN if name not in ("format", "length_penalty"))
 # what TRL's trainers pass to a reward beside the columns of the data

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
+from pivot_plugin.config import PivotConfig, PivotGRPOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.data.judging import RowJudge
 from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
@@ -17,12 +17,14 @@ from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
 from pivot_plugin.data.sources import check_is_there
 from pivot_plugin.errors import SettingsError
+from pivot_plugin.generation.makers import Making, maker_of
 from pivot_plugin.generation.own_answers import AnswerSummary, OwnAnswers
 from pivot_plugin.hooks import notify
 from pivot_plugin.objectives import ONLINE
 from pivot_plugin.rewards import Scorer, needs_answer, resolve_rewards
 from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost
+from pivot_plugin.training.image_terms import ImageTerms
 from pivot_plugin.training.looks import Look
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
@@ -31,6 +33,9 @@ from pivot_plugin.verdict import Verdict
 
 from .display import Display
 from .leftovers import ENCODER_FOLDER, put_back, trained_in
+from .made_sheet import MadeSheet
+from .making import REWARDS as MADE_REWARDS
+from .making import Make, held_out_questions, made_questions, making_of
 from .monitoring import Monitoring
 from .outcome import has_moved, judged
 from .own_answers import (
@@ -63,6 +68,7 @@ def optimize(
     lora: int | LoraConfig | None = 16,
     eval_fraction: float = 0.02,
     rewards: Rewards | None = None,
+    make: Make | None = None,
     ood_prefs: object | None = None,
     columns: Mapping[str, str] | None = None,
     split: str | None = None,
@@ -83,7 +89,8 @@ def optimize(
             failure it is as it was.
         prefs: preference pairs in any form that `pivot_plugin.preferences.load` takes: a list of dicts, a
             `datasets.Dataset`, a file or folder, a Hub id, a stream (then with `max_steps`), or what `load` returned.
-            With rewards questions, as `load_questions` takes them, with what the rewards need (`answer`).
+            With rewards questions, as `load_questions` takes them, with what the rewards need (`answer`). With `make`
+            pictures, as `preferences.make` takes them: a folder is enough.
         processor: the model's; found by the model's `name_or_path` where not given.
         eval_prefs: held-out pairs or questions, in the same forms.
         output_dir: folder of the run: checkpoints, log, encoder.
@@ -98,6 +105,10 @@ def optimize(
             and "rloo" also reward models or their ids; default: format (0.5) and accuracy (1.0). With any other
             objective the model first answers the questions itself, and its better answers are paired with its worse
             ones: the pairs are kept in `own-answers` in `output_dir`.
+        make: what to make of pictures: the name of a maker, such as "same_or_different" or "jigsaw", several with
+            their shares, or a `preferences.Making`; then `difficulty=0.5` and `count` may be given too, and
+            `eval_prefs` are held-out pictures. Answers are judged by the rule of each question ("by_rule") where
+            `rewards` is not given.
         ood_prefs: rows of other distributions, or a dict of such by name: scored beside the held-out rows before
             training and at every look at them, with the Generalisation Factor of the gains, in the history under names
             that begin with "generalization/" (see `probes.plot_generalization`).
@@ -137,21 +148,29 @@ def optimize(
     """
     monitoring = Monitoring(probes, tuple(probe_steps), saliency)
     online = objective in ONLINE
+    making, settings = making_of(make, settings)
+    if making is not None and rewards is None:
+        rewards = list(MADE_REWARDS)
     if rewards is None and "reward_weights" not in settings and online:
         rewards, settings = list(SPECS_WEIGHTS), settings | {"reward_weights": list(SPECS_WEIGHTS.values())}
     answers, trainer_settings = own_answers(settings, objective, rewards, online)
-    if answers is not None:
+    if answers is not None and making is None:
         refuse_pairs(prefs)
     watched = eval_prefs is not None or eval_fraction > 0
     config = configuration(trainer_settings, Path(output_dir), objective, train, lora is not None, watched)
+    if isinstance(config, PivotConfig) and config.rejected_images is not None:
+        # whether there is such a maker; it is asked late
+        maker_of(config.rejected_images, config.rejected_difficulty, rejected=True)
     functions = _reward_functions(rewards, config, objective)
     told = {"columns": columns, "split": split, "allow_urls": allow_urls, "image_folder": image_folder}
     reading = {name: value for name, value in told.items() if value}
-    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers, reading)
-    for data, name in ((prefs, "prefs"), (eval_prefs, "eval_prefs")):
-        check_is_there(data, name)
+    source = _Source(prefs, eval_prefs, ood_prefs, functions, answers, making, reading)
+    if making is None:
+        for data, name in ((prefs, "prefs"), (eval_prefs, "eval_prefs")):
+            check_is_there(data, name)
     own = {} if answers is None else answers.as_dict()
-    choices = {"objective": objective, **_reward_names(functions), **settings, **own, **reading}
+    made = {} if making is None else {"make": making.as_dict()}
+    choices = {"objective": objective, **_reward_names(functions), **settings, **own, **made, **reading}
     options = RunOptions(config, choices, lora, eval_fraction, on_bad_row, resume, display)
     if answers is None or answers.rounds == 1:
         return _optimize(model, processor, options, source, monitoring, Round())
@@ -174,6 +193,7 @@ class _Source:
         prefs, eval_prefs, ood_prefs: as `optimize` was given them.
         rewards: that score answers, None for a run on pairs.
         answers: how own answers become pairs, None where they do not.
+        making: what is made of pictures, None where rows are given.
         reading: how rows are read, of `preferences.load`'s options.
     """
 
@@ -182,6 +202,7 @@ class _Source:
     ood_prefs: object | None
     rewards: Sequence[Any] | None
     answers: OwnAnswers | None
+    making: Making | None
     reading: Mapping[str, Any]
 
     @property
@@ -200,6 +221,7 @@ def _optimize(
 ) -> PivotResult:
     """One run, or one round of several, from options to result."""
     run = begin(model, processor, options, partial(_load_rows, source, options))
+    sheet = None if source.making is None else MadeSheet.begin(run)
     answers: tuple[AnswerSummary, ...] = ()
     if source.answers is not None:
         run, summary = answered(run, source.rewards or (), source.answers, this.number)
@@ -262,6 +284,8 @@ def _optimize(
         _lora=lora_weights if this.of == 1 else None,
     )
     if run.keeper and run.ended is None:
+        if sheet is not None:
+            sheet.finish(run, run.model)
         # the encoder first: a run that is recorded as finished has one
         result.save(run.output_dir / ENCODER_FOLDER)
         details: dict[str, Any] = {"verdict": result.verdict.as_dict()}
@@ -310,6 +334,10 @@ def _load_rows(
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
         pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
+        config = options.config
+        if isinstance(config, PivotConfig) and config.rejected_images is None and options.on_bad_row == "raise":
+            # with their count, before any image is opened
+            ImageTerms.of(config.image_terms, config.image_weights).check(pairs, looked=False)
         pairs.verify(options.on_bad_row, skipped, judge)
     return pairs, None if source.eval_prefs is None else _held_out_pairs(source, options, judge)
 
@@ -319,7 +347,11 @@ def _load_questions(
 ) -> tuple[QuestionDataset, PairDataset | QuestionDataset | None]:
     """The questions to ask; of those held out for own answers, pairs are as welcome as questions."""
     rewards = source.rewards or ()
-    questions = load_questions(source.prefs, **source.reading)
+    questions = (
+        load_questions(source.prefs, **source.reading)
+        if source.making is None
+        else made_questions(source.prefs, source.making)
+    )
     if source.answers is not None:
         refuse_pairs(questions)
     else:
@@ -331,7 +363,10 @@ def _load_questions(
         return questions, None
     if source.answers is not None and isinstance(source.eval_prefs, PairDataset):
         return questions, _held_out_pairs(source, options, judge)
-    held_out = load_questions(source.eval_prefs, "eval_questions", **source.reading)
+    if source.making is not None and not isinstance(source.eval_prefs, QuestionDataset):
+        held_out = held_out_questions(source.eval_prefs, source.making, len(questions))
+    else:
+        held_out = load_questions(source.eval_prefs, "eval_questions", **source.reading)
     if source.answers is not None and is_of_pairs(held_out):
         return questions, _held_out_pairs(source, options, judge)
     held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge_asked)

@@ -42,7 +42,8 @@ class PivotResult:
         processor: the one it was trained with.
         output_dir: the run's folder.
         metrics: "before" and "after", on the held-out rows: preference_accuracy, margin, logps_chosen, logps_rejected
-            of pairs, reward and each reward alone of questions; empty where none were held out.
+            of pairs (image_accuracy and image_margin too, where pictures are held against each other), reward and each
+            reward alone of questions; empty where none were held out.
         history: the trainer's log, a dict per entry; the watch's findings under names that begin with "watch/".
         weight_change: relative change of the tower's weights, per block.
         trained: per part, parameters that trained and parameters there are.

@@ -13,12 +13,17 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from transformers import ProcessorMixin
 
+from pivot_plugin.data.judging import refuse_lacking
 from pivot_plugin.errors import DataError
 from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
 from .forest import Forest, build_forest
+from .image_terms import Shown, View, about_rejected, without_images
 
 T = TypeVar("T")
+# (pairs,) of a pair's two answers, and (pairs, views) of what is scored beside them
+REFERENCE_BESIDE = "ref_beside_logps"
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps", REFERENCE_BESIDE)
 SharedPrefix = Literal["images", "prompt", "all"]
 
 
@@ -32,6 +37,7 @@ class ForestBatch:
         image_tokens: number of image tokens of each distinct image, in the order of `image_inputs`.
         tree_images: for each tree, the distinct images its image tokens stand for, in order.
         pair_ids: names of the pairs, for errors.
+        beside: how many of the forest's sequences stand behind the pairs' own two each, for terms about pictures.
     """
 
     forest: Forest
@@ -39,6 +45,7 @@ class ForestBatch:
     image_tokens: list[int]
     tree_images: list[list[int]]
     pair_ids: list[str]
+    beside: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ForestBatch":
         """The same batch with every tensor on another device."""
@@ -78,6 +85,21 @@ class ImageSets:
     shown: list[int]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a row about some images.
+
+    Attributes:
+        tokens: ids of the prompt with its answer.
+        start: where the answer begins.
+        shown: the image set that it is about, -1 for none.
+    """
+
+    tokens: list[int]
+    start: int
+    shown: int
+
+
 @dataclass
 class ForestCollator:
     """Turns preference rows into a batch for `PivotTrainer`.
@@ -89,6 +111,8 @@ class ForestCollator:
             the whole "prompt"; or "all", so that each sequence has a row of its own, with images still processed once.
         max_length: cut sequences to this many tokens, as TRL does; None never cuts.
         whole_prompts: as for `ImageTokens`.
+        beside: what is scored beside the two answers of a pair about its own images. Where nothing is, a rejected
+            answer is about the row's rejected images, if it has any.
     """
 
     processor: ProcessorMixin
@@ -96,6 +120,7 @@ class ForestCollator:
     shared: SharedPrefix = "images"
     max_length: int | None = None
     whole_prompts: bool | None = None
+    beside: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
         self.image_tokens = ImageTokens(self.processor, self.image_token_id, self.whole_prompts)
@@ -105,45 +130,55 @@ class ForestCollator:
 
         Args:
             rows: with `images` (PIL), `prompt`, `chosen`, `rejected` (messages) and `image_key`, equal for rows with
-                equal images.
+                equal images; where there are any, `rejected_images` and `rejected_image_key`.
 
         Returns:
             `input_ids`, `completion_mask` (S, 1 + C), `attention_mask` (B, N) and `forest` (a `ForestBatch`), and the
-            reference log-probabilities where the rows have them.
+            reference log-probabilities where the rows have them. S sequences are two of each pair; what is scored
+            beside them stands behind them in the forest alone.
 
         Raises:
             DataError: if `max_length` cuts into a prompt, or images and image tokens of a row disagree.
             ModelError: if the processor cannot be used this way.
         """
-        # 1. images, each set once
-        texts = [self.image_tokens.texts(row) for row in rows]
-        image_sets = {row["image_key"]: row["images"] for row in rows if row["images"]}
-        prompts = {row["image_key"]: text["prompt"] for row, text in zip(rows, texts, strict=True)}
+        # 1. each row as it is asked about some images, and these, each set once
+        views = [self._views(row) for row in rows]
+        asked = [{about["image_key"]: about for _, about in of_row} for of_row in views]
+        texts = [{key: self.image_tokens.texts(about) for key, about in of_row.items()} for of_row in asked]
+        image_sets = {key: about["images"] for of_row in asked for key, about in of_row.items() if about["images"]}
+        prompts = {key: text["prompt"] for of_row in texts for key, text in of_row.items()}
         images = self.image_tokens.process_images(list(image_sets.values()), [prompts[key] for key in image_sets])
         number = {key: index for index, key in enumerate(image_sets)}
-        shown = [number[row["image_key"]] if row["images"] else -1 for row in rows]
 
         # 2. texts, with their images expanded
         answers = []
-        for row, text, index in zip(rows, texts, shown, strict=True):
-            answers.append(self._tokenised(row, text, images.expansions_of(index)))
-        sequences = [sides[side] for side in (0, 1) for _, sides in answers]
-        starts = [start for start, _ in answers] * 2
+        for of_row, row_asked, row_texts in zip(views, asked, texts, strict=True):
+            tokens = {
+                key: self._tokenised(about, row_texts[key], images.expansions_of(number.get(key, -1)))
+                for key, about in row_asked.items()
+            }
+            keys = [about["image_key"] for _, about in of_row]
+            answers.append(
+                [
+                    Answer(tokens[key][1][side], tokens[key][0], number.get(key, -1))
+                    for (side, _), key in zip(of_row, keys, strict=True)
+                ]
+            )
 
-        # 3. trees
+        # 3. trees, what is scored of all rows in the same order
         names = [str(row.get("id")) for row in rows]
-        batch = self.batch_of(sequences, starts, ImageSets(images.inputs, images.counts, shown * 2), names)
+        in_order = [of_row[view] for view in range(2 + len(self.beside)) for of_row in answers]
+        sets = ImageSets(images.inputs, images.counts, [answer.shown for answer in in_order])
+        batch = self.batch_of([a.tokens for a in in_order], [a.start for a in in_order], sets, names)
+        batch = replace(batch, beside=len(self.beside) * len(rows))
 
         # 4. what TRL reads, under its names
         forest = batch.forest
+        of_pairs = forest.edge_of[: 2 * len(rows)]
         # one column in front stands for the last prompt token: TRL shifts by one
-        mask = torch.nn.functional.pad((forest.edge_of >= 0).long(), (1, 0))
-        ids = torch.nn.functional.pad(forest.edge_token[forest.edge_of.clamp(min=0)], (1, 0)) * mask
-        references = {
-            name: torch.tensor([row[name] for row in rows])
-            for name in ("ref_chosen_logps", "ref_rejected_logps")
-            if name in rows[0]
-        }
+        mask = torch.nn.functional.pad((of_pairs >= 0).long(), (1, 0))
+        ids = torch.nn.functional.pad(forest.edge_token[of_pairs.clamp(min=0)], (1, 0)) * mask
+        references = {name: torch.tensor([row[name] for row in rows]) for name in REFERENCES if name in rows[0]}
         return {
             "input_ids": ids,
             "completion_mask": mask,
@@ -151,6 +186,13 @@ class ForestCollator:
             "forest": batch,
             **references,
         }
+
+    def _views(self, row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+        """What is scored of a row: each time which answer, and the row as it is asked about some images."""
+        if self.beside:
+            refuse_lacking(row["image_key"], row.get("rejected_image_key", ""), f"Row {row.get('id')!r}")
+        own = [(side, shown_by(row, side, self.beside)) for side in ("chosen", "rejected")]
+        return [*own, *((view.answer, shown_as(row, view.shown)) for view in self.beside)]
 
     def check(self, row: Mapping[str, Any], images: ProcessedImages) -> None:
         """Make sure that a pair can be turned into tokens.
@@ -199,7 +241,7 @@ class ForestCollator:
 
     def _tokenised(
         self, row: Mapping[str, Any], texts: Mapping[str, str], expansions: list[list[int]] | None
-    ) -> tuple[int, list[list[int]]]:
+    ) -> tuple[int, dict[str, list[int]]]:
         """Where a row's answers begin, and its chosen and its rejected sequence."""
         prompt = self.image_tokens.prompt(row, texts["prompt"], expansions)
         if self.max_length is not None and len(prompt) >= self.max_length:
@@ -208,6 +250,25 @@ class ForestCollator:
                 f"nothing of its answers within max_length={self.max_length}.",
                 "Raise max_length, or set it to None to cut nothing.",
             )
-        return len(prompt), [
-            (prompt + self.image_tokens.tokens(texts[side]))[: self.max_length] for side in ("chosen", "rejected")
-        ]
+        return len(prompt), {
+            side: (prompt + self.image_tokens.tokens(texts[side]))[: self.max_length] for side in ("chosen", "rejected")
+        }
+
+
+def shown_as(row: Mapping[str, Any], shown: Shown) -> Mapping[str, Any]:
+    """A row asked about its images, about its rejected ones, or about nothing."""
+    if shown == "nothing":
+        return without_images(row)
+    return about_rejected(row) if shown == "rejected_images" else row
+
+
+def shown_by(row: Mapping[str, Any], side: str, beside: Sequence[View] = ()) -> Mapping[str, Any]:
+    """A row as one of a pair's own two answers is about it.
+
+    Args:
+        row: in the normal form.
+        side: "chosen" or "rejected".
+        beside: as for `ForestCollator`.
+    """
+    apart = side == "rejected" and not beside and row.get("rejected_image_key")
+    return shown_as(row, "rejected_images" if apart else "images")

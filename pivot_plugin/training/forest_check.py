@@ -32,7 +32,7 @@ from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_tokens import SEQUENCE, ImageTokens
 
 from .attention import NotATree, observed
-from .batch import ForestBatch, ForestCollator
+from .batch import ForestBatch, ForestCollator, shown_by
 from .decoder_inputs import DecoderInputs, recorded
 from .forward import ForestReading, TokenTypes, answering, on_model, reading_of
 
@@ -190,16 +190,20 @@ def read_rows(
     image_tokens = ImageTokens(processor, adapter.image_token_id)
     # processors read the names of control tokens as these, so that nothing could be compared
     rows = [image_tokens.control_text.without(row) for row in rows]
-    texts = [image_tokens.texts(row) for row in rows]
-    if any(image_tokens.rewrites(row, text["prompt"]) for row, text in zip(rows, texts, strict=True)):
+    asked = [(side, shown_by(row, side)) for side in ("chosen", "rejected") for row in rows]
+    texts = [image_tokens.texts(row) for _, row in asked]
+    if any(image_tokens.rewrites(row, text["prompt"]) for (_, row), text in zip(asked, texts, strict=True)):
         image_tokens = ImageTokens(processor, adapter.image_token_id, whole_prompts=True)
-    prompts = [
-        _whole_prompt(image_tokens, row["images"], text["prompt"]) for row, text in zip(rows, texts, strict=True)
-    ]
+    prompts: dict[tuple[str, str], dict[str, Any]] = {}
+    for (_, row), text in zip(asked, texts, strict=True):
+        key = (row["image_key"], text["prompt"])
+        if key not in prompts:
+            prompts[key] = _whole_prompt(image_tokens, row["images"], text["prompt"])
     sequences = [
-        CheckedSequence(f"row {row.get('id')!r}", prompt, image_tokens.tokens(text[side]))
-        for side in ("chosen", "rejected")
-        for row, text, prompt in zip(rows, texts, prompts, strict=True)
+        CheckedSequence(
+            f"row {row.get('id')!r}", prompts[row["image_key"], text["prompt"]], image_tokens.tokens(text[side])
+        )
+        for (side, row), text in zip(asked, texts, strict=True)
     ]
 
     def batch_of(reading: ForestReading) -> ForestBatch:

@@ -30,6 +30,17 @@ from .sharding import through_tower, whole_head
 HANDED_ON = ("output_router_logits",)
 
 
+@dataclass
+class ForestOutput(FusedCausalLMOutput):  # type: ignore[misc]
+    """What TRL's losses read of the two sequences of each pair, and the log-probabilities of all others.
+
+    Attributes:
+        beside_log_probs: (sequences beside the pairs' own, C), zero for padding; None where there are none.
+    """
+
+    beside_log_probs: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class TokenTypes:
     """What a processor says of each token beside its id, such as whether it stands for an image.
@@ -169,8 +180,8 @@ class _Reader:
     reading: ForestReading
     fused_forward: Callable[..., Any]
 
-    def read(self, batch: ForestBatch, asked: Mapping[str, Any]) -> FusedCausalLMOutput:
-        """The fields TRL's losses read, (S, C) each, zero for padding."""
+    def read(self, batch: ForestBatch, asked: Mapping[str, Any]) -> ForestOutput:
+        """The fields TRL's losses read, (S, C) each of the pairs' sequences, zero for padding."""
         forest, model = batch.forest, self.model
         inputs = {name: as_model_takes(value, model) for name, value in batch.image_inputs.items()}
         shown = [image for images in batch.tree_images for image in images]
@@ -189,11 +200,14 @@ class _Reader:
             value = getattr(scored, part.name)
             if isinstance(value, torch.Tensor) and value.shape == (1, len(forest.edge_token)):
                 per_token[part.name] = per_sequence(value[0], forest.edge_of)
+        of_pairs = len(forest.edge_of) - batch.beside
+        beside = per_token["log_probs"][of_pairs:] if batch.beside else None
+        per_token = {name: values[:of_pairs] for name, values in per_token.items()}
         loss, aux_loss = scored.loss, None
         if routed:
             aux_loss = _load_balancing_loss(model, routed[-1], forest)
             loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
-        return FusedCausalLMOutput(loss=loss, aux_loss=aux_loss, **per_token)
+        return ForestOutput(loss=loss, aux_loss=aux_loss, beside_log_probs=beside, **per_token)
 
     def _order(self, batch: ForestBatch) -> dict[str, Any]:
         """Masks and positions."""

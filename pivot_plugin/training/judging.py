@@ -27,4 +27,7 @@ def judge_of(config: TowerConfig, processor: ProcessorMixin, image_token_id: int
         collator = ConversationCollator(processor, image_token_id, config.plain, config.max_length)
     else:
         collator = ForestCollator(processor, image_token_id, max_length=config.max_length)  # type: ignore[attr-defined]
-    return RowJudge(collator, every_size)
+    terms, made = (getattr(config, name, None) for name in ("image_terms", "rejected_images"))
+    return RowJudge(
+        collator, every_size, ("images",) if terms and made else ("images", "rejected_images") if terms else ()
+    )

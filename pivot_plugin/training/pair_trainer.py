@@ -14,7 +14,8 @@ Overrides, and why each is needed:
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
     _get_train_sampler        pairs that share an image come together
     get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
-    compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
+    compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence; terms that hold
+                              pictures against each other, which TRL has none of, come to its loss
 
 What it shares with the other trainers stands in tower.py.
 
@@ -25,7 +26,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,16 @@ from pivot_plugin.data.blind import WithoutPicture
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
+from pivot_plugin.generation.rejected_images import warn_of_made_looks, with_rejected_images
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
-from .batch import ForestBatch, ForestCollator
+from .batch import REFERENCE_BESIDE, ForestBatch, ForestCollator
 from .forest_check import varied_rows
+from .image_terms import CHOSEN, CHOSEN_ELSEWHERE, REJECTED, ImageTerms
 from .looks import Look
 from .plan import TrainingPlan, unwrapped
-from .reference import ReferenceCache
+from .reference import Logps, ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
 from .sharding import as_it_is
@@ -71,20 +74,31 @@ class PairScores:
 
     Attributes:
         chosen, rejected: (pairs,) natural logarithms, summed over the tokens of an answer.
+        elsewhere: (pairs,) of the chosen answer about the rejected images; None where no term of the loss asks for it.
     """
 
     chosen: torch.Tensor
     rejected: torch.Tensor
+    elsewhere: torch.Tensor | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Preference accuracy (share with chosen above rejected), mean margin and mean log-probabilities."""
+        """Preference accuracy (share with chosen above rejected), mean margin and mean log-probabilities.
+
+        With terms about pictures also the share whose chosen answer is more probable about its own images than about
+        the rejected ones, and by how much.
+        """
         margin = self.chosen - self.rejected
-        return {
+        metrics = {
             "preference_accuracy": (margin > 0).float().mean().item(),
             "margin": margin.mean().item(),
             "logps_chosen": self.chosen.mean().item(),
             "logps_rejected": self.rejected.mean().item(),
         }
+        if self.elsewhere is not None:
+            of_pictures = self.chosen - self.elsewhere
+            metrics["image_accuracy"] = (of_pictures > 0).float().mean().item()
+            metrics["image_margin"] = of_pictures.mean().item()
+        return metrics
 
     def look(self) -> Look:
         """The metrics, and for each pair whether its chosen answer is the more probable one."""
@@ -131,6 +145,13 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
+        self.image_terms = ImageTerms.of(args.image_terms, args.image_weights)
+        if args.rejected_images is not None:
+            pairs = _rejecting(pairs, args, self.image_terms)
+            held_out = None if held_out is None else _rejecting(held_out, args, self.image_terms)
+        sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
+        for source in sources:
+            self.image_terms.check(source)
         # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
         args.precompute_ref_log_probs = isinstance(pairs, PairDataset) and not isinstance(model, PeftModel)
         if isinstance(pairs, PairStream) and self.plan and self.plan.lora is None and kwargs.get("ref_model") is None:
@@ -145,19 +166,20 @@ class PivotTrainer(TowerTraining, DPOTrainer):
                 "max_length": args.max_length,
                 "ld_alpha": args.ld_alpha,
                 "precision": self._precision(args, unwrapped(model)),
+                **({"beside": [view.name for view in self.image_terms.beside]} if self.image_terms else {}),
             }
             if args.precompute_ref_log_probs
             else {}
         )
-        self.reading = self._read_forest(model, args, processing_class, varied_rows(pairs))
+        self.reading = self._read_forest(model, args, processing_class, self.image_terms.with_rows(varied_rows(pairs)))
         self._forest_collator = ForestCollator(
             processing_class,
             self.adapter.image_token_id,
             self.reading.shared,
             args.max_length,
             self.reading.whole_prompts,
+            self.image_terms.beside if self.image_terms else (),
         )
-        sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
         self._collator = Loading(sources, self._forest_collator)
         pointers = iter(pointing(sources))
         train_rows, eval_rows = (
@@ -200,8 +222,11 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return dataset
         # TRL's `evaluate` takes other pairs than those of the constructor
         pairs = load(dataset)
+        if self.args.rejected_images is not None:
+            pairs = _rejecting(pairs, self.args, self.image_terms)
         if isinstance(pairs, PairStream):
             return streaming(pairs)
+        self.image_terms.check(pairs)
         self._collator.sources.append(pairs)
         return pointing([pairs], first=len(self._collator.sources) - 1)[0]
 
@@ -217,9 +242,13 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if missing:
             self._fill(cache, pairs, missing, keys, name, batch_size)
             cached = cache.read()
-        return dataset.add_column("ref_chosen_logps", [cached[key][0] for key in keys]).add_column(
-            "ref_rejected_logps", [cached[key][1] for key in keys]
-        )
+        columns: dict[str, list[Any]] = {"ref_chosen_logps": [cached[key][0] for key in keys]}
+        columns["ref_rejected_logps"] = [cached[key][1] for key in keys]
+        if self.image_terms:
+            columns[REFERENCE_BESIDE] = [list(cached[key][2:]) for key in keys]
+        for column, values in columns.items():
+            dataset = dataset.add_column(column, values)
+        return dataset
 
     def _fill(
         self, cache: ReferenceCache, pairs: PairDataset, missing: list[int], keys: list[str], name: str, size: int
@@ -231,7 +260,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         ordered = [position for group in by_image.values() for position in group]
         share = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        fresh: list[tuple[str, tuple[float, float]]] = []
+        fresh: list[tuple[str, Logps]] = []
         written = time.monotonic()
         bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm or None)
         try:
@@ -239,9 +268,10 @@ class PivotTrainer(TowerTraining, DPOTrainer):
                 for start in range(0, len(share), size):
                     positions = share[start : start + size]
                     batch = self._forest_collator([pairs[position] for position in positions])
-                    scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-                    chosen, rejected = (side.float().tolist() for side in scores)
-                    fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
+                    with _outputs_of(model) as outputs:
+                        scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+                    columns = torch.stack([*scores, *_beside(outputs[-1], len(positions))], dim=1).float().tolist()
+                    fresh += [(keys[p], tuple(values)) for p, values in zip(positions, columns, strict=True)]
                     if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
                         cache.add(fresh)
                         fresh, written = [], time.monotonic()
@@ -279,18 +309,28 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     ) -> Any:
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
         over_step = self._averages_tokens and (num_items_in_batch is not None or self.accelerator.num_processes > 1)
-        watched = per_sequence or over_step or not model.training
-        seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if watched else nullcontext([])
-        with seen as outputs:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        watched = per_sequence or over_step or self.image_terms or not model.training
+        # what TRL does not read it would hand on to the model
+        for_trl = {name: value for name, value in inputs.items() if name != REFERENCE_BESIDE}
+        policy = self.accelerator.unwrap_model(model)
+        seen: AbstractContextManager[list[Any]] = _outputs_of(policy) if watched else nullcontext([])
+        # a reference that is not the policy without its LoRA answers for itself
+        also: AbstractContextManager[list[Any]] = nullcontext([])
+        if self.image_terms and self.ref_model is not None:
+            also = _outputs_of(self.accelerator.unwrap_model(self.ref_model))
+        with seen as outputs, also as of_reference:
+            result = super().compute_loss(model, for_trl, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
+        # the policy is asked first
         if per_sequence:
-            loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
+            loss = loss + self._sft_weight() * _per_sequence_instead(outputs[0].log_probs, inputs["completion_mask"])
         elif over_step:
-            correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"], num_items_in_batch)
+            correction = self._over_all_tokens(outputs[0].log_probs, inputs["completion_mask"], num_items_in_batch)
             loss = loss + self._sft_weight() * correction
         if not model.training and outputs:
-            self._row_scores = self._scored_rows(outputs[-1].log_probs.detach().float(), inputs)
+            self._row_scores = self._scored_rows(outputs[0].log_probs.detach().float(), inputs)
+        if self.image_terms:
+            loss = loss + self._image_loss([*outputs[:1], *(of_reference or outputs[1:])], inputs)
         batch: ForestBatch = inputs["forest"]
         loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
         return (loss, result[1]) if return_outputs else loss
@@ -309,17 +349,33 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         margin = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
         return torch.nn.functional.logsigmoid(self.beta * margin.float())
 
-    @contextmanager
-    def _policy_outputs(self, model: Any) -> Iterator[list[Any]]:
-        """What the policy answers meanwhile; TRL keeps it to itself."""
-        seen: list[Any] = []
-        hook = self.accelerator.unwrap_model(model).register_forward_hook(
-            lambda module, args, output: seen.append(output)
-        )
-        try:
-            yield seen
-        finally:
-            hook.remove()
+    def _image_loss(self, outputs: Sequence[Any], inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The weighted sum of the terms that hold pictures against each other; their values go into the log.
+
+        Args:
+            outputs: of the policy, and of the reference where it was asked.
+            inputs: of the batch, with the reference's log-probabilities where it was not.
+        """
+        pairs = len(inputs["completion_mask"]) // 2
+        policy = _of_pairs(outputs[0], pairs)
+        if REFERENCE_BESIDE in inputs:
+            own = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+            reference = [*own, *inputs[REFERENCE_BESIDE].unbind(dim=1)]
+        else:
+            reference = _of_pairs(outputs[1], pairs)
+        views = (CHOSEN, REJECTED, *self.image_terms.beside)
+        rewards = {view: one - other for view, one, other in zip(views, policy, reference, strict=True)}
+        losses = self.image_terms.losses(rewards, self.beta)
+        margins = self.beta * (rewards[CHOSEN] - rewards[CHOSEN_ELSEWHERE]).detach()
+        logged = {
+            "rewards/image_accuracies": (margins > 0).float(),
+            "rewards/image_margins": margins,
+            **{f"image_terms/{name}": value.detach()[None] for name, value in losses.items()},
+        }
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, values in logged.items():
+            metrics[name].append(self.accelerator.gather(values).mean().item())
+        return torch.stack([self.image_terms.weights[name] * value for name, value in losses.items()]).sum()
 
     def _over_all_tokens(
         self, logps: torch.Tensor, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None
@@ -365,18 +421,19 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             pairs: to score, in batches of `per_device_eval_batch_size`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        chosen, rejected = [], []
+        chosen, rejected, elsewhere = [], [], []
         size = self.args.per_device_eval_batch_size
         with evaluating(model, self.accelerator.device), as_it_is(model):
             for start in range(0, len(pairs), size):
                 positions = range(start, min(start + size, len(pairs)))
                 inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
                 with self.accelerator.autocast():
-                    logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
-                first, second = logps.cpu().chunk(2)
-                chosen.append(first)
-                rejected.append(second)
-        return PairScores(torch.cat(chosen), torch.cat(rejected))
+                    first, second, *others = _of_pairs(model(forest=inputs["forest"]), len(positions))
+                chosen.append(first.float().cpu())
+                rejected.append(second.float().cpu())
+                # the first of them, by the order of `ImageTerms.beside`
+                elsewhere += [other.float().cpu() for other in others[:1]]
+        return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(elsewhere) if elsewhere else None)
 
     def mean_score(self, pairs: PairDataset) -> float:
         """Preference accuracy on some pairs under the model as it is now."""
@@ -409,7 +466,9 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         rows = self.eval_dataset
         if "ref_chosen_logps" not in rows.column_names:
             return self.score(self._collator.source_of(rows))
-        return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
+        elsewhere = torch.tensor(rows[REFERENCE_BESIDE][:])[:, 0] if self.image_terms else None
+        chosen, rejected = (torch.tensor(rows[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps"))
+        return PairScores(chosen, rejected, elsewhere)
 
 
 class _WithoutReferenceModel(TrainerCallback):
@@ -420,6 +479,53 @@ class _WithoutReferenceModel(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._reference_by_name = not args.precompute_ref_log_probs
+
+
+def _rejecting(pairs: PairDataset | PairStream, args: PivotConfig, terms: ImageTerms) -> PairDataset:
+    """Pairs with rejected images, made where they have none.
+
+    Raises:
+        SettingsError: for a stream, or a maker that there is not.
+        DataError: for a row of which nothing can be made.
+    """
+    make = args.rejected_images
+    assert make is not None
+    if isinstance(pairs, PairStream):
+        raise SettingsError(
+            f"rejected_images={make!r} is given for a stream of pairs.",
+            "Give rows with random access, or a stream whose rows have rejected_images.",
+        )
+    if terms.symmetric:
+        logger.warning(
+            "The objective takes each rejected answer for right of its rejected image, and %r makes images without "
+            "asking what they show: mdpo does not take it so.",
+            make,
+        )
+    made = with_rejected_images(pairs, make, args.rejected_difficulty, args.data_seed or args.seed).verify()
+    warn_of_made_looks(made, make)
+    return made
+
+
+@contextmanager
+def _outputs_of(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """What a model answers meanwhile; TRL keeps it to itself."""
+    seen: list[Any] = []
+    hook = model.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _beside(output: Any, pairs: int) -> list[torch.Tensor]:
+    """(pairs,) log-probabilities of each view that is scored beside the pairs' own answers."""
+    logps = getattr(output, "beside_log_probs", None)
+    return [] if logps is None else list(logps.sum(dim=1).split(pairs))
+
+
+def _of_pairs(output: Any, pairs: int) -> list[torch.Tensor]:
+    """(pairs,) log-probabilities of chosen and rejected answers, and of each view beside them."""
+    return [*output.log_probs.sum(dim=1).split(pairs), *_beside(output, pairs)]
 
 
 def _chosen_tokens(completion_mask: torch.Tensor) -> torch.Tensor:

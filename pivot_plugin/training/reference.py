@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 
 from pivot_plugin.files import write_whole
 
-Logps = tuple[float, float]
+# of the chosen and the rejected answer, and of whatever is scored beside them
+Logps = tuple[float, ...]
 _COLUMNS = ("key", "chosen", "rejected")
+_BESIDE = "beside"
 
 
 class ReferenceCache:
@@ -37,13 +39,14 @@ class ReferenceCache:
             write_whole(described_file, described)
 
     def read(self) -> dict[str, Logps]:
-        """All that is known: by pair key, log-probabilities (natural log, summed over tokens) of both answers."""
+        """All that is known: by pair key, log-probabilities (natural log, summed over tokens) of answers."""
         known: dict[str, Logps] = {}
         for part in sorted(self.folder.glob("*.parquet")):
             columns = pq.read_table(part).to_pydict()
+            beside = columns.get(_BESIDE) or [()] * len(columns["key"])
             known.update(
-                (key, (chosen, rejected))
-                for key, chosen, rejected in zip(*(columns[name] for name in _COLUMNS), strict=True)
+                (key, (chosen, rejected, *others))
+                for key, chosen, rejected, others in zip(*(columns[name] for name in _COLUMNS), beside, strict=True)
             )
         return known
 
@@ -52,11 +55,12 @@ class ReferenceCache:
         rows = list(rows)
         if not rows:
             return
-        table = pa.table(
-            {
-                "key": [key for key, _ in rows],
-                "chosen": pa.array([chosen for _, (chosen, _) in rows], pa.float32()),
-                "rejected": pa.array([rejected for _, (_, rejected) in rows], pa.float32()),
-            }
-        )
+        columns = {
+            "key": [key for key, _ in rows],
+            "chosen": pa.array([chosen for _, (chosen, *_) in rows], pa.float32()),
+            "rejected": pa.array([rejected for _, (_, rejected, *_) in rows], pa.float32()),
+        }
+        if len(rows[0][1]) > 2:
+            columns[_BESIDE] = pa.array([others for _, (_, _, *others) in rows], pa.list_(pa.float32()))
+        table = pa.table(columns)
         write_whole(self.folder / f"{uuid.uuid4().hex}.parquet", lambda path: pq.write_table(table, path))

@@ -297,6 +297,30 @@ def test_optimize_on_questions_trains_on_the_model_s_own_answers(world: Path, tm
     assert "are preference pairs" in both.stderr
 
 
+def test_prefs_make_writes_what_optimize_reads_and_no_picture(world: Path, tmp_path: Path) -> None:
+    photos = world / "pairs"
+    (tmp_path / "photos").mkdir()
+    for file in photos.glob("*.png"):
+        Image.open(file).resize((64, 64)).save(tmp_path / "photos" / file.name)
+    arguments = ["prefs", "make", "jigsaw=2,rotation=1", "photos", "-o", "out", "--count", "9", "--difficulty", "0.1"]
+    made = pivot(*arguments, "--json", folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout) == {"rows": 9, "file": "out/questions.jsonl"}
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["made.json", "questions.jsonl"]
+    pairs = pivot(*arguments[:5], "pairs", "--pairs", "--count", "9", folder=tmp_path)
+    assert pairs.returncode == 0, pairs.stderr
+    checked = pivot("prefs", "check", "pairs", folder=tmp_path)
+    assert "9 pairs" in checked.stdout, checked.stdout
+    for wrong, said in (
+        (["jigsw", "photos"], "no maker 'jigsw'"),
+        (["jigsaw=x", "photos"], "'x' is no number"),
+        (["jigsaw", "photos", "--difficulty", "3"], "difficulty is 3.0"),
+        (["jigsaw", "photos", "--count", "0"], "count is 0"),
+    ):
+        refused = pivot("prefs", "make", *wrong, "-o", "never", folder=tmp_path)
+        assert refused.returncode == 1 and said in refused.stderr, (wrong, refused.stderr)
+
+
 def test_an_audit_is_printed_and_kept(world: Path, tmp_path: Path) -> None:
     pairs = ["prefs", "audit", world / "model", world / "pairs", "--max-new-tokens", "4"]
     run = pivot(*pairs, "-o", "audit.json", folder=tmp_path)

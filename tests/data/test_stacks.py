@@ -255,8 +255,8 @@ def test_questions_of_a_stack_are_read_as_they_are(layout: str, file: str, shown
 MESSAGES = [USER, turn("assistant", "a cat")]
 BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     (
-        {"messages": MESSAGES, "rejected_response": "b", "rejected_images": ["1.png"]},
-        "has rejected_images, which would",
+        {"messages": MESSAGES, "rejected_response": "b", "rejected_images": ["1.png", "2.png"]},
+        r"has 1 image\(s\) and 2 rejected image\(s\)",
     ),
     ({"messages": MESSAGES, "rejected_response": "b", "videos": ["1.mp4"]}, "has videos, which would"),
     ({"messages": [USER], "rejected_response": "b"}, "messages end with a turn of 'user'"),
@@ -273,7 +273,7 @@ BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "a?", "input": 3, "chosen": "a", "rejected": "b"}, "is a int"),
     (
         {"chosen_messages": [V1_USER, v1_answer("a")], "rejected_messages": [v1_answer("b")]},
-        "show different images",
+        "no question in common",
     ),
 ]
 

@@ -22,6 +22,7 @@ def test_the_hooks_are_those_of_the_design() -> None:
         "pivot_rewards",
         "pivot_objectives",
         "pivot_probes",
+        "pivot_makers",
         "pivot_sources",
         "pivot_run_started",
         "pivot_run_finished",

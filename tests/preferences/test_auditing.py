@@ -76,6 +76,29 @@ def test_every_number_is_that_of_a_plain_pass(tiny: Tiny) -> None:
     assert [of_pair.pictures for of_pair in report.pairs] == [True, True, True, False]
 
 
+def test_pairs_of_pictures_are_held_against_each_other_by_plain_passes(make: Any) -> None:
+    tiny = make("qwen2_5_vl")
+    pairs = [
+        PAIRS[0] | {"rejected_images": [picture(90, 40, 7)]},
+        row("what is it?", "a red cat", "a red cat", picture(60, 60, 1)) | {"rejected_images": [picture(60, 60, 2)]},
+        PAIRS[3],
+    ]
+    report = audit(tiny[0], pairs, processor=tiny[1], max_new_tokens=3)
+    shown = load(pairs).verify()
+    elsewhere = [{**shown[n], "images": shown[n]["rejected_images"]} for n in (0, 1)]
+    margins = [plain(tiny, shown[n], "a red cat")[0] - plain(tiny, elsewhere[n], "a red cat")[0] for n in (0, 1)]
+    assert [of_pair.image_margin for of_pair in report.pairs[:2]] == pytest.approx(margins, abs=2e-3)
+    assert report.pairs[2].image_margin is None
+    # two answers are held against each other about the pair's own picture; of one the pictures decide
+    answers = plain(tiny, shown[0], "a red cat")[0] - plain(tiny, shown[0], "a red dog!")[0]
+    assert report.pairs[0].margin == pytest.approx(answers, abs=2e-3)
+    assert report.pairs[1].margin == pytest.approx(margins[1], abs=2e-3)
+    assert report.pairs[1].blind_margin == pytest.approx(0, abs=1e-4)
+    assert report.pairs[1].guessable is False
+    assert report.summary()["pictures told apart"] == np.mean([margin > 0 for margin in margins])
+    assert "Of 2 with rejected pictures" in str(report)
+
+
 def said(scene: scenes.Scene, chosen: str, rejected: str) -> dict[str, Any]:
     return row(world.CAPTION_PROMPT, chosen, rejected, scene.image)
 

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pivot_plugin.errors import DataError, SettingsError
-from pivot_plugin.rewards import answer_of, available, reasoning_of, resolve_rewards
+from pivot_plugin.preferences import load_questions
+from pivot_plugin.rewards import answer_of, available, needs_answer, reasoning_of, resolve_rewards
 from pivot_plugin.rewards.overlap import iou
 
 
 def score(name: str, completion: object, answer: object = None) -> Any:
     (function,) = resolve_rewards(name)
-    columns = {} if answer is None else {"answer": [answer]}
+    columns = {"rule": ["accuracy"]} if answer is None else {"rule": ["accuracy"], "answer": [answer]}
     (value,) = function(prompts=["?"], completions=[completion], **columns)  # type: ignore[operator]
     return value
 
@@ -66,6 +67,12 @@ def test_reasoning_is_what_stands_in_its_tags() -> None:
         ("accuracy", "seven", "eight", 0),
         ("accuracy", "a Cat", "cat", 1),
         ("accuracy", "cat", ["dog", "cat"], 1),
+        ("permutation", "2, 1, 3, 4", "2, 1, 3, 4", 1),
+        ("permutation", "The order is <answer>2 1 3 4</answer>", "2, 1, 3, 4", 1),
+        ("permutation", "2, 1, 4, 3", "2, 1, 3, 4", pytest.approx(0.2 * 2 / 4)),
+        ("permutation", "1, 2, 4, 3", "2, 1, 3, 4", 0),
+        ("permutation", "2, 1, 3", "2, 1, 3, 4", 0),
+        ("permutation", "2, 1, 2, 1", "2, 1, 3, 4", 0),
         ("bleu", "the cat sat on the mat", "the cat sat on the mat", pytest.approx(1)),
         ("bleu", "x", "the cat sat on the mat", 0),
         ("rouge_l", "the cat sat", "the cat sat", 1),
@@ -160,3 +167,16 @@ def test_a_reward_is_named_by_where_it_is_written(tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(SettingsError, match=re.escape(message)):
             resolve_rewards(name)
+
+
+def test_a_row_may_name_the_reward_that_judges_it() -> None:
+    (by_rule,) = resolve_rewards("by_rule")
+    assert callable(by_rule)
+    rules = ["permutation", "accuracy", "permutation"]
+    scores = by_rule(["?"] * 3, ["1, 2", "a dog", "2, 1"], rule=rules, answer=["1, 2", "dog", "1, 2"])
+    assert scores == [1.0, 1.0, 0.0]
+    with pytest.raises(SettingsError, match=r"no reward 'permutatoin'.*permutation"):
+        by_rule(["?"], ["1"], rule=["permutatoin"], answer=["1"])
+    questions = load_questions([{"images": [], "question": "?", "answer": "1"}])
+    with pytest.raises(DataError, match="needs a column 'rule'"):
+        needs_answer([by_rule], questions)

@@ -1,5 +1,6 @@
 """What the trainers measure, and that measuring leaves a model as it was."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pivot_plugin.config import InstructConfig, PivotGRPOConfig
 from pivot_plugin.errors import ModelError
 from pivot_plugin.generation.engines import Sampling, TransformersEngine
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.preferences import load, load_conversations, load_questions
+from pivot_plugin.preferences import PairStream, load, load_conversations, load_questions
 from pivot_plugin.training.instruct_trainer import InstructTrainer
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import plan
@@ -151,6 +152,29 @@ def test_the_policy_s_answers_are_listened_to_only_where_a_loss_needs_them(
     trainer.compute_loss(trainer.model, batch)
     assert seen == [hooks]
     assert not policy._forward_hooks
+
+
+def test_the_sft_loss_of_a_stream_is_that_of_a_data_set(make: Any, rows: Any, tmp_path: Path) -> None:
+    """A stream's reference answers in the same step, after the policy, and is not what the loss averages."""
+    losses = []
+    for name in ("set", "stream"):
+        model, processor = make("llava")
+        more = {"loss_type": ["sigmoid", "sft"], "sft_average": "sequence"}
+        trainer = PivotTrainer(
+            model,
+            pivot.PivotConfig(**settings(tmp_path / name, max_steps=1, **more)),
+            rows if name == "set" else PairStream(rows),
+            processing_class=processor,
+            lora=4,
+        )
+        torch.manual_seed(0)
+        for parameter_name, parameter in trainer.model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        items = list(itertools.islice(iter(trainer.train_dataset), len(rows)))
+        batch = trainer._prepare_inputs(trainer.data_collator(items))
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_plan_that_is_given_is_the_one_that_trains(make: Any, rows: Any, tmp_path: Path) -> None:

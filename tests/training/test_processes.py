@@ -50,6 +50,38 @@ ONLINE = textwrap.dedent("""
 """)
 
 
+PICTURES = textwrap.dedent("""
+    import sys
+    sys.path.insert(0, sys.argv[3])
+    import pivot_plugin as pivot
+    from pivot_plugin.testing import build
+    from tests.helpers import picture, row
+
+    model, processor = build("llava")
+    pairs = [row(f"number {n}?", f"it is {n % 10}", "no no no", picture(40, 50, n)) for n in range(8)]
+    pivot.optimize(
+        model, pairs, processor=processor, output_dir=sys.argv[1], lora=4, eval_prefs=pairs[:4], max_steps=3,
+        objective="mdpo", rejected_images="other_picture", per_device_train_batch_size=int(sys.argv[2]),
+        learning_rate=1e-2, use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, warmup_steps=0,
+    )
+""")
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_hold_pictures_against_each_other_as_one_does(tmp_path: Path) -> None:
+    runs = {}
+    for processes, size in ((1, 4), (2, 2)):
+        done = launched(PICTURES, processes, size, tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[processes] = json.loads((tmp_path / str(processes) / "run" / "run.json").read_text())
+    for name in ("loss", "rewards/image_margins", "image_terms/conditional"):
+        curves = [[log[name] for log in run["history"] if name in log] for run in runs.values()]
+        assert len(curves[0]) == 3
+        assert curves[1] == pytest.approx(curves[0], rel=1e-4, abs=1e-5), name
+    assert runs[2]["metrics"]["after"] == pytest.approx(runs[1]["metrics"]["after"], rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.timeout(300)
 def test_groups_of_rollouts_may_lie_across_processes(tmp_path: Path) -> None:
     done = launched(ONLINE, 2, 2, tmp_path / "two")
