@@ -5,7 +5,7 @@ for the last prompt token in front), which is all that TRL's losses and metrics 
 what the model computes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, TypeVar, cast
@@ -16,7 +16,8 @@ from transformers import ProcessorMixin
 from pivot_plugin.errors import DataError
 from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
-from .forest import Forest, build_forest
+from .forest import Forest, RowLayout, build_forest
+from .micro_batches import PARTS, SHARE, runs_that_fit
 
 T = TypeVar("T")
 SharedPrefix = Literal["images", "prompt", "all"]
@@ -89,6 +90,9 @@ class ForestCollator:
             the whole "prompt"; or "all", so that each sequence has a row of its own, with images still processed once.
         max_length: cut sequences to this many tokens, as TRL does; None never cuts.
         whole_prompts: as for `ImageTokens`.
+        layout: how trees stand in rows.
+        max_nodes: of a part of a batch; None for batches in one part.
+        select_images: an adapter's; without it the images of a part are processed anew.
     """
 
     processor: ProcessorMixin
@@ -96,6 +100,9 @@ class ForestCollator:
     shared: SharedPrefix = "images"
     max_length: int | None = None
     whole_prompts: bool | None = None
+    layout: RowLayout = RowLayout()
+    max_nodes: int | None = None
+    select_images: Callable[[Mapping[str, torch.Tensor], int, int], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.image_tokens = ImageTokens(self.processor, self.image_token_id, self.whole_prompts)
@@ -109,7 +116,8 @@ class ForestCollator:
 
         Returns:
             `input_ids`, `completion_mask` (S, 1 + C), `attention_mask` (B, N) and `forest` (a `ForestBatch`), and the
-            reference log-probabilities where the rows have them.
+            reference log-probabilities where the rows have them. A batch that does not fit into `max_nodes` has `parts`
+            instead, each like that, with its `share` of the pairs.
 
         Raises:
             DataError: if `max_length` cuts into a prompt, or images and image tokens of a row disagree.
@@ -127,14 +135,66 @@ class ForestCollator:
         answers = []
         for row, text, index in zip(rows, texts, shown, strict=True):
             answers.append(self._tokenised(row, text, images.expansions_of(index)))
+
+        # 3. what fits together
+        whole = ImageSets(images.inputs, images.counts, shown)
+        runs = self._runs(answers, shown)
+        if len(runs) == 1:
+            return self._collated(rows, answers, whole)
+        return {
+            PARTS: [
+                {
+                    **self._collated(rows[run], answers[run], self._share_of(whole, run, rows, prompts)),
+                    SHARE: (run.stop - run.start) / len(rows),
+                }
+                for run in runs
+            ]
+        }
+
+    def _runs(self, answers: Sequence[tuple[int, list[list[int]]]], shown: Sequence[int]) -> list[slice]:
+        """Runs of pairs that are computed together."""
+        if self.max_nodes is None:
+            return [slice(0, len(answers))]
+        pairs = [
+            [(self._tree(sequence, start, image_set, (pair, side)), sequence) for side, sequence in enumerate(sides)]
+            for pair, ((start, sides), image_set) in enumerate(zip(answers, shown, strict=True))
+        ]
+        return runs_that_fit(pairs, shown, self.max_nodes)
+
+    def _share_of(
+        self, image_sets: ImageSets, run: slice, rows: Sequence[Mapping[str, Any]], prompts: Mapping[Any, str]
+    ) -> ImageSets:
+        """The image sets of a run of pairs."""
+        shown = image_sets.shown[run]
+        numbers = sorted({number for number in shown if number >= 0})
+        position = {number: index for index, number in enumerate(numbers)} | {-1: -1}
+        tokens, of_run = [image_sets.tokens[number] for number in numbers], [position[number] for number in shown]
+        if not numbers:
+            return ImageSets({}, [], of_run)
+        if self.select_images is not None and numbers[-1] - numbers[0] == len(numbers) - 1:
+            first = sum(len(counts) for counts in image_sets.tokens[: numbers[0]])
+            count = sum(len(counts) for counts in tokens)
+            return ImageSets(self.select_images(image_sets.inputs, first, first + count), tokens, of_run)
+        own = {row["image_key"]: row["images"] for row in rows[run] if row["images"]}
+        in_order = sorted(own, key=lambda key: next(shown[i] for i, row in enumerate(rows[run]) if row["image_key"] == key))
+        images = self.image_tokens.process_images([own[key] for key in in_order], [prompts[key] for key in in_order])
+        return ImageSets(images.inputs, images.counts, of_run)
+
+    def _collated(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        answers: Sequence[tuple[int, list[list[int]]]],
+        image_sets: ImageSets,
+    ) -> dict[str, Any]:
+        """Pairs that are computed together, as a batch."""
         sequences = [sides[side] for side in (0, 1) for _, sides in answers]
         starts = [start for start, _ in answers] * 2
 
-        # 3. trees
+        # 1. trees
         names = [str(row.get("id")) for row in rows]
-        batch = self.batch_of(sequences, starts, ImageSets(images.inputs, images.counts, shown * 2), names)
+        batch = self.batch_of(sequences, starts, replace(image_sets, shown=image_sets.shown * 2), names)
 
-        # 4. what TRL reads, under its names
+        # 2. what TRL reads, under its names
         forest = batch.forest
         # one column in front stands for the last prompt token: TRL shifts by one
         mask = torch.nn.functional.pad((forest.edge_of >= 0).long(), (1, 0))
@@ -180,22 +240,32 @@ class ForestCollator:
         """
         groups: dict[object, list[int]] = {}
         for index, (sequence, shown) in enumerate(zip(sequences, image_sets.shown, strict=True)):
-            if self.shared == "images":
-                length = 1 + max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
-            else:
-                length = starts[index]
-            group = index if self.shared == "all" else (shown, tuple(sequence[:length]))
-            groups.setdefault(group, []).append(index)
+            groups.setdefault(self._tree(sequence, starts[index], shown, index), []).append(index)
         first = [0, *accumulate(len(counts) for counts in image_sets.tokens)]
         images_of = [list(range(start, end)) for start, end in pairwise(first)]
         shown_by_group = [image_sets.shown[group[0]] for group in groups.values()]
         return ForestBatch(
-            build_forest(list(groups.values()), sequences, starts),
+            build_forest(list(groups.values()), sequences, starts, self.layout),
             image_sets.inputs,
             [count for counts in image_sets.tokens for count in counts],
             [images_of[shown] if shown >= 0 else [] for shown in shown_by_group],
             names,
         )
+
+    def _tree(self, sequence: Sequence[int], start: int, shown: int, name: Hashable) -> Hashable:
+        """A key that is equal for sequences that share a tree.
+
+        Args:
+            sequence: token ids.
+            start: where its completion begins.
+            shown: the image set that it shows.
+            name: of the sequence alone.
+        """
+        if self.shared == "all":
+            return name
+        if self.shared == "images":
+            start = 1 + max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
+        return shown, tuple(sequence[:start])
 
     def _tokenised(
         self, row: Mapping[str, Any], texts: Mapping[str, str], expansions: list[list[int]] | None

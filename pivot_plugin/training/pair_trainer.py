@@ -14,6 +14,7 @@ Overrides, and why each is needed:
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
     _get_train_sampler        pairs that share an image come together
     get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
+    training_step             a batch that does not fit into `max_nodes` is computed part by part
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
 
 What it shares with the other trainers stands in tower.py.
@@ -47,14 +48,17 @@ from pivot_plugin.files import cache_folder
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
+from . import micro_batches
 from .batch import ForestBatch, ForestCollator
 from .forest_check import varied_rows
+from .micro_batches import PARTS, SHARE, TOKENS, MergedMetrics, as_many, parts_of
 from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
-from .sharding import as_it_is
+from .sharding import as_it_is, is_sharded
 from .tower import TowerTraining
+from .workers import default_workers
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +151,12 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             self.reading.shared,
             args.max_length,
             self.reading.whole_prompts,
+            self.reading.layout,
+            args.max_nodes,
+            self.adapter.select_images,
         )
+        if args.default_workers and isinstance(pairs, PairDataset):
+            args.dataloader_num_workers = default_workers()
         sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
         self._collator = Loading(sources, self._forest_collator)
         pointers = iter(pointing(sources))
@@ -165,6 +174,12 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             peft_config=peft_config,
             callbacks=[*(kwargs.pop("callbacks", None) or []), _WithoutReferenceModel(self)],
             **kwargs,
+        )
+        micro_batches.check(
+            self.loss_types,
+            args.max_nodes,
+            is_sharded(self.accelerator) or self.is_deepspeed_enabled,
+            self.aux_loss_enabled,
         )
         self._reference_by_name = True
         self.callback_handler.pop_callback(_WithoutReferenceModel)
@@ -230,8 +245,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
                 for start in range(0, len(share), size):
                     positions = share[start : start + size]
                     batch = self._forest_collator([pairs[position] for position in positions])
-                    scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-                    chosen, rejected = (side.float().tolist() for side in scores)
+                    scores = [self.compute_ref_log_probs(model, self._prepared(part)) for part in parts_of(batch)]
+                    chosen, rejected = (torch.cat(side).float().tolist() for side in zip(*scores, strict=True))
                     fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
                     if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
                         cache.add(fresh)
@@ -250,6 +265,10 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
+    def _prepared(self, part: dict[str, Any]) -> Any:
+        """A collated batch, or a part of one, on the device."""
+        return self._prepare_inputs({name: value for name, value in part.items() if name != SHARE})
+
     @property
     def _averages_tokens(self) -> bool:
         return "sft" in self.loss_types and self.args.sft_average == "token"
@@ -259,17 +278,39 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """As the parent's; with the chosen tokens of the optimiser step where its loss is their mean."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [part for batch in batches for part in parts_of(batch)]
         several = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
-        if not (batches and several and self._averages_tokens):
+        if not (batches and (several or len(parts) > len(batches)) and self._averages_tokens):
             return batches, items
-        counts = [_chosen_tokens(batch["completion_mask"]).to(device) for batch in batches]
+        counts = [_chosen_tokens(part["completion_mask"]).to(device) for part in parts]
         return batches, self.accelerator.reduce(torch.stack(counts).sum(), "sum")
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the parent's, part by part, where a batch does not fit into `max_nodes`; gradients are those of the whole."""
+        parts = self._parts(inputs)
+        if len(parts) == 1:
+            return super().training_step(model, parts[0], num_items_in_batch)
+        metrics = MergedMetrics(self._metrics["train"])
+        losses = []
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, dict(part), num_items_in_batch))
+        metrics.merge(parts)
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        # in evaluation, which has no backward pass in between; in training parts come one by one
+        evaluates = self.args.max_nodes is not None and not torch.is_grad_enabled() and TOKENS not in inputs
+        if PARTS in inputs or evaluates:
+            return self._loss_of_parts(model, inputs)
+        share, batch_tokens = inputs.pop(SHARE, 1.0), inputs.pop(TOKENS, None)
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
-        over_step = self._averages_tokens and (num_items_in_batch is not None or self.accelerator.num_processes > 1)
+        over_step = self._averages_tokens and (
+            num_items_in_batch is not None or batch_tokens is not None or self.accelerator.num_processes > 1
+        )
         watched = per_sequence or over_step
         seen: AbstractContextManager[list[Any]] = self._policy_outputs(model) if watched else nullcontext([])
         with seen as outputs:
@@ -278,10 +319,13 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if per_sequence:
             loss = loss + self._sft_weight() * _per_sequence_instead(outputs[-1].log_probs, inputs["completion_mask"])
         elif over_step:
-            correction = self._over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"], num_items_in_batch)
+            mean_tokens = batch_tokens
+            if mean_tokens is None:
+                mean_tokens = self._mean_tokens(inputs["completion_mask"], num_items_in_batch)
+            correction = _over_all_tokens(outputs[-1].log_probs, inputs["completion_mask"], mean_tokens, share)
             loss = loss + self._sft_weight() * correction
         batch: ForestBatch = inputs["forest"]
-        loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
+        loss = self._checked(loss * share, model, batch.pair_ids, bool(batch.image_tokens))
         return (loss, result[1]) if return_outputs else loss
 
     @contextmanager
@@ -296,24 +340,38 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         finally:
             hook.remove()
 
-    def _over_all_tokens(
-        self, logps: torch.Tensor, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What to add to TRL's mean over a batch's chosen tokens, so that all batches' mean is that of all tokens.
+    def _loss_of_parts(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch in parts, without gradients in between."""
+        parts = [{SHARE: 1.0, **part} for part in self._parts(inputs)]
+        metrics = MergedMetrics(self._metrics["train" if self.model.training else "eval"])
+        # a repeated part has no share
+        tokens = [_chosen_tokens(part["completion_mask"]) for part in parts if part[SHARE]]
+        mean_tokens = self.accelerator.reduce(torch.stack(tokens).sum(), "mean")
+        losses = [self.compute_loss(model, {**part, TOKENS: mean_tokens}) for part in parts]
+        metrics.merge(parts)
+        return torch.stack(losses).sum()
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts of a collated batch: in every process as many, because each waits for the others in every pass."""
+        parts = parts_of(inputs)
+        if self.args.max_nodes is None or self.accelerator.num_processes == 1:
+            return parts
+        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device))
+        most = int(counts.max())
+        return as_many(parts, most)
+
+    def _mean_tokens(self, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None) -> torch.Tensor:
+        """Chosen tokens of a batch in the mean.
 
         Args:
-            logps, completion_mask: as for `_per_sequence_instead`.
+            completion_mask: (S, 1 + C) of this one.
             step_tokens: chosen tokens of the optimiser step, over its batches and all processes; None outside of
                 training, where a batch of each process stands alone.
         """
-        total = logps.chunk(2)[0].sum()
-        tokens = _chosen_tokens(completion_mask)
         if step_tokens is None:
-            mean_share = self.accelerator.reduce(tokens, "mean")
-        else:
-            # what transformers and the engine divide the loss by
-            mean_share = step_tokens / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
-        return total / tokens.clamp(min=1) - total / mean_share.clamp(min=1)
+            return self.accelerator.reduce(_chosen_tokens(completion_mask), "mean")
+        # what transformers and the engine divide the loss by
+        return step_tokens / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
     def _precision(self, args: PivotConfig, model: PreTrainedModel) -> str:
         """In which log-probabilities are computed: autocast's, which a launcher may bring along, or the model's."""
@@ -345,12 +403,12 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         with evaluating(model, self.accelerator.device), as_it_is(model):
             for start in range(0, len(pairs), size):
                 positions = range(start, min(start + size, len(pairs)))
-                inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
-                with self.accelerator.autocast():
-                    logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
-                first, second = logps.cpu().chunk(2)
-                chosen.append(first)
-                rejected.append(second)
+                for part in parts_of(self._forest_collator([pairs[position] for position in positions])):
+                    with self.accelerator.autocast():
+                        logps = model(forest=self._prepared(part)["forest"]).log_probs.float().sum(dim=1)
+                    first, second = logps.cpu().chunk(2)
+                    chosen.append(first)
+                    rejected.append(second)
         return PairScores(torch.cat(chosen), torch.cat(rejected))
 
     def mean_score(self, pairs: PairDataset) -> float:
@@ -386,6 +444,23 @@ class _WithoutReferenceModel(TrainerCallback):
 def _chosen_tokens(completion_mask: torch.Tensor) -> torch.Tensor:
     """How many tokens the chosen answers of a (S, 1 + C) mask have, chosen ones first."""
     return completion_mask[:, 1:].chunk(2)[0].sum().float()
+
+
+def _over_all_tokens(
+    logps: torch.Tensor, completion_mask: torch.Tensor, mean_tokens: torch.Tensor, share: float
+) -> torch.Tensor:
+    """What to add to TRL's mean over a batch's chosen tokens, so that all batches' mean is that of all tokens.
+
+    Args:
+        logps, completion_mask: as for `_per_sequence_instead`.
+        mean_tokens: chosen tokens of a whole batch, in the mean over batches.
+        share: of its batch's pairs, by which the loss of a part is weighted.
+    """
+    total = logps.chunk(2)[0].sum()
+    if not share:
+        return total * 0.0
+    tokens = _chosen_tokens(completion_mask)
+    return total / tokens.clamp(min=1) - total / (share * mean_tokens.clamp(min=1))
 
 
 def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
