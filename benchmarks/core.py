@@ -3,6 +3,7 @@
     python -m benchmarks.core                          # all shapes of benchmarks.trainer, a few minutes
     python -m benchmarks.core --shape long-answers --rounds 5
     python -m benchmarks.core --padding                # padding of batches of variable resolution alone, seconds
+    python -m benchmarks.core --overhead               # a trainer's step over a bare loop, without and with workers
 
     rows      a row per tree, padded to the largest, one mask of all nodes by all nodes, the head at once
     packed    all trees in one row, attention in runs of queries, the head in slices: what training does
@@ -14,10 +15,12 @@ Sides alternate; medians. Peak memory is that of one step above what was residen
 import argparse
 import copy
 import json
+import os
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +32,7 @@ from peft import get_peft_model
 from PIL import Image
 from trl.trainer.utils import add_fused_lm_head
 
-from benchmarks.trainer import MAKERS, PRESETS, RESULTS, SHAPES, Shape, pairs_of, peak_bytes
+from benchmarks.trainer import MAKERS, PRESETS, RESULTS, SHAPES, Bench, Shape, pairs_of, peak_bytes, timed
 from pivot_plugin.data.pairs import load
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training import forward, scored_head
@@ -37,6 +40,7 @@ from pivot_plugin.training.attention import TREE_SDPA, attend_by
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import RowLayout
 from pivot_plugin.training.plan import plan
+from pivot_plugin.training.workers import VARIABLE, default_workers
 
 SIDES = ("rows", "packed")
 # sides of pictures as they come: photographs and screenshots of many sizes
@@ -80,7 +84,7 @@ class Side:
             chosen, rejected = self.model(forest=self.batch).log_probs.sum(dim=1).chunk(2)
             loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
             loss.backward()
-        self.loss = float(loss)
+        self.loss = loss.item()
         self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad()
         return time.perf_counter() - begun
@@ -148,35 +152,69 @@ def padded_shares(pairs: int, batches: int) -> dict[str, float]:
     return shares
 
 
+def overhead(shape: Shape, rounds: int) -> dict[str, Any]:
+    """A trainer's step over a bare loop on its own batches, without workers and with the default ones."""
+    torch.manual_seed(0)
+    model, processor = MAKERS[shape.model](PRESETS["cpu"][shape.model])
+    workers = {"no workers": "0", f"{default_workers()} worker(s)": str(default_workers())}
+    seconds: dict[str, list[float]] = {name: [] for name in (*workers, "bare")}
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(shape, model, processor, device, False, Path(folder))
+        for _ in range(rounds):
+            for name, count in workers.items():
+                os.environ[VARIABLE] = count
+                trainer, _ = bench.pivot()
+                seconds[name] += timed(trainer, device)
+            seconds["bare"] += bench.bare(trainer)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "shape": shape.name,
+        "seconds": median,
+        "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "over_bare": {name: median[name] / median["bare"] - 1 for name in workers},
+    }
+
+
 def main() -> None:
     """Measure, print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[shape.name for shape in SHAPES], action="append")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--padding", action="store_true")
+    parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     record: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    record["padding"] = {f"{pairs} pairs": padded_shares(pairs, 16 // pairs + 4) for pairs in (2, 8, 16)}
-    for name, shares in record["padding"].items():
-        print(f"padding, batches of {name}: " + ", ".join(f"{side} {share:.1%}" for side, share in shares.items()))
-    if not options.padding:
+    chosen = [shape for shape in SHAPES if not options.shape or shape.name in options.shape]
+    if options.overhead:
+        record["overhead"] = []
+        for shape in chosen:
+            row = overhead(shape, options.rounds)
+            record["overhead"].append(row)
+            over = ", ".join(f"{name} {value:+.1%}" for name, value in row["over_bare"].items())
+            print(f"{shape.name}: bare {row['seconds']['bare']:.2f} s; over it {over}", flush=True)
+    else:
+        record["padding"] = {f"{pairs} pairs": padded_shares(pairs, 16 // pairs + 4) for pairs in (2, 8, 16)}
+        for name, shares in record["padding"].items():
+            print(f"padding, batches of {name}: " + ", ".join(f"{side} {share:.1%}" for side, share in shares.items()))
+    if not (options.padding or options.overhead):
         record["shapes"] = []
-        for shape in SHAPES:
-            if options.shape and shape.name not in options.shape:
-                continue
+        for shape in chosen:
             row = measure(shape, options.rounds)
             record["shapes"].append(row)
-            ratio: Callable[[str], float] = lambda what, row=row: row[what]["packed"] / row[what]["rows"]
+            seconds, peaks = (row[what]["packed"] / row[what]["rows"] for what in ("seconds", "peak_bytes"))
             print(
                 f"{shape.name}: seconds {row['seconds']['rows']:.2f} -> {row['seconds']['packed']:.2f} "
-                f"({ratio('seconds'):.2f}), peak {row['peak_bytes']['rows'] / 2**20:.0f} -> "
-                f"{row['peak_bytes']['packed'] / 2**20:.0f} MiB ({ratio('peak_bytes'):.2f}), padding "
+                f"({seconds:.2f}), peak {row['peak_bytes']['rows'] / 2**20:.0f} -> "
+                f"{row['peak_bytes']['packed'] / 2**20:.0f} MiB ({peaks:.2f}), padding "
                 f"{row['padding']['rows']:.1%} -> {row['padding']['packed']:.1%}",
                 flush=True,
             )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "core.json").write_text(json.dumps(record, indent=1) + "\n")
+    file = options.out / "core.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**earlier, **record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

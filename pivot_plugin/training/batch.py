@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from pivot_plugin.errors import DataError
 from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
-from .forest import Forest, RowLayout, build_forest
+from .forest import ROW_PER_TREE, Forest, RowLayout, build_forest
 from .micro_batches import PARTS, SHARE, runs_that_fit
 
 T = TypeVar("T")
@@ -43,20 +43,24 @@ class ForestBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ForestBatch":
         """The same batch with every tensor on another device."""
-        return _moved(self, device, non_blocking)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ForestBatch":
+        """The same batch in host memory that a GPU copies from while it computes; data loaders ask for it."""
+        return _each_tensor(self, torch.Tensor.pin_memory)
 
 
-def _moved(value: T, device: torch.device | str, non_blocking: bool) -> T:
+def _each_tensor(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
     if isinstance(value, torch.Tensor):
-        return cast(T, value.to(device, non_blocking=non_blocking))
+        return cast(T, change(value))
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return cast(T, [_moved(item, device, non_blocking) for item in value])
+        return cast(T, [_each_tensor(item, change) for item in value])
     if isinstance(value, dict):
-        return cast(T, {key: _moved(item, device, non_blocking) for key, item in value.items()})
+        return cast(T, {key: _each_tensor(item, change) for key, item in value.items()})
     if is_dataclass(value) and not isinstance(value, type):
         # paths and counts are read on the host only
         moved = {
-            field.name: _moved(getattr(value, field.name), device, non_blocking)
+            field.name: _each_tensor(getattr(value, field.name), change)
             for field in fields(value)
             if field.name != "paths"
         }
@@ -100,7 +104,7 @@ class ForestCollator:
     shared: SharedPrefix = "images"
     max_length: int | None = None
     whole_prompts: bool | None = None
-    layout: RowLayout = RowLayout()
+    layout: RowLayout = ROW_PER_TREE
     max_nodes: int | None = None
     select_images: Callable[[Mapping[str, torch.Tensor], int, int], dict[str, torch.Tensor]] | None = None
 
@@ -175,9 +179,11 @@ class ForestCollator:
             first = sum(len(counts) for counts in image_sets.tokens[: numbers[0]])
             count = sum(len(counts) for counts in tokens)
             return ImageSets(self.select_images(image_sets.inputs, first, first + count), tokens, of_run)
-        own = {row["image_key"]: row["images"] for row in rows[run] if row["images"]}
-        in_order = sorted(own, key=lambda key: next(shown[i] for i, row in enumerate(rows[run]) if row["image_key"] == key))
-        images = self.image_tokens.process_images([own[key] for key in in_order], [prompts[key] for key in in_order])
+        of_number = dict(zip(shown, rows[run], strict=True))
+        of_sets = [of_number[number] for number in numbers]
+        images = self.image_tokens.process_images(
+            [row["images"] for row in of_sets], [prompts[row["image_key"]] for row in of_sets]
+        )
         return ImageSets(images.inputs, images.counts, of_run)
 
     def _collated(

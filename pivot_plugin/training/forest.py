@@ -97,6 +97,9 @@ class RowLayout:
     multiple: int = 1
 
 
+ROW_PER_TREE = RowLayout()
+
+
 @dataclass(frozen=True)
 class Forest:
     """A batch of trees and which of their edges are scored for which sequence. Padding nodes see only themselves.
@@ -154,7 +157,7 @@ def build_forest(
     groups: Sequence[Sequence[int]],
     sequences: Sequence[Sequence[int]],
     starts: Sequence[int],
-    layout: RowLayout | None = None,
+    layout: RowLayout = ROW_PER_TREE,
 ) -> Forest:
     """Build the forest of some sequences.
 
@@ -162,7 +165,7 @@ def build_forest(
         groups: for each tree the indices of its sequences; every sequence stands in exactly one.
         sequences: S token sequences, prompt and completion.
         starts: for each sequence, where its completion starts.
-        layout: of the rows; a row for each tree where None.
+        layout: of the rows.
 
     Raises:
         DataError: for a completion that starts at the first token, which nothing predicts.
@@ -171,7 +174,6 @@ def build_forest(
         raise DataError(
             "A sequence has an empty prompt, so nothing predicts its first token.", "Give every pair a prompt."
         )
-    layout = layout or RowLayout()
     trees = [build_tree([sequences[index] for index in group]) for group in groups]
     lengths = [len(tree.tokens) for tree in trees]
     # where each tree stands: its row, and the node it begins at

@@ -254,7 +254,9 @@ def read_forest(
                 if in_one_row is None:
                     return packed
                 attend_by(model, earlier)
-                logger.info("%s, several trees in a row by %s: %s.", type(model).__name__, implementation, in_one_row.clause)
+                logger.info(
+                    "%s, several trees in a row by %s: %s.", type(model).__name__, implementation, in_one_row.clause
+                )
             in_trees = _difference(model, adapter, reading, passes, batch_of(reading), exact)
             if in_trees is None:
                 return reading

@@ -23,7 +23,7 @@ from pivot_plugin.models.image_features import repeated_features
 
 from .attention import FLEX, TAKE_MASKS, TREE_SDPA, AttentionPattern, NotATree, patterns_of, tree_attention
 from .batch import ForestBatch, SharedPrefix
-from .forest import Forest, RowLayout, per_sequence
+from .forest import ROW_PER_TREE, Forest, RowLayout, per_sequence
 from .scored_head import ScoredHead
 from .sharding import through_tower, whole_head
 from .tree_flex import block_mask
@@ -69,7 +69,7 @@ class ForestReading:
     token_types: Mapping[str, TokenTypes] = field(default_factory=dict)
     first_position: int = 0
     whole_prompts: bool | None = None
-    layout: RowLayout = RowLayout()
+    layout: RowLayout = ROW_PER_TREE
 
     @property
     def shared(self) -> SharedPrefix:

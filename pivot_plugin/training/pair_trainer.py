@@ -26,7 +26,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
@@ -242,9 +242,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
         try:
             with evaluating(model, self.accelerator.device), as_it_is(model):
-                for start in range(0, len(share), size):
-                    positions = share[start : start + size]
-                    batch = self._forest_collator([pairs[position] for position in positions])
+                for positions, batch in self._collated(pairs, share, size):
                     scores = [self.compute_ref_log_probs(model, self._prepared(part)) for part in parts_of(batch)]
                     chosen, rejected = (torch.cat(side).float().tolist() for side in zip(*scores, strict=True))
                     fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
@@ -264,6 +262,24 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             image_keys = self._collator.source_of(rows).image_keys.tolist()
             return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
+
+    def _collated(
+        self, pairs: PairDataset, positions: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Pairs in batches, prepared by workers like those to train on, each with the positions that it holds.
+
+        Args:
+            pairs: to read.
+            positions: of those wanted, in order.
+            size: of a batch, in pairs.
+        """
+
+        def collate(of_batch: list[int]) -> tuple[list[int], dict[str, Any]]:
+            return of_batch, self._forest_collator([pairs[position] for position in of_batch])
+
+        # no more workers than batches
+        workers = min(self.args.dataloader_num_workers, -(-len(positions) // size))
+        yield from DataLoader(list(positions), size, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
 
     def _prepared(self, part: dict[str, Any]) -> Any:
         """A collated batch, or a part of one, on the device."""
@@ -286,7 +302,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         return batches, self.accelerator.reduce(torch.stack(counts).sum(), "sum")
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As the parent's, part by part, where a batch does not fit into `max_nodes`; gradients are those of the whole."""
+        """As the parent's; part by part, with the gradient of the whole, where a batch is larger than `max_nodes`."""
         parts = self._parts(inputs)
         if len(parts) == 1:
             return super().training_step(model, parts[0], num_items_in_batch)
@@ -401,9 +417,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         chosen, rejected = [], []
         size = self.args.per_device_eval_batch_size
         with evaluating(model, self.accelerator.device), as_it_is(model):
-            for start in range(0, len(pairs), size):
-                positions = range(start, min(start + size, len(pairs)))
-                for part in parts_of(self._forest_collator([pairs[position] for position in positions])):
+            for _, batch in self._collated(pairs, range(len(pairs)), size):
+                for part in parts_of(batch):
                     with self.accelerator.autocast():
                         logps = model(forest=self._prepared(part)["forest"]).log_probs.float().sum(dim=1)
                     first, second = logps.cpu().chunk(2)

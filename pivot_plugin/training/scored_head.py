@@ -1,8 +1,8 @@
 """Log-probabilities of scored edges, so many at a time that no tensor of all edges by all words exists.
 
 The backbone runs once. Then the head scores its states a slice at a time, each time as if the backbone had returned
-these alone: TRL's fused head, which computes the logits of its backward pass anew by itself, or the model's own, whatever
-that does to them, which computes them anew by checkpointing.
+these alone: TRL's fused head, which computes logits anew in its backward pass, or the model's own, whatever that does
+to them, which computes them anew by checkpointing.
 
 Notation: E scored edges, D width of the hidden states, V words.
 """
@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 # what the logits of a slice, and all that is made of them on the way, may take
 SLICE_BYTES = 128 * 2**20
-# tensors of the size of the logits that exist together: of TRL's fused head with Triton and without, and of a plain head
+# tensors of the size of the logits that exist together: in TRL's fused head with Triton and without, in a plain head
 FUSED, UNFUSED, OWN = 1, 6, 6
 # words that TRL's fused head looks at together
 FUSED_WORDS = 32_768

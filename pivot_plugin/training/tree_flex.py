@@ -2,8 +2,8 @@
 
 FlexAttention looks at blocks of 128 queries by 128 keys. It skips those in which nobody sees anybody, computes those in
 which everybody sees everybody without a mask, and asks for the others, node by node. Which blocks are which follows
-from the smallest and largest end, depth and image block of the nodes in them. Where that does not tell for sure, a block
-is asked for; it is never skipped.
+from the smallest and largest end, depth and image block of the nodes in them. Where that does not tell for sure, a
+block is asked for; it is never skipped.
 
 Notation: B rows, N nodes of a row, T blocks of nodes in a row.
 """

@@ -60,9 +60,7 @@ def test_a_process_with_fewer_parts_repeats_one_without_a_share() -> None:
 def trainer_of(tiny: Any, rows: Any, folder: Path, **more: Any) -> PivotTrainer:
     model, processor = copy.deepcopy(tiny)
     torch.manual_seed(0)
-    trainer = PivotTrainer(
-        model, PivotConfig(**settings(folder, **more)), rows, processing_class=processor, lora=4
-    )
+    trainer = PivotTrainer(model, PivotConfig(**settings(folder, **more)), rows, processing_class=processor, lora=4)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             # away from the start, where policy and reference are equal
@@ -93,7 +91,9 @@ def test_loss_gradients_and_metrics_of_parts_are_those_of_the_whole(
         assert (len(parts) > 2) == (most is not None)
         if most:
             counts = [part["forest"].forest.node_count for part in parts]
-            assert all(count <= most or len(part["forest"].pair_ids) == 1 for count, part in zip(counts, parts, strict=True))
+            assert all(
+                count <= most or len(part["forest"].pair_ids) == 1 for count, part in zip(counts, parts, strict=True)
+            )
         (batch,), items = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         losses.append(trainer.training_step(trainer.model, batch, items))
         gradients.append([p.grad for p in trainer.model.parameters() if p.grad is not None])

@@ -59,7 +59,9 @@ def _cap(model: Any, final_logit_softcapping: float = 0.0, logit_scale: float = 
 
     def change(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
         scaled = logits * logit_scale
-        return final_logit_softcapping * (scaled / final_logit_softcapping).tanh() if final_logit_softcapping else scaled
+        return (
+            final_logit_softcapping * (scaled / final_logit_softcapping).tanh() if final_logit_softcapping else scaled
+        )
 
     model.get_output_embeddings().register_forward_hook(change)
 

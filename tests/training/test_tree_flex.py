@@ -1,5 +1,6 @@
-"""FlexAttention's blocks of trees against the mask of all nodes, its outputs and gradients, and how often it compiles."""
+"""FlexAttention's blocks of trees against the mask of all nodes, outputs and gradients, and how often it compiles."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -8,12 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention, flex_attention_hop
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from pivot_plugin.training import tree_flex
-from pivot_plugin.training.attention import AttentionPattern, TreeAttention, tree_attention
+from pivot_plugin.data.pairs import PairDataset
+from pivot_plugin.models.find import find_adapter
+from pivot_plugin.training import forward, tree_flex
+from pivot_plugin.training.attention import TREE_SDPA, AttentionPattern, TreeAttention, attend_by, tree_attention
+from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import Forest, RowLayout, build_forest
+from pivot_plugin.training.forest_check import read_rows, varied_rows
 from pivot_plugin.training.tree_flex import block_mask, visited
 from tests.helpers.peaks import LargestTensor
+from tests.helpers.training import normal
 
 IMAGE = 9
 PATTERNS = [
@@ -75,7 +82,8 @@ def test_of_plain_trees_every_block_that_is_visited_is_seen() -> None:
     for query, key in seen[0].nonzero().tolist():
         of_block = mask[query * 128 : (query + 1) * 128, key * 128 : (key + 1) * 128]
         assert of_block.any()
-        assert bool(full[0, query, key]) == bool(of_block.all())
+        # of nodes with themselves a mask is always asked
+        assert bool(full[0, query, key]) == (query != key and bool(of_block.all()))
     assert int(seen.sum()) < seen.shape[1] * (seen.shape[1] + 1) // 2, "blocks of other branches are skipped"
 
 
@@ -102,9 +110,9 @@ def _as_they_are(score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
     return score
 
 
-@pytest.mark.slow
 def test_ten_sizes_compile_twice() -> None:
-    compiled: Any = torch.compile(flex_attention)
+    # what is traced, and when anew, does not depend on who makes kernels of it
+    compiled: Any = torch.compile(flex_attention, backend="aot_eager")
     torch._dynamo.reset()
     counters.clear()
     for size in range(10):
@@ -135,3 +143,58 @@ def test_trees_in_rows_of_their_own_have_blocks_too() -> None:
     mask = block_mask(attention)
     assert mask.shape == (2, 1, 152, 152)
     assert mask.kv_num_blocks.shape == (2, 1, 2)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """transformers' FlexAttention, traced as for a GPU, without kernels made of it."""
+    compiled = torch.compile(flex_attention, backend="aot_eager")
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: compiled)
+    torch._dynamo.reset()
+    counters.clear()
+    return counters
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"], indirect=True)
+def test_models_read_packed_trees_by_flex_attention(tiny: Any, rows: Any, traced: Any) -> None:
+    model, processor = tiny
+    adapter = find_adapter(model)
+    reading = read_rows(model, adapter, processor, varied_rows(PairDataset(rows)), ("flex_attention",))
+    assert reading.layout == RowLayout(True, 128)
+    assert model.config.get_text_config()._attn_implementation == "flex_attention"
+    batches = [
+        ForestCollator(processor, adapter.image_token_id, layout=layout)(normal(rows))["forest"]
+        for layout in (reading.layout, RowLayout())
+    ]
+    traced.clear()
+    with torch.no_grad(), forward.answering(model, adapter, reading):
+        by_flex = model(forest=batches[0]).log_probs
+        for count in (1, 2, 4, 7):
+            model(
+                forest=ForestCollator(processor, adapter.image_token_id, layout=reading.layout)(normal(rows[:count]))[
+                    "forest"
+                ]
+            )
+    # the check has seen one size; the second is compiled for any
+    assert traced["stats"]["unique_graphs"] <= 2
+    attend_by(model, "sdpa")
+    with torch.no_grad(), forward.answering(model, adapter, forward.ForestReading(reading.patterns)):
+        by_sdpa = model(forest=batches[1]).log_probs
+    torch.testing.assert_close(by_flex, by_sdpa, rtol=1e-5, atol=1e-5)
+
+
+def test_where_flex_attention_fails_runs_of_queries_stand_in(
+    llava: Any, rows: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", fail)
+    model, processor = llava
+    with caplog.at_level(logging.INFO):
+        reading = read_rows(
+            model, find_adapter(model), processor, varied_rows(PairDataset(rows)), ("flex_attention", TREE_SDPA)
+        )
+    assert reading.layout == RowLayout(True)
+    assert model.config.get_text_config()._attn_implementation == TREE_SDPA
+    assert "several trees in a row by flex_attention: its forward pass raises RuntimeError: no compiler" in caplog.text

@@ -121,7 +121,12 @@ def test_a_model_that_looks_into_a_mask_is_refused() -> None:
     assert isinstance(mask, TreeMaskTensor)
     assert (mask.shape, mask.dtype, mask.ndim, mask.device.type) == ((1, 1, 4, 4), torch.bool, 4, "cpu")
     assert mask.to("cpu") is mask
-    for look in (lambda: mask[:, :, :, :2], lambda: torch.add(mask, 1), lambda: mask.masked_fill(mask, 0), lambda: mask.float()):
+    for look in (
+        lambda: mask[:, :, :, :2],
+        lambda: torch.add(mask, 1),
+        lambda: mask.masked_fill(mask, 0),
+        lambda: mask.float(),
+    ):
         with pytest.raises(TypeError, match="handed on to attention as it is"):
             look()
 
