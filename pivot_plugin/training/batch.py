@@ -111,6 +111,10 @@ class ForestCollator:
     def __post_init__(self) -> None:
         self.image_tokens = ImageTokens(self.processor, self.image_token_id, self.whole_prompts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # an adapter knows its model, which no worker needs
+        return {**self.__dict__, "select_images": None}
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate pairs, chosen sequences first.
 

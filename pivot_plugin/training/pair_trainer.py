@@ -273,13 +273,18 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             positions: of those wanted, in order.
             size: of a batch, in pairs.
         """
-
-        def collate(of_batch: list[int]) -> tuple[list[int], dict[str, Any]]:
-            return of_batch, self._forest_collator([pairs[position] for position in of_batch])
-
+        collate = _Reading(pairs, self._forest_collator)
         # no more workers than batches
         workers = min(self.args.dataloader_num_workers, -(-len(positions) // size))
-        yield from DataLoader(list(positions), size, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+        # of its own, so that what training draws does not depend on what a cache holds
+        generator = torch.Generator()
+        yield from DataLoader(
+            list(positions),  # type: ignore[arg-type]
+            size,
+            collate_fn=collate,
+            num_workers=workers,
+            generator=generator,
+        )
 
     def _prepared(self, part: dict[str, Any]) -> Any:
         """A collated batch, or a part of one, on the device."""
@@ -444,6 +449,17 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if "ref_chosen_logps" not in rows.column_names:
             return self.score(self._collator.source_of(rows))
         return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Reads and collates pairs by their positions, in a worker."""
+
+    pairs: PairDataset
+    collator: ForestCollator
+
+    def __call__(self, positions: list[int]) -> tuple[list[int], dict[str, Any]]:
+        return positions, self.collator([self.pairs[position] for position in positions])
 
 
 class _WithoutReferenceModel(TrainerCallback):

@@ -69,15 +69,17 @@ def trainer_of(tiny: Any, rows: Any, folder: Path, **more: Any) -> PivotTrainer:
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("family", "more"),
     [
-        {"loss_type": ["sigmoid", "sft", "bco_pair"]},
-        {"loss_type": ["sigmoid", "sft"], "sft_average": "sequence"},
-        {"loss_type": ["ipo"], "use_weighting": True},
+        ("llava", {"loss_type": ["sigmoid", "sft", "bco_pair"]}),
+        ("llava", {"loss_type": ["sigmoid", "sft"], "sft_average": "sequence"}),
+        ("llava", {"loss_type": ["ipo"], "use_weighting": True}),
+        ("qwen2_5_vl", {"loss_type": ["sigmoid", "sft"]}),
+        ("llava_next", {"loss_type": ["sigmoid", "sft"]}),
     ],
     ids=str,
+    indirect=["family"],
 )
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"], indirect=True)
 def test_loss_gradients_and_metrics_of_parts_are_those_of_the_whole(
     tiny: Any, rows: Any, more: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """Batches that other processes prepare: how many there are, and that they are the same batches."""
 
+import multiprocessing
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ def test_workers_are_the_free_cores_at_most_four(
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert default_workers() == expected
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    assert default_workers() == 0, "each would load the libraries and be sent the data"
     monkeypatch.setenv("PIVOT_WORKERS", "7")
     assert default_workers() == 7
 
@@ -57,6 +62,16 @@ def test_what_the_user_says_of_workers_holds(llava: Any, rows: Any, tmp_path: Pa
     assert trainer.args.dataloader_num_workers == 3
 
 
+def test_what_a_worker_is_sent_is_small(llava: Any, rows: Any, tmp_path: Path) -> None:
+    model, processor = llava
+    trainer = PivotTrainer(model, PivotConfig(**settings(tmp_path)), rows, processing_class=processor, lora=4)
+    sent = pickle.dumps(trainer._forest_collator)
+    assert len(sent) < sum(p.numel() for p in model.parameters())
+    batch = pickle.loads(sent)([trainer._collator.sources[0][0]])["forest"]
+    here = trainer._forest_collator([trainer._collator.sources[0][0]])["forest"]
+    assert torch.equal(batch.forest.tokens, here.forest.tokens)
+
+
 def test_a_stream_has_no_workers_of_itself(
     llava: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,3 +82,12 @@ def test_a_stream_has_no_workers_of_itself(
         model, PivotConfig(**settings(tmp_path, max_steps=1)), stream, processing_class=processor, lora=4
     )
     assert trainer.args.dataloader_num_workers == 0
+
+
+def test_scoring_draws_no_random_numbers(llava: Any, rows: Any, tmp_path: Path) -> None:
+    """What training draws must not depend on whether a cache has made a pass over the pairs unnecessary."""
+    model, processor = llava
+    trainer = PivotTrainer(model, PivotConfig(**settings(tmp_path)), rows, processing_class=processor, lora=4)
+    before = torch.get_rng_state()
+    assert len(trainer.score(trainer._collator.sources[0]).chosen) == len(rows)
+    assert torch.equal(torch.get_rng_state(), before)
