@@ -150,6 +150,8 @@ class ForestCollator:
         if len(runs) == 1:
             return self._collated(rows, answers, whole)
         return {
+            # transformers weights the loss of an evaluated batch by the first length that it finds
+            "input_ids": torch.zeros(2 * len(rows), 1, dtype=torch.long),
             PARTS: [
                 {
                     **self._collated(rows[run], answers[run], self._share_of(whole, run, rows, prompts)),

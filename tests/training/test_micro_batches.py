@@ -113,15 +113,25 @@ def test_loss_gradients_and_metrics_of_parts_are_those_of_the_whole(
 
 @pytest.mark.training
 def test_a_run_in_parts_is_the_run(llava: Any, rows: Any, tmp_path: Path) -> None:
-    curves, references = [], []
+    curves, references, evaluated = [], [], []
     for most in (None, 50):
         trainer = trainer_of(
-            llava, rows, tmp_path / str(most), max_nodes=most, max_steps=3, reference_cache=str(tmp_path / f"r{most}")
+            llava,
+            rows,
+            tmp_path / str(most),
+            max_nodes=most,
+            max_steps=3,
+            loss_type=["sigmoid", "sft"],
+            reference_cache=str(tmp_path / f"r{most}"),
+            # a batch of seven pairs and one of a single pair
+            per_device_eval_batch_size=7,
         )
+        evaluated.append(trainer.evaluate(rows)["eval_loss"])
         references.append(trainer.train_dataset["ref_chosen_logps"][:])
         trainer.train()
         curves.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-5)
     assert references[1] == pytest.approx(references[0], abs=1e-4)
 
 
