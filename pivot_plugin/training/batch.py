@@ -158,7 +158,7 @@ class ForestCollator:
                     SHARE: (run.stop - run.start) / len(rows),
                 }
                 for run in runs
-            ]
+            ],
         }
 
     def _runs(self, answers: Sequence[tuple[int, list[list[int]]]], shown: Sequence[int]) -> list[slice]:
