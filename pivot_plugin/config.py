@@ -102,7 +102,7 @@ class PivotConfig(TowerConfig, DPOConfig):
             images, and of the pairs of an image, is drawn anew each epoch.
         max_nodes: tokens, shared ones counted once, that are computed together at most, so that memory is bounded: a
             batch that has more is computed in parts, with the loss and the gradient of the whole. None computes every
-            batch at once. A single pair may have more.
+            batch at once. A single pair may have more. In one process alone.
         reference_cache: folder of the reference log-probabilities; default `~/.cache/pivot_plugin/reference`, or
             `$PIVOT_CACHE/reference`.
         sft_average: what the "sft" loss averages: "token", the mean over all chosen tokens of an optimiser step, over

@@ -84,17 +84,17 @@ def parts_of(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def check(loss_types: Sequence[str], max_nodes: int | None, engine: bool, balances_experts: bool) -> None:
+def check(loss_types: Sequence[str], max_nodes: int | None, processes: int, balances_experts: bool) -> None:
     """Refuse to split what cannot be split.
 
     Args:
         loss_types: TRL's.
         max_nodes: the setting; None splits nothing.
-        engine: whether FSDP or DeepSpeed divides the model.
+        processes: that train together.
         balances_experts: whether a loss looks at the experts of a whole batch.
 
     Raises:
-        SettingsError: for a loss, or an engine, that needs the batch as a whole.
+        SettingsError: for a loss that needs the batch as a whole, and in several processes.
     """
     if max_nodes is None:
         return
@@ -102,8 +102,8 @@ def check(loss_types: Sequence[str], max_nodes: int | None, engine: bool, balanc
     reason = (
         f"the loss {whole[0]!r} compares the pairs of a batch with each other"
         if whole
-        else "FSDP and DeepSpeed want as many passes of every process"
-        if engine
+        else f"{processes} processes train, of which each waits for what the others have of as many pairs"
+        if processes > 1
         else "the balance of experts is one of whole batches"
         if balances_experts
         else None
@@ -136,8 +136,7 @@ class MergedMetrics:
         chosen = torch.tensor([float(sides[0].sum()) for sides in masks])
         rejected = torch.tensor([float(sides[1].sum()) for sides in masks])
         pairs = torch.tensor([float(part[SHARE]) for part in parts])
-        # a part that is computed only because other processes have more has no share
-        tokens = [weights * (pairs > 0) for weights in (chosen + rejected, chosen, rejected)]
+        tokens = [chosen + rejected, chosen, rejected]
         for name, values in self._metrics.items():
             first = self._before.get(name, 0)
             if len(values) - first != len(parts):
@@ -145,15 +144,3 @@ class MergedMetrics:
             weights = tokens[OVER_TOKENS[name]] if name in OVER_TOKENS else pairs
             mean = (torch.tensor(values[first:]) * weights).sum() / weights.sum().clamp(min=1e-9)
             values[first:] = [float(mean)]
-
-
-def as_many(parts: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Parts of a batch, with its first repeated without a share until there are as many.
-
-    Args:
-        parts: of this process.
-        count: of the process that has most.
-    """
-    if len(parts) == count:
-        return parts
-    return [{**parts[0], SHARE: 0.0} for _ in range(count - len(parts))] + [{SHARE: 1.0, **part} for part in parts]

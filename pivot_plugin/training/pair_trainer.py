@@ -51,12 +51,12 @@ from pivot_plugin.models.fingerprints import model_fingerprint, processor_finger
 from . import micro_batches
 from .batch import ForestBatch, ForestCollator
 from .forest_check import varied_rows
-from .micro_batches import PARTS, SHARE, TOKENS, MergedMetrics, as_many, parts_of
+from .micro_batches import PARTS, SHARE, TOKENS, MergedMetrics, parts_of
 from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
-from .sharding import as_it_is, is_sharded
+from .sharding import as_it_is
 from .tower import TowerTraining
 from .workers import default_workers
 
@@ -124,6 +124,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     ) -> None:
         peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
+        losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+        micro_batches.check(losses, args.max_nodes, args.world_size, _balances_experts(args, unwrapped(model)))
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
         # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
@@ -174,12 +176,6 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             peft_config=peft_config,
             callbacks=[*(kwargs.pop("callbacks", None) or []), _WithoutReferenceModel(self)],
             **kwargs,
-        )
-        micro_batches.check(
-            self.loss_types,
-            args.max_nodes,
-            is_sharded(self.accelerator) or self.is_deepspeed_enabled,
-            self.aux_loss_enabled,
         )
         self._reference_by_name = True
         self.callback_handler.pop_callback(_WithoutReferenceModel)
@@ -308,15 +304,11 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """As the parent's; part by part, with the gradient of the whole, where a batch is larger than `max_nodes`."""
-        parts = self._parts(inputs)
+        parts = parts_of(inputs)
         if len(parts) == 1:
             return super().training_step(model, parts[0], num_items_in_batch)
         metrics = MergedMetrics(self._metrics["train"])
-        losses = []
-        for number, part in enumerate(parts, 1):
-            last = number == len(parts)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, dict(part), num_items_in_batch))
+        losses = [super(PivotTrainer, self).training_step(model, dict(part), num_items_in_batch) for part in parts]
         metrics.merge(parts)
         return torch.stack(losses).sum()
 
@@ -324,8 +316,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # in evaluation, which has no backward pass in between; in training parts come one by one
-        evaluates = self.args.max_nodes is not None and not torch.is_grad_enabled() and TOKENS not in inputs
-        if PARTS in inputs or evaluates:
+        if PARTS in inputs:
             return self._loss_of_parts(model, inputs)
         share, batch_tokens = inputs.pop(SHARE, 1.0), inputs.pop(TOKENS, None)
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
@@ -363,23 +354,12 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     def _loss_of_parts(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a batch in parts, without gradients in between."""
-        parts = [{SHARE: 1.0, **part} for part in self._parts(inputs)]
+        parts = parts_of(inputs)
         metrics = MergedMetrics(self._metrics["train" if self.model.training else "eval"])
-        # a repeated part has no share
-        tokens = [_chosen_tokens(part["completion_mask"]) for part in parts if part[SHARE]]
-        mean_tokens = self.accelerator.reduce(torch.stack(tokens).sum(), "mean")
-        losses = [self.compute_loss(model, {**part, TOKENS: mean_tokens}) for part in parts]
+        tokens = torch.stack([_chosen_tokens(part["completion_mask"]) for part in parts]).sum()
+        losses = [self.compute_loss(model, {**part, TOKENS: tokens}) for part in parts]
         metrics.merge(parts)
         return torch.stack(losses).sum()
-
-    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The parts of a collated batch: in every process as many, because each waits for the others in every pass."""
-        parts = parts_of(inputs)
-        if self.args.max_nodes is None or self.accelerator.num_processes == 1:
-            return parts
-        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device))
-        most = int(counts.max())
-        return as_many(parts, most)
 
     def _mean_tokens(self, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None) -> torch.Tensor:
         """Chosen tokens of a batch in the mean.
@@ -451,6 +431,15 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         return PairScores(torch.tensor(rows["ref_chosen_logps"][:]), torch.tensor(rows["ref_rejected_logps"][:]))
 
 
+def _balances_experts(args: PivotConfig, model: PreTrainedModel) -> bool:
+    """Whether TRL adds a loss of how evenly a mixture of experts is used."""
+    config = model.config.get_text_config()
+    weight = args.router_aux_loss_coef
+    if weight is None:
+        weight = getattr(config, "router_aux_loss_coef", 0.0)
+    return hasattr(config, "output_router_logits") and weight != 0.0
+
+
 @dataclass(frozen=True)
 class _Reading:
     """Reads and collates pairs by their positions, in a worker."""
@@ -488,8 +477,6 @@ def _over_all_tokens(
         share: of its batch's pairs, by which the loss of a part is weighted.
     """
     total = logps.chunk(2)[0].sum()
-    if not share:
-        return total * 0.0
     tokens = _chosen_tokens(completion_mask)
     return total / tokens.clamp(min=1) - total / (share * mean_tokens.clamp(min=1))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.training.forest import build_tree
-from pivot_plugin.training.micro_batches import NodeCount, as_many, parts_of, runs_that_fit
+from pivot_plugin.training.micro_batches import NodeCount, check, parts_of, runs_that_fit
 from tests.helpers.training import settings
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=6)
@@ -51,10 +51,21 @@ def test_pairs_of_one_image_stay_together_where_they_fit() -> None:
     assert runs_that_fit(pairs, ["a", "b", "b", "c"], 1000) == [slice(0, 4)]
 
 
-def test_a_process_with_fewer_parts_repeats_one_without_a_share() -> None:
-    parts = as_many([{"input_ids": 1}], 3)
-    assert [part["share"] for part in parts] == [0.0, 0.0, 1.0]
-    assert as_many([{"a": 1}], 1) == [{"a": 1}]
+@pytest.mark.parametrize(
+    ("losses", "processes", "balances", "problem"),
+    [
+        (["sigmoid", "aot"], 1, False, "the loss 'aot' compares the pairs of a batch"),
+        (["sigmoid"], 2, False, "2 processes train"),
+        (["sigmoid"], 1, True, "balance of experts"),
+    ],
+)
+def test_what_needs_the_batch_as_a_whole_is_refused(
+    losses: list[str], processes: int, balances: bool, problem: str
+) -> None:
+    check(losses, None, processes, balances)
+    check(["sigmoid", "sft"], 99, 1, False)
+    with pytest.raises(SettingsError, match=problem):
+        check(losses, 99, processes, balances)
 
 
 def trainer_of(tiny: Any, rows: Any, folder: Path, **more: Any) -> PivotTrainer:
