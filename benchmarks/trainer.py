@@ -54,7 +54,8 @@ from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.testing.families import TOKEN, byte_tokenizer, chat_template
 from pivot_plugin.training import forward
-from pivot_plugin.training.plan import plan
+from pivot_plugin.training.attention import attend_by
+from pivot_plugin.training.plan import plan, unwrapped
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 3
@@ -302,7 +303,8 @@ class Bench:
         adapter = find_adapter(model)
         lora = plan(adapter, "encoder", 16).lora
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-        forward.install(model, adapter)
+        attend_by(model, unwrapped(trainer.model).config.get_text_config()._attn_implementation)
+        forward.install(model, adapter, trainer.reading)
         peft = get_peft_model(model, lora)
         if self.checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -42,6 +42,8 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
         train: which parts train: "encoder" (the vision tower), "encoder+projector", "all" (the paper's setting); with
             the tower as it is: "language_model" (cold starts that teach format), "projector" (alignment) or
             "projector+language_model" (instruction, transplants).
+        dataloader_num_workers: processes that read and process images ahead of training; by default as many as there
+            are cores beside the training's own, at most four (`$PIVOT_WORKERS`), for data that are no stream.
         frozen: paths of modules that stay as they are although their part trains.
         learning_rates: rates of single parts ("encoder", "projector", "language_model"); others use `learning_rate`.
         patience: evaluations in a row without a better one before the run stops early; None never stops early. Counts
@@ -59,6 +61,9 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are read as a whole."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin host memory; default where there is a GPU."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that prepare batches; default the free cores, at most four."}
     )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are sent."})
     restore_callback_states_from_checkpoint: bool = field(
@@ -83,6 +88,9 @@ class TowerConfig(_Settings):  # type: ignore[misc, valid-type]
                 setattr(self, new, getattr(self, old))
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # the trainer decides, once it has seen the data
+        self.default_workers = self.dataloader_num_workers is None
+        self.dataloader_num_workers = self.dataloader_num_workers or 0
         super().__post_init__()
 
 
@@ -93,6 +101,9 @@ class PivotConfig(TowerConfig, DPOConfig):
     Args:
         group_by_image: put pairs that share an image into one batch, so that they share its tokens; the order of
             images, and of the pairs of an image, is drawn anew each epoch.
+        max_nodes: tokens, shared ones counted once, that are computed together at most, so that memory is bounded: a
+            batch that has more is computed in parts, with the loss and the gradient of the whole. None computes every
+            batch at once. A single pair may have more. In one process alone.
         reference_cache: folder of the reference log-probabilities; default `~/.cache/pivot_plugin/reference`, or
             `$PIVOT_CACHE/reference`.
         image_terms: terms of the loss that hold pictures against each other, beside `loss_type`: "conditional" and
@@ -111,6 +122,7 @@ class PivotConfig(TowerConfig, DPOConfig):
 
     max_length: int | None = field(default=None, metadata={"help": "Cut sequences to this many tokens."})
     group_by_image: bool = field(default=True, metadata={"help": "Batch pairs that share an image together."})
+    max_nodes: int | None = field(default=None, metadata={"help": "Tokens computed together at most."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
     image_terms: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(IMAGE_TERMS)}."})
     image_weights: list[float] | None = field(default=None, metadata={"help": "Of the image terms."})
@@ -121,6 +133,8 @@ class PivotConfig(TowerConfig, DPOConfig):
     def __post_init__(self) -> None:
         if self.sft_average not in ("token", "sequence"):
             raise SettingsError(f"sft_average is {self.sft_average!r}.", "Choose 'token' or 'sequence'.")
+        if self.max_nodes is not None and self.max_nodes < 1:
+            raise SettingsError(f"max_nodes is {self.max_nodes}.", "Give 1 or more tokens, or None.")
         super().__post_init__()
         self._check_image_terms()
 

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # models of this size gain nothing by threads, and two workers with two threads each lose
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a batch of a tiny model is prepared sooner than a process starts
+os.environ.setdefault("PIVOT_WORKERS", "0")
 
 import hypothesis
 import pytest

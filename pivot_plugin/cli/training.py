@@ -132,9 +132,7 @@ def optimize(
     ):
         if value is not None:
             options[name] = value
-    made = making_options(
-        said.of("make", make), said.of("difficulty", difficulty), said.of("count", count)
-    )
+    made = making_options(said.of("make", make), said.of("difficulty", difficulty), said.of("count", count))
     online = objective in early.ONLINE
     questions = online or bool(rewards) or bool(made)
     early.check_objective(objective)

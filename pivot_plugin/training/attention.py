@@ -8,7 +8,8 @@ name; a tree's masks are made of the same relations, with the depth of a node as
 Notation: L tokens of a sequence; B trees, N nodes of the largest tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -18,7 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .forest import Forest
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-TAKE_MASKS = ("sdpa", "eager", "flex_attention")
+# as tree_sdpa.py registers it with transformers
+TREE_SDPA, FLEX = "pivot_tree_sdpa", "flex_attention"
+# nodes that FlexAttention looks at together
+FLEX_BLOCK = 128
+TAKE_MASKS = ("sdpa", "eager", FLEX, TREE_SDPA)
 
 
 Block = Literal["image", "images", "prompt"]
@@ -77,16 +82,67 @@ def take_masks(model: PreTrainedModel) -> str | None:
     Returns:
         what the decoder had where it was switched, else None.
     """
-    configs = [model.config.get_text_config()]
-    configs += [module.config for module in model.get_decoder().modules() if isinstance(module, PreTrainedModel)]
     earlier = None
-    for config in configs:
+    for config in _decoder_configs(model):
         if config._attn_implementation in TAKE_MASKS:
             continue
         earlier = config._attn_implementation
-        # not by set_attn_implementation, which would look for the package of flash attention on the way back
         config._attn_implementation_internal = "sdpa" if model.get_decoder()._supports_sdpa else "eager"
     return earlier
+
+
+def attend_by(model: PreTrainedModel, implementation: str) -> str:
+    """Have a model's decoder compute attention in another way.
+
+    Args:
+        model: the MLLM, without a peft model around it.
+        implementation: one of `TAKE_MASKS`.
+
+    Returns:
+        what it had.
+    """
+    configs = _decoder_configs(model)
+    earlier: str = configs[0]._attn_implementation
+    for config in configs:
+        # not by set_attn_implementation, which would look for the package of flash attention on the way back
+        config._attn_implementation_internal = implementation
+    return earlier
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """As `attend_by`, meanwhile."""
+    earlier = attend_by(model, implementation)
+    try:
+        yield
+    finally:
+        attend_by(model, earlier)
+
+
+def _decoder_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    inner = [module.config for module in model.get_decoder().modules() if isinstance(module, PreTrainedModel)]
+    return [model.config.get_text_config(), *inner]
+
+
+def packing_attention(model: PreTrainedModel) -> tuple[str, ...]:
+    """In which ways a model's decoder may compute several trees of one row without a mask of the whole row, best first.
+
+    Args:
+        model: on the device that it trains on, after `take_masks`.
+
+    Returns:
+        attention implementations; none for a model that somebody has told to compute otherwise.
+    """
+    config = model.config.get_text_config()
+    chosen = config._attn_implementation
+    if chosen in (FLEX, TREE_SDPA):
+        return (chosen,)
+    if chosen != "sdpa":
+        return ()
+    # FlexAttention has no backward pass on the host, and no dropout anywhere
+    flexes = model.device.type == "cuda" and getattr(model.get_decoder(), "_supports_flex_attn", False)
+    drops = bool(getattr(config, "attention_dropout", 0.0))
+    return (FLEX, TREE_SDPA) if flexes and not drops else (TREE_SDPA,)
 
 
 class NotATree(Exception):
@@ -134,14 +190,18 @@ def blocks(kind: Block, is_image: torch.Tensor, prompt: int) -> torch.Tensor:
 
 
 def _sees(
-    before: torch.Tensor, distance: torch.Tensor, same_block: torch.Tensor | None, pattern: AttentionPattern
+    before: torch.Tensor, distance: torch.Tensor | None, same_block: torch.Tensor | None, pattern: AttentionPattern
 ) -> torch.Tensor:
-    """Whether a token sees another, given whether that stands before it, how far, and whether they share a block."""
-    if pattern.window is not None and not pattern.block_in_window:
-        before = before & (distance < pattern.window)
+    """Whether a token sees another, given whether that stands before it, how far, and whether they share a block.
+
+    How far matters in a window alone.
+    """
+    near = None if pattern.window is None or distance is None else distance < pattern.window
+    if near is not None and not pattern.block_in_window:
+        before = before & near
     allowed = before if same_block is None else before | same_block
-    if pattern.window is not None and pattern.block_in_window:
-        allowed = allowed & (distance < pattern.window)
+    if near is not None and pattern.block_in_window:
+        allowed = allowed & near
     return allowed
 
 
@@ -190,6 +250,16 @@ class TreeAttention:
     block: torch.Tensor | None
     pattern: AttentionPattern
 
+    def in_int32(self) -> "TreeAttention":
+        """The same in numbers of half the size."""
+        block = None if self.block is None else self.block.int()
+        return replace(self, end=self.end.int(), depth=self.depth.int(), block=block)
+
+    def to(self, device: torch.device) -> "TreeAttention":
+        """The same on another device."""
+        block = None if self.block is None else self.block.to(device)
+        return replace(self, end=self.end.to(device), depth=self.depth.to(device), block=block)
+
     def sees(self, tree: torch.Tensor, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Whether a node sees another, in the form FlexAttention asks it.
 
@@ -202,7 +272,7 @@ class TreeAttention:
             same_block = (self.block[tree, query] == self.block[tree, key]) & (self.block[tree, query] >= 0)
         return _sees(
             (key <= query) & (query < self.end[tree, key]),
-            self.depth[tree, query] - self.depth[tree, key],
+            None if self.pattern.window is None else self.depth[tree, query] - self.depth[tree, key],
             same_block,
             self.pattern,
         )
@@ -213,18 +283,6 @@ class TreeAttention:
         node = torch.arange(nodes, device=self.end.device)
         tree = torch.arange(trees, device=self.end.device)
         return self.sees(tree[:, None, None], None, node[None, :, None], node[None, None])[:, None]
-
-    def block_mask(self) -> object:
-        """The same as a FlexAttention block mask, which skips the blocks where nobody sees anybody."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        trees, nodes = self.end.shape
-
-        # a plain function: bound methods are refused
-        def sees(tree: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return self.sees(tree, head, query, key)
-
-        return create_block_mask(sees, trees, None, nodes, nodes, device=self.end.device)
 
 
 def tree_attention(pattern: AttentionPattern, forest: Forest, is_image: torch.Tensor) -> TreeAttention:
@@ -238,7 +296,10 @@ def tree_attention(pattern: AttentionPattern, forest: Forest, is_image: torch.Te
     block = None
     if pattern.block is not None:
         block = torch.full_like(forest.depth, -1)
-        for (tree, path), prompt in zip(forest.placed(), forest.prompt_lengths(), strict=True):
+        of_trees = zip(forest.sequence_tree.tolist(), forest.placed(), forest.prompt_lengths(), strict=True)
+        for tree, (row, path), prompt in of_trees:
             nodes = path.to(block.device)
-            block[tree, nodes] = blocks(pattern.block, is_image[tree, nodes], prompt)
+            of_sequence = blocks(pattern.block, is_image[row, nodes], prompt)
+            # no sequence has as many blocks as a row has nodes, so that trees of one row have none in common
+            block[row, nodes] = torch.where(of_sequence < 0, -1, of_sequence + tree * forest.depth.shape[1])
     return TreeAttention(forest.end, forest.depth, block, pattern)

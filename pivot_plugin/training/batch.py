@@ -5,7 +5,7 @@ for the last prompt token in front), which is all that TRL's losses and metrics 
 what the model computes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, TypeVar, cast
@@ -17,8 +17,9 @@ from pivot_plugin.data.judging import refuse_lacking
 from pivot_plugin.errors import DataError
 from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
-from .forest import Forest, build_forest
+from .forest import ROW_PER_TREE, Forest, RowLayout, build_forest
 from .image_terms import Shown, View, about_rejected, without_images
+from .micro_batches import PARTS, SHARE, runs_that_fit
 
 T = TypeVar("T")
 # (pairs,) of a pair's two answers, and (pairs, views) of what is scored beside them
@@ -49,20 +50,24 @@ class ForestBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ForestBatch":
         """The same batch with every tensor on another device."""
-        return _moved(self, device, non_blocking)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ForestBatch":
+        """The same batch in host memory that a GPU copies from while it computes; data loaders ask for it."""
+        return _each_tensor(self, torch.Tensor.pin_memory)
 
 
-def _moved(value: T, device: torch.device | str, non_blocking: bool) -> T:
+def _each_tensor(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
     if isinstance(value, torch.Tensor):
-        return cast(T, value.to(device, non_blocking=non_blocking))
+        return cast(T, change(value))
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return cast(T, [_moved(item, device, non_blocking) for item in value])
+        return cast(T, [_each_tensor(item, change) for item in value])
     if isinstance(value, dict):
-        return cast(T, {key: _moved(item, device, non_blocking) for key, item in value.items()})
+        return cast(T, {key: _each_tensor(item, change) for key, item in value.items()})
     if is_dataclass(value) and not isinstance(value, type):
         # paths and counts are read on the host only
         moved = {
-            field.name: _moved(getattr(value, field.name), device, non_blocking)
+            field.name: _each_tensor(getattr(value, field.name), change)
             for field in fields(value)
             if field.name != "paths"
         }
@@ -113,6 +118,9 @@ class ForestCollator:
         whole_prompts: as for `ImageTokens`.
         beside: what is scored beside the two answers of a pair about its own images. Where nothing is, a rejected
             answer is about the row's rejected images, if it has any.
+        layout: how trees stand in rows.
+        max_nodes: of a part of a batch; None for batches in one part.
+        select_images: an adapter's; without it the images of a part are processed anew.
     """
 
     processor: ProcessorMixin
@@ -121,9 +129,16 @@ class ForestCollator:
     max_length: int | None = None
     whole_prompts: bool | None = None
     beside: tuple[View, ...] = ()
+    layout: RowLayout = ROW_PER_TREE
+    max_nodes: int | None = None
+    select_images: Callable[[Mapping[str, torch.Tensor], int, int], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.image_tokens = ImageTokens(self.processor, self.image_token_id, self.whole_prompts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # an adapter knows its model, which no worker needs
+        return {**self.__dict__, "select_images": None}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate pairs, chosen sequences first.
@@ -135,7 +150,8 @@ class ForestCollator:
         Returns:
             `input_ids`, `completion_mask` (S, 1 + C), `attention_mask` (B, N) and `forest` (a `ForestBatch`), and the
             reference log-probabilities where the rows have them. S sequences are two of each pair; what is scored
-            beside them stands behind them in the forest alone.
+            beside them stands behind them in the forest alone. A batch that does not fit into `max_nodes` has `parts`
+            instead, each like that, with its `share` of the pairs.
 
         Raises:
             DataError: if `max_length` cuts into a prompt, or images and image tokens of a row disagree.
@@ -165,14 +181,72 @@ class ForestCollator:
                 ]
             )
 
-        # 3. trees, what is scored of all rows in the same order
+        # 3. what fits together
+        runs = self._runs(answers)
+        if len(runs) == 1:
+            return self._collated(rows, answers, images)
+        given = [(image_sets[key], prompts[key]) for key in image_sets]
+        return {
+            # transformers weights the loss of an evaluated batch by the first length that it finds
+            "input_ids": torch.zeros(2 * len(rows), 1, dtype=torch.long),
+            PARTS: [
+                {
+                    **self._collated(rows[run], *self._share_of(answers[run], images, given)),
+                    SHARE: (run.stop - run.start) / len(rows),
+                }
+                for run in runs
+            ],
+        }
+
+    def _runs(self, answers: Sequence[Sequence[Answer]]) -> list[slice]:
+        """Runs of pairs that are computed together."""
+        if self.max_nodes is None:
+            return [slice(0, len(answers))]
+        pairs = [
+            [(self._tree(one.tokens, one.start, one.shown, id(one)), one.tokens) for one in of_row]
+            for of_row in answers
+        ]
+        shown = [tuple(one.shown for one in of_row) for of_row in answers]
+        return runs_that_fit(pairs, shown, self.max_nodes)
+
+    def _share_of(
+        self,
+        answers: Sequence[Sequence[Answer]],
+        images: ProcessedImages,
+        given: Sequence[tuple[Sequence[Any], str]],
+    ) -> tuple[list[list[Answer]], ProcessedImages]:
+        """A run of pairs, and the images that it shows.
+
+        Args:
+            answers: of the run.
+            images: of the whole batch, processed.
+            given: for each image set of the batch its images as they are, and a prompt that shows them.
+        """
+        numbers = sorted({one.shown for of_row in answers for one in of_row if one.shown >= 0})
+        position = {number: index for index, number in enumerate(numbers)} | {-1: -1}
+        of_run = [[replace(one, shown=position[one.shown]) for one in of_row] for of_row in answers]
+        if not numbers:
+            return of_run, replace(images, inputs={}, counts=[])
+        if self.select_images is not None and numbers[-1] - numbers[0] == len(numbers) - 1:
+            counts = [images.counts[number] for number in numbers]
+            first = sum(len(of_set) for of_set in images.counts[: numbers[0]])
+            inputs = self.select_images(images.inputs, first, first + sum(len(of_set) for of_set in counts))
+            return of_run, replace(images, inputs=inputs, counts=counts)
+        sets = [given[number] for number in numbers]
+        return of_run, self.image_tokens.process_images([shown for shown, _ in sets], [prompt for _, prompt in sets])
+
+    def _collated(
+        self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[Answer]], images: ProcessedImages
+    ) -> dict[str, Any]:
+        """Pairs that are computed together, as a batch."""
+        # 1. trees, what is scored of all rows in the same order
         names = [str(row.get("id")) for row in rows]
         in_order = [of_row[view] for view in range(2 + len(self.beside)) for of_row in answers]
         sets = ImageSets(images.inputs, images.counts, [answer.shown for answer in in_order])
         batch = self.batch_of([a.tokens for a in in_order], [a.start for a in in_order], sets, names)
         batch = replace(batch, beside=len(self.beside) * len(rows))
 
-        # 4. what TRL reads, under its names
+        # 2. what TRL reads, under its names
         forest = batch.forest
         of_pairs = forest.edge_of[: 2 * len(rows)]
         # one column in front stands for the last prompt token: TRL shifts by one
@@ -222,22 +296,32 @@ class ForestCollator:
         """
         groups: dict[object, list[int]] = {}
         for index, (sequence, shown) in enumerate(zip(sequences, image_sets.shown, strict=True)):
-            if self.shared == "images":
-                length = 1 + max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
-            else:
-                length = starts[index]
-            group = index if self.shared == "all" else (shown, tuple(sequence[:length]))
-            groups.setdefault(group, []).append(index)
+            groups.setdefault(self._tree(sequence, starts[index], shown, index), []).append(index)
         first = [0, *accumulate(len(counts) for counts in image_sets.tokens)]
         images_of = [list(range(start, end)) for start, end in pairwise(first)]
         shown_by_group = [image_sets.shown[group[0]] for group in groups.values()]
         return ForestBatch(
-            build_forest(list(groups.values()), sequences, starts),
+            build_forest(list(groups.values()), sequences, starts, self.layout),
             image_sets.inputs,
             [count for counts in image_sets.tokens for count in counts],
             [images_of[shown] if shown >= 0 else [] for shown in shown_by_group],
             names,
         )
+
+    def _tree(self, sequence: Sequence[int], start: int, shown: int, name: Hashable) -> Hashable:
+        """A key that is equal for sequences that share a tree.
+
+        Args:
+            sequence: token ids.
+            start: where its completion begins.
+            shown: the image set that it shows.
+            name: of the sequence alone.
+        """
+        if self.shared == "all":
+            return name
+        if self.shared == "images":
+            start = 1 + max((i for i, token in enumerate(sequence) if token == self.image_token_id), default=-1)
+        return shown, tuple(sequence[:start])
 
     def _tokenised(
         self, row: Mapping[str, Any], texts: Mapping[str, str], expansions: list[list[int]] | None

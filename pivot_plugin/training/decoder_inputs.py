@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .tree_sdpa import TreeMaskTensor
+
 
 @dataclass
 class DecoderInputs:
@@ -127,7 +129,7 @@ def seen(mask: Any, rows: int, length: int, device: torch.device) -> torch.Tenso
 
     Args:
         mask: None for plain causality; (B, 1 or heads, L, L) booleans, or numbers to be added to the scores; (B, L) for
-            padding; or a FlexAttention block mask.
+            padding; a FlexAttention block mask; or a mask of trees.
         rows: B.
         length: L.
         device: of the answer.
@@ -138,6 +140,8 @@ def seen(mask: Any, rows: int, length: int, device: torch.device) -> torch.Tenso
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(rows, length, length)
     if mask is None:
         return causal
+    if isinstance(mask, TreeMaskTensor):
+        return mask.tree_mask.dense()
     if not isinstance(mask, torch.Tensor):
         from torch.nn.attention.flex_attention import create_mask
 

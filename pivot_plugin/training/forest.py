@@ -15,7 +15,7 @@ nothing of images, families, positions or losses.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -83,33 +83,54 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """How trees stand in the rows of a batch.
+
+    Trees of one row cannot see each other: a node sees its ancestors alone.
+
+    Attributes:
+        packed: all trees one behind the other in a single row, which leaves nothing to pad; else a row for each.
+        multiple: of nodes that a row is padded to.
+    """
+
+    packed: bool = False
+    multiple: int = 1
+
+
+ROW_PER_TREE = RowLayout()
+
+
+@dataclass(frozen=True)
 class Forest:
     """A batch of trees and which of their edges are scored for which sequence. Padding nodes see only themselves.
 
-    An edge leads from a parent node to one of its children; it is scored once, however many sequences it belongs to.
+    Trees stand in the rows in their order. An edge leads from a parent node to one of its children; it is scored once,
+    however many sequences it belongs to.
 
     Attributes:
         tokens: (B, N) token of each node, 0 for padding.
         depth: (B, N) position of each node in its sequence.
         end: (B, N) index after the last descendant.
         is_node: (B, N) false for padding.
-        edge_tree: (E,) tree of each scored edge.
+        edge_row: (E,) row of each scored edge.
         edge_parent: (E,) node that predicts the edge's token.
         edge_token: (E,) the token predicted.
         edge_of: (S, C) edge of each completion token, -1 for padding.
         sequence_tree: (S,) tree of each sequence.
-        paths: for each sequence the nodes of its tokens.
+        sequence_row: (S,) row that its tree stands in.
+        paths: for each sequence the nodes of its tokens, in its row.
     """
 
     tokens: torch.Tensor
     depth: torch.Tensor
     end: torch.Tensor
     is_node: torch.Tensor
-    edge_tree: torch.Tensor
+    edge_row: torch.Tensor
     edge_parent: torch.Tensor
     edge_token: torch.Tensor
     edge_of: torch.Tensor
     sequence_tree: torch.Tensor
+    sequence_row: torch.Tensor
     paths: list[torch.Tensor]
 
     @property
@@ -123,8 +144,8 @@ class Forest:
         return sum(len(path) for path in self.paths)
 
     def placed(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """For each sequence its tree, and the nodes of its tokens there."""
-        return zip(self.sequence_tree.tolist(), self.paths, strict=True)
+        """For each sequence its row, and the nodes of its tokens there."""
+        return zip(self.sequence_row.tolist(), self.paths, strict=True)
 
     def prompt_lengths(self) -> list[int]:
         """For each sequence how many tokens stand before its completion."""
@@ -132,13 +153,19 @@ class Forest:
         return [len(path) - completion for path, completion in zip(self.paths, completions, strict=True)]
 
 
-def build_forest(groups: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Forest:
+def build_forest(
+    groups: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    layout: RowLayout = ROW_PER_TREE,
+) -> Forest:
     """Build the forest of some sequences.
 
     Args:
         groups: for each tree the indices of its sequences; every sequence stands in exactly one.
         sequences: S token sequences, prompt and completion.
         starts: for each sequence, where its completion starts.
+        layout: of the rows.
 
     Raises:
         DataError: for a completion that starts at the first token, which nothing predicts.
@@ -148,47 +175,55 @@ def build_forest(groups: Sequence[Sequence[int]], sequences: Sequence[Sequence[i
             "A sequence has an empty prompt, so nothing predicts its first token.", "Give every pair a prompt."
         )
     trees = [build_tree([sequences[index] for index in group]) for group in groups]
+    lengths = [len(tree.tokens) for tree in trees]
+    # where each tree stands: its row, and the node it begins at
+    if layout.packed:
+        rows, first = [0] * len(trees), [0, *accumulate(lengths)][:-1]
+    else:
+        rows, first = list(range(len(trees))), [0] * len(trees)
     sequence_tree = np.zeros(len(sequences), dtype=np.int64)
     paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
     for number, (group, tree) in enumerate(zip(groups, trees, strict=True)):
         for index, path in zip(group, tree.paths, strict=True):
-            sequence_tree[index], paths[index] = number, path
+            sequence_tree[index], paths[index] = number, path + first[number]
 
     edges: dict[tuple[int, int], int] = {}
-    edge_tree, edge_parent, edge_token, edge_of = [], [], [], []
+    edge_row, edge_parent, edge_token, edge_of = [], [], [], []
     for index, start in enumerate(starts):
         owner = int(sequence_tree[index])
         row = []
         for parent, child in pairwise(paths[index][start - 1 :].tolist()):
             if (owner, child) not in edges:
                 edges[owner, child] = len(edges)
-                edge_tree.append(owner)
+                edge_row.append(rows[owner])
                 edge_parent.append(parent)
-                edge_token.append(int(trees[owner].tokens[child]))
+                edge_token.append(int(trees[owner].tokens[child - first[owner]]))
             row.append(edges[owner, child])
         edge_of.append(torch.tensor(row, dtype=torch.long))
 
-    widest = max(len(tree.tokens) for tree in trees)
-    end = torch.arange(1, widest + 1).repeat(len(trees), 1)
-    for number, tree in enumerate(trees):
-        end[number, : len(tree.end)] = torch.from_numpy(tree.end)
-    lengths = torch.tensor([len(tree.tokens) for tree in trees])
+    filled = [0] * (max(rows) + 1)
+    for number, row_number in enumerate(rows):
+        filled[row_number] = first[number] + lengths[number]
+    shape = (len(filled), -(-max(filled) // layout.multiple) * layout.multiple)
+    tokens, depth = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    end = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))
+    for tree, row_number, begin in zip(trees, rows, first, strict=True):
+        nodes = slice(begin, begin + len(tree.tokens))
+        tokens[row_number, nodes], depth[row_number, nodes] = tree.tokens, tree.depth
+        end[row_number, nodes] = tree.end + begin
     return Forest(
-        tokens=_padded([tree.tokens for tree in trees]),
-        depth=_padded([tree.depth for tree in trees]),
-        end=end,
-        is_node=torch.arange(widest) < lengths[:, None],
-        edge_tree=torch.tensor(edge_tree, dtype=torch.long),
+        tokens=torch.from_numpy(tokens),
+        depth=torch.from_numpy(depth),
+        end=torch.from_numpy(end),
+        is_node=torch.arange(shape[1]) < torch.tensor(filled)[:, None],
+        edge_row=torch.tensor(edge_row, dtype=torch.long),
         edge_parent=torch.tensor(edge_parent, dtype=torch.long),
         edge_token=torch.tensor(edge_token, dtype=torch.long),
         edge_of=pad_sequence(edge_of, batch_first=True, padding_value=-1),
         sequence_tree=torch.from_numpy(sequence_tree),
+        sequence_row=torch.tensor(rows)[torch.from_numpy(sequence_tree)],
         paths=[torch.from_numpy(path) for path in paths],
     )
-
-
-def _padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
-    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
 
 
 def per_sequence(values: torch.Tensor, edge_of: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ own head. Compared are, in this order:
     log-probabilities of every scored token                         up to rounding, computed in float32 where memory
                                                                     allows it, so that half precision hides nothing
 
-Who sees whom is read off the plain passes on the way (attention.py). A model that differs in its trees gets one
-sequence per row instead, which is compared in the same way; a model that differs there too is refused.
+Who sees whom is read off the plain passes on the way (attention.py). Trees stand in one row; a model that differs there
+gets a row per tree, one that differs in that a row per sequence, each compared in the same way, and one that differs
+there too is refused.
 """
 
 import logging
@@ -31,9 +32,10 @@ from pivot_plugin.errors import ModelError, said
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_tokens import SEQUENCE, ImageTokens
 
-from .attention import NotATree, observed
+from .attention import FLEX, FLEX_BLOCK, NotATree, attend_by, observed
 from .batch import ForestBatch, ForestCollator, shown_by
 from .decoder_inputs import DecoderInputs, recorded
+from .forest import RowLayout
 from .forward import ForestReading, TokenTypes, answering, on_model, reading_of
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,11 @@ def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(
-    model: PreTrainedModel, adapter: VisionAdapter, processor: ProcessorMixin, rows: Sequence[Mapping[str, Any]]
+    model: PreTrainedModel,
+    adapter: VisionAdapter,
+    processor: ProcessorMixin,
+    rows: Sequence[Mapping[str, Any]],
+    packing: Sequence[str] = (),
 ) -> ForestReading:
     """How a model and its processor read a forest, shown on some rows.
 
@@ -182,6 +188,7 @@ def read_rows(
         adapter: of its family.
         processor: the model's own.
         rows: pairs in the normal form, with PIL images and `image_key`.
+        packing: as for `read_forest`.
 
     Raises:
         ModelError: if the model computes something else of a forest than of the rows by themselves, naming what
@@ -208,12 +215,13 @@ def read_rows(
 
     def batch_of(reading: ForestReading) -> ForestBatch:
         whole = image_tokens.whole_prompts
-        batch: ForestBatch = ForestCollator(processor, adapter.image_token_id, reading.shared, whole_prompts=whole)(
-            rows
-        )["forest"]
+        collator = ForestCollator(
+            processor, adapter.image_token_id, reading.shared, whole_prompts=whole, layout=reading.layout
+        )
+        batch: ForestBatch = collator(rows)["forest"]
         return batch.to(model.device)
 
-    reading = read_forest(model, adapter, sequences, batch_of)
+    reading = read_forest(model, adapter, sequences, batch_of, packing)
     return replace(reading, whole_prompts=image_tokens.whole_prompts)
 
 
@@ -223,6 +231,7 @@ def read_forest(
     adapter: VisionAdapter,
     sequences: Sequence[CheckedSequence],
     batch_of: Callable[[ForestReading], ForestBatch],
+    packing: Sequence[str] = (),
 ) -> ForestReading:
     """How a model reads a forest, shown on some sequences.
 
@@ -231,6 +240,9 @@ def read_forest(
         adapter: of its family.
         sequences: of some rows, in the order in which `batch_of` has them.
         batch_of: makes the forest batch of the same rows for a reading.
+        packing: attention implementations for several trees in one row, to be tried in this order. The model's decoder
+            keeps the first by which it computes the same; where there is none it keeps its own, and trees have a row
+            each.
 
     Raises:
         ModelError: if the model computes something else of a forest than of the sequences, naming what differs.
@@ -241,6 +253,16 @@ def read_forest(
         by_row = replace(reading, patterns={}, no_trees=reading.no_trees or "")
         in_trees = None
         if reading.no_trees is None:
+            for implementation in packing:
+                packed = replace(reading, layout=RowLayout(True, FLEX_BLOCK if implementation == FLEX else 1))
+                earlier = attend_by(model, implementation)
+                in_one_row = _difference(model, adapter, packed, passes, batch_of(packed), exact)
+                if in_one_row is None:
+                    return packed
+                attend_by(model, earlier)
+                logger.info(
+                    "%s, several trees in a row by %s: %s.", type(model).__name__, implementation, in_one_row.clause
+                )
             in_trees = _difference(model, adapter, reading, passes, batch_of(reading), exact)
             if in_trees is None:
                 return reading
@@ -387,8 +409,8 @@ def _difference(
 ) -> _Difference | None:
     """The first thing that differs between the plain passes and the same sequences in a forest; None for nothing."""
     forest = batch.forest
-    for one, (tree, path) in zip(passes, forest.placed(), strict=True):
-        if forest.tokens[tree, path].tolist() != one.sequence.tokens.tolist():
+    for one, (row, path) in zip(passes, forest.placed(), strict=True):
+        if forest.tokens[row, path].tolist() != one.sequence.tokens.tolist():
             return _Difference("tokens", f"the tokens of {one.sequence.name} are not those that its processor makes")
     try:
         with answering(model, adapter, reading), recorded(model, forest.tokens.shape[1]) as decoder:
@@ -396,10 +418,10 @@ def _difference(
     # whatever a foreign forward pass raises of inputs it was not made for is a finding here
     except Exception as error:
         return _Difference("forward pass", f"its forward pass stops in {_where(error)} with {said(error)}")
-    for index, (one, (tree, path)) in enumerate(zip(passes, forest.placed(), strict=True)):
+    for index, (one, (row, path)) in enumerate(zip(passes, forest.placed(), strict=True)):
         nodes = path.to(model.device)
         for compare in (_position_difference, _mask_difference, _embedding_difference):
-            apart = compare(one, decoder, tree, nodes, exact)
+            apart = compare(one, decoder, row, nodes, exact)
             if apart is not None:
                 return apart
         gap = (logps[index, : len(one.logps)] - one.logps).abs()
@@ -413,11 +435,11 @@ def _difference(
 
 
 def _position_difference(
-    one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
+    one: _PlainPass, decoder: DecoderInputs, row: int, nodes: torch.Tensor, exact: bool
 ) -> _Difference | None:
     # in one order, so that every process names the same difference
     for name in sorted(one.decoder.per_token.keys() & decoder.per_token.keys()):
-        plain, forest = one.decoder.of_row(name, 0), decoder.of_row(name, tree)[nodes]
+        plain, forest = one.decoder.of_row(name, 0), decoder.of_row(name, row)[nodes]
         if plain.shape != forest.shape:
             continue
         # rotary embeddings of one position differ by rounding alone, of neighbours by a tenth and more
@@ -434,20 +456,20 @@ def _position_difference(
 
 
 def _mask_difference(
-    one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
+    one: _PlainPass, decoder: DecoderInputs, row: int, nodes: torch.Tensor, exact: bool
 ) -> _Difference | None:
     for kind, plain in one.decoder.masks.items():
-        sees = decoder.masks[kind][tree, nodes]
+        sees = decoder.masks[kind][row, nodes]
         if not torch.equal(sees[:, nodes], plain[0]) or not torch.equal(sees.sum(1), plain[0].sum(1)):
             return _Difference("masks", f"tokens of {one.sequence.name} see others in its layers of {kind}")
     return None
 
 
 def _embedding_difference(
-    one: _PlainPass, decoder: DecoderInputs, tree: int, nodes: torch.Tensor, exact: bool
+    one: _PlainPass, decoder: DecoderInputs, row: int, nodes: torch.Tensor, exact: bool
 ) -> _Difference | None:
     assert one.decoder.embeddings is not None and decoder.embeddings is not None
-    plain, forest = one.decoder.embeddings[0].float(), decoder.embeddings[tree, nodes].float()
+    plain, forest = one.decoder.embeddings[0].float(), decoder.embeddings[row, nodes].float()
     gap = (plain - forest).norm(dim=1) / plain.norm(dim=1).clamp(min=1e-6)
     if gap.max().item() > (EMBEDDING_EXACT if exact else EMBEDDING_ROUNDED):
         return _Difference(

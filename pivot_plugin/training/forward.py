@@ -2,7 +2,7 @@
 
 TRL's losses call `model(..., labels=, fused_lm_head=True)` and use only the per-token fields that come back. Here that
 call is answered from the forest: the backbone runs over the trees, the hidden states of the scored edges' parents are
-picked out, and TRL's own fused head scores exactly those.
+picked out, and TRL's own fused head scores exactly those (scored_head.py).
 """
 
 import functools
@@ -21,10 +21,13 @@ from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.image_features import repeated_features
 
-from .attention import TAKE_MASKS, AttentionPattern, NotATree, patterns_of, tree_attention
+from .attention import FLEX, TAKE_MASKS, TREE_SDPA, AttentionPattern, NotATree, patterns_of, tree_attention
 from .batch import ForestBatch, SharedPrefix
-from .forest import Forest, per_sequence
+from .forest import ROW_PER_TREE, Forest, RowLayout, per_sequence
+from .scored_head import ScoredHead
 from .sharding import through_tower, whole_head
+from .tree_flex import block_mask
+from .tree_sdpa import tree_mask
 
 # what a caller may ask of the model beside the forest; the rest of TRL's call the forest stands for
 HANDED_ON = ("output_router_logits",)
@@ -67,6 +70,7 @@ class ForestReading:
         token_types: inputs by name that say something of each token, handed on where a sequence has its own row.
         first_position: of a sequence's first token, where positions count up.
         whole_prompts: whether the processor is given whole prompts, as for `ImageTokens`; found out where None.
+        layout: how its trees stand in rows.
     """
 
     patterns: Mapping[str, AttentionPattern]
@@ -76,6 +80,7 @@ class ForestReading:
     token_types: Mapping[str, TokenTypes] = field(default_factory=dict)
     first_position: int = 0
     whole_prompts: bool | None = None
+    layout: RowLayout = ROW_PER_TREE
 
     @property
     def shared(self) -> SharedPrefix:
@@ -191,7 +196,6 @@ class _Reader:
             distinct, inputs = inputs, inputs | _per_shown_image(inputs, len(batch.image_tokens), shown)
         with (
             repeated_features(model, batch.image_tokens, shown, distinct),
-            _scored_states_only(model, forest),
             _routed(model, bool(asked.get("output_router_logits"))) as routed,
         ):
             scored = self._scored(forest, input_ids=forest.tokens, **self._order(batch), **inputs)
@@ -227,8 +231,8 @@ class _Reader:
             values = torch.zeros_like(forest.tokens)
             for token, value in types.by_token.items():
                 values[forest.tokens == token] = value
-            for (tree, path), prompt in zip(forest.placed(), forest.prompt_lengths(), strict=True):
-                values[tree, path[prompt:]] = types.answer
+            for (row, path), prompt in zip(forest.placed(), forest.prompt_lengths(), strict=True):
+                values[row, path[prompt:]] = types.answer
             inputs[name] = values * forest.is_node
         return inputs
 
@@ -241,8 +245,10 @@ class _Reader:
     def _mask(self, pattern: AttentionPattern, forest: Forest) -> object:
         attention = tree_attention(pattern, forest, self.reading.is_image(forest.tokens, self.adapter.image_token_id))
         kind = self.model.config.get_text_config()._attn_implementation
-        if kind == "flex_attention":
-            return attention.block_mask()
+        if kind == FLEX:
+            return block_mask(attention)
+        if kind == TREE_SDPA and len(forest.tokens) == 1:
+            return tree_mask(attention)
         mask = attention.mask()
         if kind == "eager":
             lowest = torch.finfo(self.model.dtype).min
@@ -251,25 +257,10 @@ class _Reader:
 
     def _scored(self, forest: Forest, **inputs: Any) -> FusedCausalLMOutput:
         """Log-probabilities of the edges, (1, E)."""
-        if not self.reading.own_head:
-            if getattr(self.model.config.get_text_config(), "output_router_logits", False):
-                # TRL's head would ask for them and take the tree's mask for one of padding
-                inputs["output_router_logits"] = False
-            fused = self.fused_forward(**inputs, shift_labels=forest.edge_token[None], fused_lm_head=True)
-            assert isinstance(fused, FusedCausalLMOutput)
-            return fused
-        logits = self.fused_forward(**inputs, use_cache=False).logits.float() / self.reading.temperature
-        every = logits.log_softmax(-1)
-        log_probs = every.gather(-1, forest.edge_token[None, :, None])[..., 0]
-        probs = every.exp()
-        return FusedCausalLMOutput(
-            loss=-log_probs.sum() / max(1, log_probs.numel()),
-            log_probs=log_probs,
-            entropy=-(probs * every).sum(-1),
-            log_sum_sq_probs=(2 * every).logsumexp(-1),
-            mean_logits=logits.mean(-1),
-            is_top1=logits.argmax(-1) == forest.edge_token[None],
-        )
+        outputs = self.model.base_model(**inputs, use_cache=False)
+        states = outputs.last_hidden_state[forest.edge_row, forest.edge_parent][None]
+        head = ScoredHead(self.model, self.fused_forward, inputs, self.reading.own_head, self.reading.temperature)
+        return head.scored(outputs, states, forest.edge_token[None])
 
 
 def _per_shown_image(inputs: Mapping[str, Any], images: int, shown: list[int]) -> dict[str, torch.Tensor]:
@@ -307,8 +298,8 @@ def _load_balancing_loss(model: PreTrainedModel, router_logits: Any, forest: For
     """The auxiliary loss of all sequences: a node counts as often as there are sequences that it belongs to."""
     config = model.config.get_text_config()
     counts = torch.zeros(forest.tokens.shape, device=forest.tokens.device)
-    for tree, path in forest.placed():
-        counts[tree, path.to(counts.device)] += 1
+    for row, path in forest.placed():
+        counts[row, path.to(counts.device)] += 1
     loss: torch.Tensor = load_balancing_loss_func(
         router_logits, number_of_experts(config), config.num_experts_per_tok, counts
     )
@@ -379,28 +370,13 @@ def position_ids(forest: Forest, adapter: VisionAdapter, batch: ForestBatch, fir
     # families count positions in Python loops: on the host, a device is not waited for once per token
     tokens, found = forest.tokens.cpu(), forest.depth.cpu()
     inputs = {name: value if value.is_floating_point() else value.cpu() for name, value in batch.image_inputs.items()}
-    for tree, path in forest.placed():
+    for (row, path), tree in zip(forest.placed(), forest.sequence_tree.tolist(), strict=True):
         images = batch.tree_images[tree]
         share = adapter.select_images(inputs, images[0], images[-1] + 1) if images else {}
-        positions = adapter.positions(tokens[tree, path], share)
+        positions = adapter.positions(tokens[row, path], share)
         if positions is None:
             return forest.depth + first
         if found.ndim < positions.ndim + 1:
             found = found.repeat(len(positions), 1, 1)
-        found[..., tree, path] = positions
+        found[..., row, path] = positions
     return found.to(forest.depth.device)
-
-
-@contextmanager
-def _scored_states_only(model: PreTrainedModel, forest: Forest) -> Iterator[None]:
-    """Have the backbone return only the (1, E, D) states that predict a scored token, for the head to run on."""
-
-    def pick(module: torch.nn.Module, args: object, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[forest.edge_tree, forest.edge_parent][None]
-        return output
-
-    hook = model.base_model.register_forward_hook(pick)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -27,6 +27,7 @@ from .plan import TrainingPlan, unwrapped
 from .rows import Loading, pointing
 from .sharding import through_tower, whole_head
 from .tower import TowerTraining
+from .workers import default_workers
 
 
 class InstructTrainer(TowerTraining, SFTTrainer):
@@ -70,6 +71,8 @@ class InstructTrainer(TowerTraining, SFTTrainer):
             max_length=args.max_length,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+        if args.default_workers:
+            args.dataloader_num_workers = default_workers()
         rows = pointing(sources)
         super().__init__(
             model=model,

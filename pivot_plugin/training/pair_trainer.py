@@ -14,6 +14,7 @@ Overrides, and why each is needed:
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
     _get_train_sampler        pairs that share an image come together
     get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
+    training_step             a batch that does not fit into `max_nodes` is computed part by part
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence; terms that hold
                               pictures against each other, which TRL has none of, come to its loss
 
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
@@ -50,16 +51,19 @@ from pivot_plugin.generation.rejected_images import warn_of_made_looks, with_rej
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
+from . import micro_batches
 from .batch import REFERENCE_BESIDE, ForestBatch, ForestCollator
 from .forest_check import varied_rows
 from .image_terms import CHOSEN, CHOSEN_ELSEWHERE, REJECTED, ImageTerms
 from .looks import Look
+from .micro_batches import PARTS, SHARE, TOKENS, MergedMetrics, parts_of
 from .plan import TrainingPlan, unwrapped
 from .reference import Logps, ReferenceCache
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
 from .sharding import as_it_is
 from .tower import TowerTraining
+from .workers import default_workers
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +147,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     ) -> None:
         peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
+        losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+        micro_batches.check(losses, args.max_nodes, args.world_size, _balances_experts(args, unwrapped(model)))
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
         self.image_terms = ImageTerms.of(args.image_terms, args.image_weights)
@@ -179,7 +185,12 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             args.max_length,
             self.reading.whole_prompts,
             self.image_terms.beside if self.image_terms else (),
+            self.reading.layout,
+            args.max_nodes,
+            self.adapter.select_images,
         )
+        if args.default_workers and isinstance(pairs, PairDataset):
+            args.dataloader_num_workers = default_workers()
         self._collator = Loading(sources, self._forest_collator)
         pointers = iter(pointing(sources))
         train_rows, eval_rows = (
@@ -265,12 +276,8 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm or None)
         try:
             with evaluating(model, self.accelerator.device), as_it_is(model):
-                for start in range(0, len(share), size):
-                    positions = share[start : start + size]
-                    batch = self._forest_collator([pairs[position] for position in positions])
-                    with _outputs_of(model) as outputs:
-                        scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-                    columns = torch.stack([*scores, *_beside(outputs[-1], len(positions))], dim=1).float().tolist()
+                for positions, batch in self._collated(pairs, share, size):
+                    columns = torch.cat([self._reference_of(model, part) for part in parts_of(batch)]).tolist()
                     fresh += [(keys[p], tuple(values)) for p, values in zip(positions, columns, strict=True)]
                     if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
                         cache.add(fresh)
@@ -289,6 +296,39 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
+    def _collated(
+        self, pairs: PairDataset, positions: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Pairs in batches, prepared by workers like those to train on, each with the positions that it holds.
+
+        Args:
+            pairs: to read.
+            positions: of those wanted, in order.
+            size: of a batch, in pairs.
+        """
+        collate = _Reading(pairs, self._forest_collator)
+        # no more workers than batches
+        workers = min(self.args.dataloader_num_workers, -(-len(positions) // size))
+        # of its own, so that what training draws does not depend on what a cache holds
+        generator = torch.Generator()
+        yield from DataLoader(
+            list(positions),  # type: ignore[arg-type]
+            size,
+            collate_fn=collate,
+            num_workers=workers,
+            generator=generator,
+        )
+
+    def _reference_of(self, model: PreTrainedModel, part: dict[str, Any]) -> torch.Tensor:
+        """(pairs, 2 + views) reference log-probabilities of both answers, and of what is scored beside them."""
+        with _outputs_of(model) as outputs:
+            scores = self.compute_ref_log_probs(model, self._prepared(part))
+        return torch.stack([*scores, *_beside(outputs[-1], len(part["completion_mask"]) // 2)], dim=1).float()
+
+    def _prepared(self, part: dict[str, Any]) -> Any:
+        """A collated batch, or a part of one, on the device."""
+        return self._prepare_inputs({name: value for name, value in part.items() if name != SHARE})
+
     @property
     def _averages_tokens(self) -> bool:
         return "sft" in self.loss_types and self.args.sft_average == "token"
@@ -298,17 +338,34 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """As the parent's; with the chosen tokens of the optimiser step where its loss is their mean."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [part for batch in batches for part in parts_of(batch)]
         several = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
-        if not (batches and several and self._averages_tokens):
+        if not (batches and (several or len(parts) > len(batches)) and self._averages_tokens):
             return batches, items
-        counts = [_chosen_tokens(batch["completion_mask"]).to(device) for batch in batches]
+        counts = [_chosen_tokens(part["completion_mask"]).to(device) for part in parts]
         return batches, self.accelerator.reduce(torch.stack(counts).sum(), "sum")
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the parent's; part by part, with the gradient of the whole, where a batch is larger than `max_nodes`."""
+        parts = parts_of(inputs)
+        if len(parts) == 1:
+            return super().training_step(model, parts[0], num_items_in_batch)
+        metrics = MergedMetrics(self._metrics["train"])
+        losses = [super(PivotTrainer, self).training_step(model, dict(part), num_items_in_batch) for part in parts]
+        metrics.merge(parts)
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        # in evaluation, which has no backward pass in between; in training parts come one by one
+        if PARTS in inputs:
+            return self._loss_of_parts(model, inputs)
+        share, batch_tokens = inputs.pop(SHARE, 1.0), inputs.pop(TOKENS, None)
         per_sequence = self.args.sft_average == "sequence" and "sft" in self.loss_types
-        over_step = self._averages_tokens and (num_items_in_batch is not None or self.accelerator.num_processes > 1)
+        over_step = self._averages_tokens and (
+            num_items_in_batch is not None or batch_tokens is not None or self.accelerator.num_processes > 1
+        )
         watched = per_sequence or over_step or self.image_terms or not model.training
         # what TRL does not read it would hand on to the model
         for_trl = {name: value for name, value in inputs.items() if name != REFERENCE_BESIDE}
@@ -325,14 +382,17 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         if per_sequence:
             loss = loss + self._sft_weight() * _per_sequence_instead(outputs[0].log_probs, inputs["completion_mask"])
         elif over_step:
-            correction = self._over_all_tokens(outputs[0].log_probs, inputs["completion_mask"], num_items_in_batch)
+            mean_tokens = batch_tokens
+            if mean_tokens is None:
+                mean_tokens = self._mean_tokens(inputs["completion_mask"], num_items_in_batch)
+            correction = _over_all_tokens(outputs[0].log_probs, inputs["completion_mask"], mean_tokens, share)
             loss = loss + self._sft_weight() * correction
         if not model.training and outputs:
             self._row_scores = self._scored_rows(outputs[0].log_probs.detach().float(), inputs)
         if self.image_terms:
             loss = loss + self._image_loss([*outputs[:1], *(of_reference or outputs[1:])], inputs)
         batch: ForestBatch = inputs["forest"]
-        loss = self._checked(loss, model, batch.pair_ids, bool(batch.image_tokens))
+        loss = self._checked(loss * share, model, batch.pair_ids, bool(batch.image_tokens))
         return (loss, result[1]) if return_outputs else loss
 
     def _scored_rows(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -377,24 +437,32 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             metrics[name].append(self.accelerator.gather(values).mean().item())
         return torch.stack([self.image_terms.weights[name] * value for name, value in losses.items()]).sum()
 
-    def _over_all_tokens(
-        self, logps: torch.Tensor, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What to add to TRL's mean over a batch's chosen tokens, so that all batches' mean is that of all tokens.
+    def _loss_of_parts(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch in parts, without gradients in between."""
+        parts = parts_of(inputs)
+        metrics = MergedMetrics(self._metrics["train" if self.model.training else "eval"])
+        tokens = torch.stack([_chosen_tokens(part["completion_mask"]) for part in parts]).sum()
+        losses, row_scores = [], []
+        for part in parts:
+            losses.append(self.compute_loss(model, {**part, TOKENS: tokens}))
+            row_scores.append(self._row_scores)
+        metrics.merge(parts)
+        whole = [scores for scores in row_scores if scores is not None]
+        self._row_scores = torch.cat(whole) if len(whole) == len(parts) else None
+        return torch.stack(losses).sum()
+
+    def _mean_tokens(self, completion_mask: torch.Tensor, step_tokens: torch.Tensor | None) -> torch.Tensor:
+        """Chosen tokens of a batch in the mean.
 
         Args:
-            logps, completion_mask: as for `_per_sequence_instead`.
+            completion_mask: (S, 1 + C) of this one.
             step_tokens: chosen tokens of the optimiser step, over its batches and all processes; None outside of
                 training, where a batch of each process stands alone.
         """
-        total = logps.chunk(2)[0].sum()
-        tokens = _chosen_tokens(completion_mask)
         if step_tokens is None:
-            mean_share = self.accelerator.reduce(tokens, "mean")
-        else:
-            # what transformers and the engine divide the loss by
-            mean_share = step_tokens / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
-        return total / tokens.clamp(min=1) - total / mean_share.clamp(min=1)
+            return self.accelerator.reduce(_chosen_tokens(completion_mask), "mean")
+        # what transformers and the engine divide the loss by
+        return step_tokens / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
     def _precision(self, args: PivotConfig, model: PreTrainedModel) -> str:
         """In which log-probabilities are computed: autocast's, which a launcher may bring along, or the model's."""
@@ -424,15 +492,16 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         chosen, rejected, elsewhere = [], [], []
         size = self.args.per_device_eval_batch_size
         with evaluating(model, self.accelerator.device), as_it_is(model):
-            for start in range(0, len(pairs), size):
-                positions = range(start, min(start + size, len(pairs)))
-                inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
-                with self.accelerator.autocast():
-                    first, second, *others = _of_pairs(model(forest=inputs["forest"]), len(positions))
-                chosen.append(first.float().cpu())
-                rejected.append(second.float().cpu())
-                # the first of them, by the order of `ImageTerms.beside`
-                elsewhere += [other.float().cpu() for other in others[:1]]
+            for _, batch in self._collated(pairs, range(len(pairs)), size):
+                for part in parts_of(batch):
+                    inputs = self._prepared(part)
+                    with self.accelerator.autocast():
+                        outputs = model(forest=inputs["forest"])
+                    first, second, *others = _of_pairs(outputs, len(inputs["completion_mask"]) // 2)
+                    chosen.append(first.float().cpu())
+                    rejected.append(second.float().cpu())
+                    # the first of them, by the order of `ImageTerms.beside`
+                    elsewhere += [other.float().cpu() for other in others[:1]]
         return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(elsewhere) if elsewhere else None)
 
     def mean_score(self, pairs: PairDataset) -> float:
@@ -469,6 +538,26 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         elsewhere = torch.tensor(rows[REFERENCE_BESIDE][:])[:, 0] if self.image_terms else None
         chosen, rejected = (torch.tensor(rows[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps"))
         return PairScores(chosen, rejected, elsewhere)
+
+
+def _balances_experts(args: PivotConfig, model: PreTrainedModel) -> bool:
+    """Whether TRL adds a loss of how evenly a mixture of experts is used."""
+    config = model.config.get_text_config()
+    weight = args.router_aux_loss_coef
+    if weight is None:
+        weight = getattr(config, "router_aux_loss_coef", 0.0)
+    return hasattr(config, "output_router_logits") and weight != 0.0
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Reads and collates pairs by their positions, in a worker."""
+
+    pairs: PairDataset
+    collator: ForestCollator
+
+    def __call__(self, positions: list[int]) -> tuple[list[int], dict[str, Any]]:
+        return positions, self.collator([self.pairs[position] for position in positions])
 
 
 class _WithoutReferenceModel(TrainerCallback):
@@ -531,6 +620,21 @@ def _of_pairs(output: Any, pairs: int) -> list[torch.Tensor]:
 def _chosen_tokens(completion_mask: torch.Tensor) -> torch.Tensor:
     """How many tokens the chosen answers of a (S, 1 + C) mask have, chosen ones first."""
     return completion_mask[:, 1:].chunk(2)[0].sum().float()
+
+
+def _over_all_tokens(
+    logps: torch.Tensor, completion_mask: torch.Tensor, mean_tokens: torch.Tensor, share: float
+) -> torch.Tensor:
+    """What to add to TRL's mean over a batch's chosen tokens, so that all batches' mean is that of all tokens.
+
+    Args:
+        logps, completion_mask: as for `_per_sequence_instead`.
+        mean_tokens: chosen tokens of a whole batch, in the mean over batches.
+        share: of its batch's pairs, by which the loss of a part is weighted.
+    """
+    total = logps.chunk(2)[0].sum()
+    tokens = _chosen_tokens(completion_mask)
+    return total / tokens.clamp(min=1) - total / (share * mean_tokens.clamp(min=1))
 
 
 def _per_sequence_instead(logps: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:

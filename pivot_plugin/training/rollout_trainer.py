@@ -55,6 +55,7 @@ from pivot_plugin.models.image_tokens import ProcessedImages
 from pivot_plugin.rewards import GuardedReward, Scorer, needs_answer, resolve_rewards
 
 from . import forward
+from .attention import attending_by
 from .batch import ForestBatch, ForestCollator, ImageSets
 from .forest_check import varied_rows
 from .looks import Look
@@ -155,6 +156,7 @@ class Rollouts(TowerTraining):
             self.adapter.image_token_id,
             self.reading.shared,
             whole_prompts=self.reading.whole_prompts,
+            layout=self.reading.layout,
         )
         self._shown: dict[str, _Shown] = {}
         self._rows_now: list[int] | None = None
@@ -203,7 +205,8 @@ class Rollouts(TowerTraining):
         scorer = Scorer(functions, weights, self.args.reward_time_limit)
         size = self.args.per_device_eval_batch_size
         longest = self.max_completion_length
-        scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
+        with attending_by(engine.model, self._plain_attention):
+            scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
         return sum(scores) / len(scores)
 
     def reference_metrics(self) -> dict[str, float]:
@@ -398,9 +401,10 @@ class Rollouts(TowerTraining):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         shown, repeats = self._shown[self._mode], self._repeats()
         # an answer to a tool is about other prompts
-        if not self._generates_here or len(prompt_ids) != len(shown.sets):
-            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         model = self._prefill.model
+        if not self._generates_here or len(prompt_ids) != len(shown.sets):
+            with attending_by(model, self._plain_attention):
+                return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         images_of_all = shown.processed(range(len(shown.images)))
         prompt_images = PromptImages(
             token_counts=[sum(counts) for counts in images_of_all.counts],
@@ -419,7 +423,7 @@ class Rollouts(TowerTraining):
             for only_of_sampling in ("temperature", "top_p", "top_k", "min_p"):
                 setattr(self.generation_config, only_of_sampling, None)
         try:
-            with self._prefill.of(repeats, prompt_images):
+            with attending_by(model, self._plain_attention), self._prefill.of(repeats, prompt_images):
                 return super()._generate_single_turn(
                     prompt_ids[::repeats], images and images[::repeats], *args, **kwargs
                 )

@@ -41,7 +41,7 @@ from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.models.merging import note_adapted_weights
 
 from . import forward
-from .attention import take_masks
+from .attention import attend_by, packing_attention, take_masks
 from .forest_check import read_rows
 from .forward import ForestReading
 from .gradient_check import GradientCheck
@@ -128,11 +128,15 @@ class TowerTraining(Trainer):
                 base.config.get_text_config()._attn_implementation,
                 earlier,
             )
+        # by which the model writes; trees may be computed by another
+        self._plain_attention: str = base.config.get_text_config()._attn_implementation
         # engines that shard a model, and device maps, decide themselves where it is
         if not (settings.fsdp or settings.deepspeed or hasattr(base, "hf_device_map")):
             base.to(settings.device)
         with undivided():
-            reading = read_rows(base, self.adapter, processor, rows)
+            reading = read_rows(base, self.adapter, processor, rows, packing_attention(base))
+        if reading.no_trees is None and not reading.layout.packed:
+            logger.info("%s gets one tree per row, padded to the largest.", type(base).__name__)
         if reading.no_trees is not None:
             logger.warning(
                 "%s gets one sequence per row, images still encoded once: %s.", type(base).__name__, reading.no_trees
@@ -199,12 +203,13 @@ class TowerTraining(Trainer):
         if self._answers_from_forest:
             return
         self._answers_from_forest = True
+        policy = unwrapped(self.accelerator.unwrap_model(self.model))
         # the temperature is the roll-outs'
         reading = replace(self.reading, temperature=getattr(self, "temperature", 1.0))
-        forward.install(unwrapped(self.accelerator.unwrap_model(self.model)), self.adapter, reading, self._blank())
+        forward.install(policy, self.adapter, reading, self._blank())
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
-            take_masks(unwrapped(reference))
+            attend_by(unwrapped(reference), policy.config.get_text_config()._attn_implementation)
             forward.install(reference, find_adapter(reference), reading)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

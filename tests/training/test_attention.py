@@ -20,6 +20,7 @@ from pivot_plugin.training.attention import (
 )
 from pivot_plugin.training.decoder_inputs import recorded, seen
 from pivot_plugin.training.forest import build_forest
+from pivot_plugin.training.tree_flex import block_mask
 
 IMAGE = 9
 PATTERNS = [
@@ -90,8 +91,8 @@ def test_a_flex_attention_mask_says_the_same(pattern: AttentionPattern) -> None:
     sequences = [[1, IMAGE, IMAGE, 2, 5, 6], [1, IMAGE, IMAGE, 2, 5, 7, 8], [1, IMAGE, IMAGE, 2, 4]]
     forest = build_forest([[0, 1, 2]], sequences, [4, 4, 4])
     attention = tree_attention(pattern, forest, forest.tokens == IMAGE)
-    block_mask = attention.block_mask()
-    shown = seen(block_mask, 1, forest.tokens.shape[1], torch.device("cpu"))
+    sparse = block_mask(attention)
+    shown = seen(sparse, 1, forest.tokens.shape[1], torch.device("cpu"))
     assert torch.equal(shown, attention.mask()[:, 0])
 
 

@@ -16,6 +16,7 @@ from pivot_plugin.training import forest_check, forward
 from pivot_plugin.training.attention import AttentionPattern, tree_attention
 from pivot_plugin.training.batch import ForestCollator
 from pivot_plugin.training.forest import build_forest
+from pivot_plugin.training.tree_flex import block_mask
 from tests.helpers.training import normal, settings
 
 
@@ -106,8 +107,8 @@ def test_the_head_runs_on_scored_edges_alone(make: Any, rows: Any, tmp_path: Pat
 def test_the_block_mask_is_the_dense_mask() -> None:
     forest = build_forest([[0, 1, 2], [3]], [[1, 2, 3], [1, 2, 4, 5], [1, 6], [7, 8]], [1] * 4)
     attention = tree_attention(AttentionPattern(), forest, torch.zeros_like(forest.is_node))
-    dense, sparse = attention.mask(), attention.block_mask()
-    found = create_mask(sparse.mask_mod, 2, 1, *dense.shape[2:], device="cpu")  # type: ignore[attr-defined]
+    dense, sparse = attention.mask(), block_mask(attention)
+    found = create_mask(sparse.mask_mod, 2, 1, *dense.shape[2:], device="cpu")
     assert torch.equal(found, dense)
 
 
