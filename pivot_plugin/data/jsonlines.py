@@ -3,6 +3,7 @@
 Rows need not agree in their types, unlike in a table: one may hold text where the next holds messages.
 """
 
+import hashlib
 import json
 import os
 from array import array
@@ -50,13 +51,8 @@ class JsonLines(Sequence[Mapping[str, Any]]):
             return [self[position] for position in range(*index.indices(self._count))]
         if not 0 <= index < self._count:
             raise IndexError(index)
-        number = bisect_right(self._starts, index) - 1
+        line, number, offset = self._line(index)
         path, folder = self._parts[number]
-        offset = self._offsets[number][index - self._starts[number]]
-        with foreign_code(f"{path.name} cannot be read", "Leave the file as it is while it is in use."):
-            file = self._file(number)
-            file.seek(offset)
-            line = file.readline()
         try:
             row = parsed(line)
         # numbers of thousands of digits, brackets in brackets: not every broken text is a JSONDecodeError
@@ -73,6 +69,25 @@ class JsonLines(Sequence[Mapping[str, Any]]):
         if isinstance(row, Mapping) and folder is not None:
             row = {**row, **{name: _below(folder, row[name]) for name in IMAGE_COLUMNS if name in row}}
         return row  # type: ignore[no-any-return]
+
+    def _line(self, index: int) -> tuple[bytes, int, int]:
+        """A line, the number of its file, and where it begins there."""
+        number = bisect_right(self._starts, index) - 1
+        offset = self._offsets[number][index - self._starts[number]]
+        with foreign_code(
+            f"{self._parts[number][0].name} cannot be read", "Leave the file as it is while it is in use."
+        ):
+            file = self._file(number)
+            file.seek(offset)
+            return file.readline(), number, offset
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """A key that is equal for equal lines of equal folders."""
+        digest = hashlib.sha256()
+        for index in indices:
+            line, number, _ = self._line(index)
+            digest.update(f"{self._parts[number][1]} {len(line)} ".encode() + line)
+        return digest.hexdigest()
 
     def _file(self, number: int) -> Any:
         """An open file of this process; worker processes must not share a file's position."""

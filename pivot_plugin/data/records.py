@@ -7,7 +7,7 @@ spread over processes, because reading and decoding images is what it costs.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -122,8 +122,6 @@ def inspect_rows(
     rows: Rows,
     name: str,
     count: TokenCounter | None = None,
-    judge: Judge | None = None,
-    known: Sequence[bytes] | None = None,
 ) -> Iterator[RowRecord]:
     """Look at every row, in order, over several processes where there are many.
 
@@ -131,15 +129,13 @@ def inspect_rows(
         rows: to look at.
         name: of the data, for the progress bar.
         count: as for `inspect_row`.
-        judge: says which rows a model cannot take.
-        known: keys of the image sets of rows that were looked at before: they are judged, and not decoded again.
 
     Returns:
         a record per row; one with `error` where the row cannot be used.
     """
     many = len(rows) >= WORTH_PROCESSES
     looked = DataLoader(
-        _Looked(rows, count, judge, known),
+        _Looked(rows, count),
         batch_size=ROWS_PER_TASK,
         collate_fn=list,
         num_workers=min(os.cpu_count() or 1, LARGEST_POOL) if many else 0,
@@ -155,13 +151,9 @@ def inspect_rows(
 class _Looked(Dataset[RowRecord]):
     """Records of rows, in whichever process asks."""
 
-    def __init__(
-        self, rows: Rows, count: TokenCounter | None, judge: Judge | None, known: Sequence[bytes] | None
-    ) -> None:
+    def __init__(self, rows: Rows, count: TokenCounter | None) -> None:
         self._rows = rows
         self._count = count
-        self._judge = judge
-        self._known = known
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -170,12 +162,6 @@ class _Looked(Dataset[RowRecord]):
         try:
             row = self._rows.plain(position)
             where = self._rows.where(position)
-            if self._known is None:
-                record = inspect_row(row, self._rows.access, where, self._count)
-            else:
-                record = RowRecord(self._known[position].decode())
-            if self._judge is not None:
-                self._judge(row, self._rows.access, where)
-            return record
+            return inspect_row(row, self._rows.access, where, self._count)
         except DataError as error:
             return RowRecord("", (error.finding, error.remedy, error.kind))
