@@ -24,8 +24,8 @@ from .records import LARGEST_POOL, WORTH_PROCESSES, Judge
 from .remembered import Block, RememberedBlocks, State, state_of
 
 ROWS_PER_BLOCK = 1024
-# of one process, between two exchanges
-BLOCKS_PER_ROUND = 64
+# between two exchanges, over all processes; what is exchanged is in the memory of each
+BLOCKS_PER_ROUND = 256
 
 
 class Rows(Protocol):
@@ -69,7 +69,7 @@ class Looking:
         count = -(-len(self.rows) // ROWS_PER_BLOCK)
         share = range(self.processes.rank, count, self.processes.count)
         found = self._found(share)
-        round_length = BLOCKS_PER_ROUND * self.processes.count
+        round_length = max(BLOCKS_PER_ROUND, self.processes.count)
         quiet = len(self.rows) < WORTH_PROCESSES or self.processes.rank > 0
         with tqdm(total=len(self.rows), desc=f"checking {self.rows.name}", disable=quiet, leave=False) as bar:
             for start in range(0, count, round_length):

@@ -37,6 +37,18 @@ class Processes:
         torch.distributed.all_gather_object(everyones, mine)
         return everyones
 
+    def broadcast(self, mine: T | None, source: int) -> T:
+        """What one process has, in all of them; to be called by all.
+
+        Args:
+            mine: what this one has.
+            source: rank of the one that it is taken from.
+        """
+        box = [mine if self.rank == source else None]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(box, source)
+        return box[0]  # type: ignore[return-value]
+
     @property
     def cores(self) -> int:
         """Processor cores that this process may use, one at least."""

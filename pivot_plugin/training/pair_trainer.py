@@ -12,7 +12,9 @@ Overrides, and why each is needed:
     __init__                  rows become checked pairs, and the collator builds forests
     _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
-    _get_train_sampler        pairs that share an image come together
+    _get_train_sampler        pairs that share an image come together; processes get equally much of a step
+    get_eval_dataloader, prediction_step
+                              every held-out pair counts once, in however many processes
     get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence
 
@@ -23,42 +25,43 @@ Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 
 import logging
 import os
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
+from pivot_plugin.data.processes import all_processes
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
 from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
+from .balance import BalancedSampler, measure_rates
 from .batch import ForestBatch, ForestCollator
 from .forest_check import varied_rows
+from .held_out import HeldOutLoader, looks_of
 from .plan import TrainingPlan, unwrapped
 from .reference import ReferenceCache
+from .reference_pass import ReferencePass
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
 from .sharding import as_it_is
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_PARTS = 20.0
 
 
 @dataclass(frozen=True)
@@ -200,55 +203,58 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         self._answer_from_forest()
         pairs = self._collator.source_of(dataset)
         cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
-        keys = [pairs.content_key(position) for position in range(len(pairs))]
-        cached = cache.read()
-        # shares are cut from what is missing, so that no process may write before all have read
-        self.accelerator.wait_for_everyone()
-        missing = list({key: position for position, key in enumerate(keys) if key not in cached}.values())
-        if missing:
-            self._fill(cache, pairs, missing, keys, name, batch_size)
-            cached = cache.read()
-        return dataset.add_column("ref_chosen_logps", [cached[key][0] for key in keys]).add_column(
-            "ref_rejected_logps", [cached[key][1] for key in keys]
-        )
-
-    def _fill(
-        self, cache: ReferenceCache, pairs: PairDataset, missing: list[int], keys: list[str], name: str, size: int
-    ) -> None:
-        """Compute missing reference log-probabilities, each process its share, and keep them every few seconds."""
-        by_image: dict[str, list[int]] = defaultdict(list)
-        for position in missing:
-            by_image[pairs.image_keys[position]].append(position)
-        ordered = [position for group in by_image.values() for position in group]
-        share = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        fresh: list[tuple[str, tuple[float, float]]] = []
-        written = time.monotonic()
-        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm)
-        try:
-            with evaluating(model, self.accelerator.device), as_it_is(model):
-                for start in range(0, len(share), size):
-                    positions = share[start : start + size]
-                    batch = self._forest_collator([pairs[position] for position in positions])
-                    scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-                    chosen, rejected = (side.float().tolist() for side in scores)
-                    fresh += [(keys[p], (c, r)) for p, c, r in zip(positions, chosen, rejected, strict=True)]
-                    if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
-                        cache.add(fresh)
-                        fresh, written = [], time.monotonic()
-                    bar.update(len(positions))
-        finally:
-            # what was computed before an interruption is paid for
-            cache.add(fresh)
-            bar.close()
-        self.accelerator.wait_for_everyone()
+        compute = ReferencePass(cache, partial(self._reference_of, model), batch_size, all_processes())
+        with evaluating(model, self.accelerator.device), as_it_is(model):
+            logps = compute(pairs, name, self.args.disable_tqdm)
+        return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+
+    def _reference_of(self, model: PreTrainedModel, rows: list[dict[str, Any]]) -> np.ndarray:
+        """(pairs, 2) reference log-probabilities of chosen and rejected answers."""
+        scores = self.compute_ref_log_probs(model, self._prepare_inputs(self._forest_collator(rows)))
+        return np.stack([side.float().cpu().numpy() for side in scores], axis=1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.group_by_image and isinstance(rows, Dataset):
-            image_keys = self._collator.source_of(rows).image_keys.tolist()
-            return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
-        return super()._get_train_sampler(train_dataset)
+        if not (self.args.group_by_image and isinstance(rows, Dataset)):
+            return super()._get_train_sampler(train_dataset)
+        pairs, seed = self._collator.source_of(rows), self.args.data_seed or self.args.seed
+        order = ImageGroupSampler(pairs.image_keys, seed)
+        if self.accelerator.num_processes == 1 or self.args.accelerator_config.split_batches:
+            return order
+        rates = measure_rates(pairs.looks, lambda position: self._forest_collator([pairs[position]]))
+        # measured on different machines, they must not differ in the last bit
+        nodes = all_processes().broadcast(rates, 0).nodes(pairs.looks)
+        size, accumulated = self._train_batch_size, self.args.gradient_accumulation_steps
+        return BalancedSampler(order, nodes, self.accelerator.num_processes, size, accumulated, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the parent's; held-out pairs come in shares in which each counts once."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        if not isinstance(rows, Dataset):
+            return super().get_eval_dataloader(eval_dataset)
+        return HeldOutLoader(
+            rows,
+            looks_of(len(rows), self.args.eval_batch_size, all_processes()),
+            self._collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """As the parent's; what it logs counts as much as the batch has pairs."""
+        before = {name: len(values) for name, values in self._metrics["eval"].items()}
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loader = self.callback_handler.eval_dataloader
+        if not isinstance(loader, HeldOutLoader):
+            return loss, logits, labels
+        for name, values in self._metrics["eval"].items():
+            # a count is replaced and not added to
+            if len(values) > before.get(name, 0) and name != "num_tokens":
+                values[-1] *= loader.weight
+        return loss * loader.weight, logits, labels
 
     @property
     def _averages_tokens(self) -> bool:
@@ -334,24 +340,28 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     @torch.no_grad()
     def score(self, pairs: PairDataset) -> PairScores:
-        """Log-probabilities of pairs under the model as it is now.
+        """Log-probabilities of pairs under the model as it is now; to be called by every process, each scores a share.
 
         Args:
-            pairs: to score, in batches of `per_device_eval_batch_size`.
+            pairs: to score, the same in every process, in batches of `per_device_eval_batch_size`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        chosen, rejected = [], []
-        size = self.args.per_device_eval_batch_size
+        size, processes = self.args.per_device_eval_batch_size, all_processes()
+        starts = range(0, len(pairs), size)
+        share = starts[processes.rank :: processes.count]
+        # where weights are divided all compute together: who has a batch less computes the first again
+        rounds = -(-len(starts) // processes.count)
+        scored: dict[int, torch.Tensor] = {}
         with evaluating(model, self.accelerator.device), as_it_is(model):
-            for start in range(0, len(pairs), size):
+            for start in [*share, *starts[:1]][:rounds]:
                 positions = range(start, min(start + size, len(pairs)))
                 inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
                 with self.accelerator.autocast():
                     logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
-                first, second = logps.cpu().chunk(2)
-                chosen.append(first)
-                rejected.append(second)
-        return PairScores(torch.cat(chosen), torch.cat(rejected))
+                scored[start] = torch.stack(logps.cpu().chunk(2))
+        everyones = {start: logps for one in processes.gather(scored) for start, logps in one.items()}
+        chosen, rejected = torch.cat([everyones[start] for start in starts], dim=1)
+        return PairScores(chosen, rejected)
 
     def mean_score(self, pairs: PairDataset) -> float:
         """Preference accuracy on some pairs under the model as it is now."""
