@@ -4,10 +4,11 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pivot_plugin.choices import Train
 from pivot_plugin.errors import SettingsError
 
 from .launching import Nodes, relaunched
@@ -54,6 +55,9 @@ def optimize(
     ] = False,
     settings: DPOSettings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    memory_plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it takes of a GPU's memory under each engine, and load nothing.")
+    ] = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
     num_machines: Machines = None,
@@ -68,6 +72,9 @@ def optimize(
     """
     options = settings_of(settings)
     rank = lora_rank(lora)
+    if memory_plan:
+        _print_plan(model, train, rank, num_processes, options)
+        return
     if rewards:
         weighted = [reward_weight(text) for text in rewards]
         options |= {"rewards": [name for name, _ in weighted], "reward_weights": [weight for _, weight in weighted]}
@@ -113,6 +120,15 @@ def optimize(
     print(f"Encoder: {folder}")
     if keep_model:
         print(f"MLLM: {result.output_dir / 'model'}")
+
+
+def _print_plan(model: str, train: Train, lora: int | None, num_processes: int | None, options: dict[str, Any]) -> None:
+    """What a run would take of a GPU's memory."""
+    import pivot_plugin as pivot
+
+    told = {"gradient_checkpointing": "gradient_checkpointing", "per_device_train_batch_size": "pairs"}
+    settings = {ours: options[name] for name, ours in told.items() if name in options}
+    print(pivot.plan(model, train=train, lora=lora, processes=num_processes, **settings))
 
 
 def _rows(source: str, name: str, image_folder: Path | None, questions: bool) -> object:
