@@ -1,4 +1,4 @@
-"""Launches as people do them: accelerate's launcher on the examples, and the SLURM file on two "nodes" of this machine."""
+"""Launches as people do them: accelerate's launcher on the examples, the SLURM file on two "nodes" of this machine."""
 
 import json
 import os
