@@ -8,7 +8,8 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -74,20 +75,34 @@ class JsonLines(Sequence[Mapping[str, Any]]):
         """A line, the number of its file, and where it begins there."""
         number = bisect_right(self._starts, index) - 1
         offset = self._offsets[number][index - self._starts[number]]
-        with foreign_code(
-            f"{self._parts[number][0].name} cannot be read", "Leave the file as it is while it is in use."
-        ):
-            file = self._file(number)
+        with self._reading(number) as file:
             file.seek(offset)
             return file.readline(), number, offset
 
     def digest(self, indices: Sequence[int]) -> str:
         """A key that is equal for equal lines of equal folders."""
         digest = hashlib.sha256()
+        first, last = (int(indices[0]), int(indices[-1])) if len(indices) else (0, -1)
+        number = bisect_right(self._starts, first) - 1
+        if last - first + 1 == len(indices) and bisect_right(self._starts, last) - 1 == number:
+            # in one piece
+            line, _, end = self._line(last)
+            offset = self._offsets[number][first - self._starts[number]]
+            with self._reading(number) as file:
+                file.seek(offset)
+                digest.update(f"{self._parts[number][1]} {offset - end} ".encode() + file.read(end - offset) + line)
+            return digest.hexdigest()
         for index in indices:
-            line, number, _ = self._line(index)
+            line, number, _ = self._line(int(index))
             digest.update(f"{self._parts[number][1]} {len(line)} ".encode() + line)
         return digest.hexdigest()
+
+    @contextmanager
+    def _reading(self, number: int) -> Iterator[Any]:
+        with foreign_code(
+            f"{self._parts[number][0].name} cannot be read", "Leave the file as it is while it is in use."
+        ):
+            yield self._file(number)
 
     def _file(self, number: int) -> Any:
         """An open file of this process; worker processes must not share a file's position."""

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pivot_plugin.errors import DataError
 
-from .images import ImageAccess, is_address
+from .images import ImageAccess, KnownImage, is_address
 from .looks import Looks, look_at
 from .processes import Processes
 from .records import LARGEST_POOL, WORTH_PROCESSES, Judge
@@ -130,6 +130,16 @@ class Looking:
         looks = Looks.empty(len(positions)) if known is None else known.at(slice(positions.start, positions.stop))
         errors: list[tuple[int, str, str, str]] = []
         files: dict[str, State] = {}
+        met: dict[str, KnownImage] = {}
+
+        def know(source: object, where: str) -> KnownImage:
+            if not isinstance(source, str):
+                return self.rows.access.known(source, where)
+            # pairs of one picture mostly follow each other
+            if source not in met:
+                met[source] = self.rows.access.known(source, where)
+            return met[source]
+
         lasts = digest is not None
         for offset, position in enumerate(positions):
             try:
@@ -137,7 +147,7 @@ class Looking:
                 if lasts:
                     lasts = all(self._noted(source, files) for source in row["images"])
                 if known is None:
-                    looks.put(offset, look_at(row, self.rows.access, where))
+                    looks.put(offset, look_at(row, know, where))
                 if self.judge is not None:
                     self.judge(row, self.rows.access, where)
             except DataError as error:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
-from .images import KEY_LENGTH, ImageAccess, image_set_key
+from .images import KEY_LENGTH, KnownImage, image_set_key
 from .layout import text_of
 
 TEXTS = ("prompt", "chosen", "rejected", "messages")
@@ -54,18 +54,18 @@ class Looks:
             getattr(self, name)[start : start + len(values)] = values
 
 
-def look_at(row: Mapping[str, Any], access: ImageAccess, where: str) -> Looks:
+def look_at(row: Mapping[str, Any], know: Callable[[object, str], KnownImage], where: str) -> Looks:
     """Look at one row, decoding each of its images once.
 
     Args:
         row: in the normal form, its images as they stand in the source.
-        access: to them.
+        know: tells of an image, by what stands in the row and the name of the row: `ImageAccess.known`.
         where: names the row in errors.
 
     Raises:
         DataError: if an image cannot be used.
     """
-    images = [access.known(source, where) for source in row["images"]]
+    images = [know(source, where) for source in row["images"]]
     key = image_set_key([image.key for image in images])
     characters = sum(len(text_of(row[name])) for name in TEXTS if name in row)
     return Looks(

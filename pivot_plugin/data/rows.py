@@ -204,7 +204,7 @@ class RowDataset:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         row, where = self.plain(position), self.where(position)
-        key = look_at(row, self.access, where).keys[0] if self._looks is None else self._looks.keys[position]
+        key = look_at(row, self.access.known, where).keys[0] if self._looks is None else self._looks.keys[position]
         row["image_key"] = key.decode()
         row["images"] = [self.access.open(source, where) for source in row["images"]]
         return row

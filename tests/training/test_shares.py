@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pivot_plugin.data.processes import Processes
 from pivot_plugin.training.held_out import looks_of
+from tests.helpers.cluster import VARIABLES
 from tests.helpers.processes import launched
 
 # two nodes of one process each, with a cache on each; a last batch that is not full, and bad rows
@@ -93,6 +95,16 @@ def compare(tmp_path: Path, **variables: str) -> None:
 @pytest.mark.timeout(300)
 def test_two_nodes_with_a_cache_each_find_what_one_process_finds(tmp_path: Path) -> None:
     compare(tmp_path)
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_engines_that_divide_a_model_look_at_its_held_out_pairs_in_shares_too(tmp_path: Path, engine: str) -> None:
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    compare(tmp_path, **VARIABLES[engine])
 
 
 @pytest.mark.parametrize(
