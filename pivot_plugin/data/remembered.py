@@ -92,7 +92,8 @@ class RememberedBlocks:
                 here = pq.read_table(part, columns=[_DIGEST]).column(_DIGEST).to_pylist()
                 rows = [row for row, digest in enumerate(here) if digest in wanted and digest not in kept]
                 if rows:
-                    kept |= {block.digest: block for block in map(_block, pq.read_table(part).take(rows).to_pylist())}
+                    found = map(_block, pq.read_table(part).take(rows).to_pylist())
+                    kept |= {str(block.digest): block for block in found}
             # damaged, or another version's: what it held is looked at again
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 logger.warning("%s is left out: %s", part, said(error))

@@ -180,7 +180,7 @@ class RowDataset:
         """
         indices = self._indices[positions.start : positions.stop]
         if isinstance(self._rows, Digested):
-            return self._rows.digest(indices)
+            return self._rows.digest(indices.tolist())
         try:
             return digest_of([self._rows[index] for index in indices])
         # rows of whatever kind, among them decoded images

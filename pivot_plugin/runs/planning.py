@@ -129,14 +129,14 @@ def plan(
         processes = processes or torch.cuda.device_count()
         gpu_memory = gpu_memory or torch.cuda.get_device_properties(0).total_memory
     sizes = sizes_of(adapter, training_plan(adapter, train, lora))
-    pairs = pairs or PivotConfig.__dataclass_fields__["per_device_train_batch_size"].default
+    count = pairs or PivotConfig.per_device_train_batch_size
     guessed_patches, tokens = picture_of(adapter)
-    patches = patches or guessed_patches
+    of_tower = count * (patches or guessed_patches)
     size = _first(getattr(adapter.tower.config, "patch_size", 14))
     batch = Batch(
-        pairs * (nodes or tokens + TEXT_TOKENS),
-        pairs * patches,
-        pairs * patches * size**2 * BYTES_PER_PIXEL,
+        count * (nodes or tokens + TEXT_TOKENS),
+        of_tower,
+        of_tower * size**2 * BYTES_PER_PIXEL,
         gradient_checkpointing,
     )
     activations = activations_of(adapter, batch, 2)

@@ -103,13 +103,12 @@ class ReferenceCache:
             return
         parts = []
         for file in files:
-            with _columns(file) as (keys, *logps):
-                parts.append((keys.copy(), np.stack(logps, axis=1)))
-        keys = np.concatenate([part[0] for part in parts])
-        logps = np.concatenate([part[1] for part in parts])
-        keys, rows = np.unique(keys, return_index=True)
+            with _columns(file) as (kept, chosen, rejected):
+                parts.append((kept.copy(), np.stack([chosen, rejected], axis=1)))
+        keys, rows = np.unique(np.concatenate([part[0] for part in parts]), return_index=True)
+        logps = np.concatenate([part[1] for part in parts])[rows]
         # of a name of its own: another run may be making one, too, of other files
-        _write(self.folder / f"{uuid.uuid4().hex}.arrow", keys, logps[rows])
+        _write(self.folder / f"{uuid.uuid4().hex}.arrow", keys, logps)
         for file in files:
             file.unlink(missing_ok=True)
 
