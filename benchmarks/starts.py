@@ -95,10 +95,10 @@ def begin(file: Path, rows: int, processes: int, number: int) -> Start:
     """What a run does with its pairs until the first step, in this process."""
     made = Start(rows, processes, number)
     with _timed(made, "import"):
+        from pivot_plugin.data.launch import Launch
         from pivot_plugin.data.looking import BLOCKS_PER_ROUND, ROWS_PER_BLOCK
         from pivot_plugin.data.looks import Looks
         from pivot_plugin.data.pairs import load_pairs
-        from pivot_plugin.data.processes import Processes
         from pivot_plugin.data.remembered import Block
         from pivot_plugin.data.split import hold_out
         from pivot_plugin.files import cache_folder
@@ -108,7 +108,7 @@ def begin(file: Path, rows: int, processes: int, number: int) -> Start:
         from pivot_plugin.training.sampler import ImageGroupSampler
     made.imported_mb = _resident()
 
-    class Others(Processes):
+    class Others(Launch):
         """The others of a launch, who have found as much as this one."""
 
         def gather(self, mine: Any) -> list[Any]:
@@ -131,7 +131,7 @@ def begin(file: Path, rows: int, processes: int, number: int) -> Start:
     with _timed(made, "open"):
         pairs = load_pairs(file)
     with _timed(made, "look"):
-        pairs.verify(processes=launch)
+        pairs.verify(launch=launch)
     with _timed(made, "hold out"):
         training, held_out = hold_out(pairs, 0.02, 42)
     assert held_out is not None
@@ -145,7 +145,7 @@ def begin(file: Path, rows: int, processes: int, number: int) -> Start:
             cache.add(part, np.zeros((len(part), 2), dtype=np.float32))
         cache.merge()
     with _timed(made, "reference"):
-        known = ReferencePass(cache, _never, 8, Processes())
+        known = ReferencePass(cache, _never, 8, Launch())
         for data, table in zip((training, held_out), pointers, strict=True):
             logps = known(data, "all", quiet=True)
             table.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
@@ -159,7 +159,7 @@ def begin(file: Path, rows: int, processes: int, number: int) -> Start:
     return made
 
 
-def _never(rows: list[dict[str, Any]]) -> np.ndarray:
+def _never(pairs: Any, positions: Any, size: int) -> Iterator[tuple[list[int], np.ndarray]]:
     raise AssertionError("everything is in the cache")
 
 

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from pivot_plugin.errors import DataError
 
 from .images import ImageAccess, KnownImage, is_address
+from .launch import Launch
 from .looks import Looks, look_at
-from .processes import Processes
 from .records import LARGEST_POOL, WORTH_PROCESSES, Judge
 from .remembered import Block, RememberedBlocks, State, state_of
 
@@ -54,29 +54,29 @@ class Looking:
         rows: to look at.
         judge: says which rows a model cannot take.
         known: what an earlier look without the judge has found; then rows are judged, and not decoded again.
-        processes: that look together, each at its share.
+        launch: processes that look together, each at its share.
         remembered: what earlier looks have found; None where nothing is kept.
     """
 
     rows: Rows
     judge: Judge | None = None
     known: Looks | None = None
-    processes: Processes = field(default_factory=Processes)
+    launch: Launch = field(default_factory=Launch)
     remembered: RememberedBlocks | None = None
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """The blocks in order, in every process all of them, each with the position of its first row."""
         count = -(-len(self.rows) // ROWS_PER_BLOCK)
-        share = range(self.processes.rank, count, self.processes.count)
+        share = range(self.launch.rank, count, self.launch.count)
         found = self._found(share)
-        round_length = max(BLOCKS_PER_ROUND, self.processes.count)
-        quiet = len(self.rows) < WORTH_PROCESSES or self.processes.rank > 0
+        round_length = max(BLOCKS_PER_ROUND, self.launch.count)
+        quiet = len(self.rows) < WORTH_PROCESSES or self.launch.rank > 0
         with tqdm(total=len(self.rows), desc=f"checking {self.rows.name}", disable=quiet, leave=False) as bar:
             for start in range(0, count, round_length):
                 numbers = range(start, min(start + round_length, count))
-                of_round = self.processes.gather({number: next(found) for number in numbers if number in share})
+                of_round = self.launch.gather({number: next(found) for number in numbers if number in share})
                 blocks = {number: block for one in of_round for number, block in one.items()}
-                if self.remembered is not None and self.processes.local_rank == 0:
+                if self.remembered is not None and self.launch.local_rank == 0:
                     self.remembered.add([blocks[number] for number in numbers if blocks[number].fresh])
                 for number in numbers:
                     yield number * ROWS_PER_BLOCK, blocks[number]
@@ -90,7 +90,7 @@ class Looking:
             digests = {number: self._digest(number) for number in numbers}
             remembered = self.remembered.read(digests.values())
         unknown = [number for number in numbers if digests.get(number) not in remembered]
-        workers = min(self.processes.cores, LARGEST_POOL, len(unknown))
+        workers = min(self.launch.cores, LARGEST_POOL, len(unknown))
         loader = DataLoader(
             _Unknown(self, [(number, digests.get(number)) for number in unknown]),
             batch_size=None,

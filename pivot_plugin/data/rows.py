@@ -14,9 +14,9 @@ from pivot_plugin.files import cache_folder
 from pivot_plugin.hooks.types import Layout
 
 from .images import ImageAccess
+from .launch import Launch
 from .looking import Looking
 from .looks import Looks, look_at
-from .processes import Processes
 from .records import WORTH_PROCESSES, Judge
 from .remembered import RememberedBlocks, code_of, digest_of
 from .skipped import SkippedRows
@@ -111,7 +111,7 @@ class RowDataset:
         on_bad_row: OnBadRow = "raise",
         skipped: str | Path | None = None,
         judge: Judge | None = None,
-        processes: Processes | None = None,
+        launch: Launch | None = None,
     ) -> Self:
         """Look at every row once, decoding its images, so that training meets no bad one. Done once, and once a judge.
 
@@ -121,15 +121,15 @@ class RowDataset:
             on_bad_row: "raise" stops at the first bad row; "skip" leaves bad rows out.
             skipped: file that gets a line of JSON for each row left out.
             judge: says which rows a model cannot take.
-            processes: that look together, each at its share, and all call this alike; this one alone where None. The
-                first of them writes the list of what is skipped.
+            launch: processes that look together, each at its share, and all call this alike; this one alone where
+                None. The first of them writes the list of what is skipped.
 
         Raises:
             DataError: for a bad row, or if too many rows are bad to leave them out; the same in every process.
         """
-        processes = processes or Processes()
+        launch = launch or Launch()
         done = self._looks is not None and (judge is None or judge == self._judge)
-        everywhere = processes.gather((done, len(self)))
+        everywhere = launch.gather((done, len(self)))
         if len({rows for _, rows in everywhere}) > 1:
             raise DataError(
                 f"{self._name} has {', '.join(f'{rows:,}' for _, rows in everywhere)} rows in the processes of this "
@@ -140,8 +140,8 @@ class RowDataset:
             return self
         looks = Looks.empty(len(self))
         bad: list[int] = []
-        looking = Looking(self, judge, self._looks, processes, self._remembered(judge))
-        listed = skipped if on_bad_row == "skip" and processes.rank == 0 else None
+        looking = Looking(self, judge, self._looks, launch, self._remembered(judge))
+        listed = skipped if on_bad_row == "skip" and launch.rank == 0 else None
         with SkippedRows(self._name, listed, len(self)) as left_out:
             for start, block in looking.blocks():
                 looks.put(start, block.looks)

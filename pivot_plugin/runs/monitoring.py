@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.pairs import PairDataset, load_pairs
-from pivot_plugin.data.processes import all_processes
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import RowDataset
 from pivot_plugin.errors import PivotError, SettingsError
@@ -83,7 +83,7 @@ class Monitoring:
         outside: dict[str, RowDataset] = {}
         for name, source in sources.items():
             rows = load_questions(source, name) if questions else load_pairs(source, name)
-            outside[name] = rows.verify(processes=all_processes())
+            outside[name] = rows.verify(launch=this_launch())
         return replace(self, outside=outside)
 
     def add_to(self, trainer: PivotTrainer | Rollouts, run: Run) -> None:

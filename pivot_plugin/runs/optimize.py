@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import PivotGRPOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.data.judging import RowJudge
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
-from pivot_plugin.data.processes import all_processes
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_EVAL_FILE, SKIPPED_FILE
@@ -267,7 +267,7 @@ def _load_rows(
             raise SettingsError("A stream of pairs has no length.", "Give max_steps=, the number of optimiser steps.")
         pairs = pairs.judged(judge, options.on_bad_row, skipped)
     else:
-        pairs.verify(options.on_bad_row, skipped, judge, all_processes())
+        pairs.verify(options.on_bad_row, skipped, judge, this_launch())
     return pairs, None if source.eval_prefs is None else _held_out_pairs(source.eval_prefs, options, judge)
 
 
@@ -279,8 +279,8 @@ def _load_questions(
     questions = load_questions(source.prefs)
     if source.answers is not None:
         refuse_pairs(questions)
-    skipped, processes = options.folder / SKIPPED_FILE, all_processes()
-    questions = questions.verify(options.on_bad_row, skipped, judge.of_questions(), processes)
+    skipped, launch = options.folder / SKIPPED_FILE, this_launch()
+    questions = questions.verify(options.on_bad_row, skipped, judge.of_questions(), launch)
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
@@ -290,14 +290,14 @@ def _load_questions(
     if source.answers is not None and is_of_pairs(held_out):
         return questions, _held_out_pairs(source.eval_prefs, options, judge)
     skipped = options.folder / SKIPPED_EVAL_FILE
-    held_out = held_out.verify(options.on_bad_row, skipped, judge.of_questions(), processes)
+    held_out = held_out.verify(options.on_bad_row, skipped, judge.of_questions(), launch)
     needs_answer(rewards, held_out)
     return questions, held_out
 
 
 def _held_out_pairs(eval_prefs: object, options: RunOptions, judge: RowJudge) -> PairDataset:
     pairs = load_pairs(eval_prefs, "eval_prefs", "Give held-out pairs as a list or a datasets.Dataset.")
-    return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge, all_processes())
+    return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge, this_launch())
 
 
 def _trainer(

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.data_loader import DataLoaderShard
 from datasets import Dataset
 
-from pivot_plugin.data.processes import Processes
+from pivot_plugin.data.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Look:
     pairs: int
 
 
-def looks_of(rows: int, size: int, processes: Processes) -> list[Look]:
+def looks_of(rows: int, size: int, launch: Launch) -> list[Look]:
     """The batches of a process: all processes have equally many, and those of one number are of one length.
 
     What is left over when the rows are dealt out, fewer than there are processes, is computed by all of them.
@@ -35,15 +35,15 @@ def looks_of(rows: int, size: int, processes: Processes) -> list[Look]:
     Args:
         rows: how many there are.
         size: of a batch.
-        processes: that look together.
+        launch: processes that look together.
     """
     looks = []
     start = 0
-    while rows - start >= processes.count:
-        each = min(size, (rows - start) // processes.count)
-        first = start + processes.rank * each
-        looks.append(Look(list(range(first, first + each)), each * processes.count))
-        start += each * processes.count
+    while rows - start >= launch.count:
+        each = min(size, (rows - start) // launch.count)
+        first = start + launch.rank * each
+        looks.append(Look(list(range(first, first + each)), each * launch.count))
+        start += each * launch.count
     for first in range(start, rows, size):
         positions = list(range(first, min(first + size, rows)))
         looks.append(Look(positions, len(positions)))

@@ -25,7 +25,7 @@ Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +42,8 @@ from trl import DPOTrainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
-from pivot_plugin.data.processes import all_processes
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
 from pivot_plugin.models.evaluating import evaluating
@@ -204,15 +204,32 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         pairs = self._collator.source_of(dataset)
         cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        compute = ReferencePass(cache, partial(self._reference_of, model), batch_size, all_processes())
+        compute = ReferencePass(cache, partial(self._reference_of, model), batch_size, this_launch())
         with evaluating(model, self.accelerator.device), as_it_is(model):
             logps = compute(pairs, name, self.args.disable_tqdm)
         return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
 
-    def _reference_of(self, model: PreTrainedModel, rows: list[dict[str, Any]]) -> np.ndarray:
-        """(pairs, 2) reference log-probabilities of chosen and rejected answers."""
-        scores = self.compute_ref_log_probs(model, self._prepare_inputs(self._forest_collator(rows)))
-        return np.stack([side.float().cpu().numpy() for side in scores], axis=1)
+    def _reference_of(
+        self, model: PreTrainedModel, pairs: PairDataset, positions: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Of each batch its positions, and (pairs, 2) reference log-probabilities of chosen and rejected answers."""
+        for of_batch, batch in self._collated(pairs, positions, size):
+            scores = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+            yield of_batch, np.stack([side.float().cpu().numpy() for side in scores], axis=1)
+
+    def _collated(
+        self, pairs: PairDataset, positions: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Pairs in batches, each with the positions that it holds.
+
+        Args:
+            pairs: to read.
+            positions: of those wanted, in order.
+            size: of a batch, in pairs.
+        """
+        for start in range(0, len(positions), size):
+            of_batch = list(positions[start : start + size])
+            yield of_batch, self._forest_collator([pairs[position] for position in of_batch])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -224,7 +241,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return order
         rates = measure_rates(pairs.looks, lambda position: self._forest_collator([pairs[position]]))
         # measured on different machines, they must not differ in the last bit
-        nodes = all_processes().broadcast(rates, 0).nodes(pairs.looks)
+        nodes = this_launch().broadcast(rates, 0).nodes(pairs.looks)
         size, accumulated = self._train_batch_size, self.args.gradient_accumulation_steps
         return BalancedSampler(order, nodes, self.accelerator.num_processes, size, accumulated, seed)
 
@@ -237,7 +254,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             return super().get_eval_dataloader(eval_dataset)
         return HeldOutLoader(
             rows,
-            looks_of(len(rows), self.args.eval_batch_size, all_processes()),
+            looks_of(len(rows), self.args.eval_batch_size, this_launch()),
             self._collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -346,21 +363,22 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             pairs: to score, the same in every process, in batches of `per_device_eval_batch_size`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        size, processes = self.args.per_device_eval_batch_size, all_processes()
-        starts = range(0, len(pairs), size)
-        share = starts[processes.rank :: processes.count]
-        # where weights are divided all compute together: who has a batch less computes the first again
-        rounds = -(-len(starts) // processes.count)
+        size, launch = self.args.per_device_eval_batch_size, this_launch()
+        batches = [list(range(start, min(start + size, len(pairs)))) for start in range(0, len(pairs), size)]
+        share = batches[launch.rank :: launch.count]
+        if len(share) < -(-len(batches) // launch.count):
+            # where weights are divided all compute together: who has a batch less computes the first again
+            share = [batches[0], *share]
+        positions = [position for batch in share for position in batch]
         scored: dict[int, torch.Tensor] = {}
         with evaluating(model, self.accelerator.device), as_it_is(model):
-            for start in [*share, *starts[:1]][:rounds]:
-                positions = range(start, min(start + size, len(pairs)))
-                inputs = self._prepare_inputs(self._forest_collator([pairs[position] for position in positions]))
+            for of_batch, batch in self._collated(pairs, positions, size):
+                inputs = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
                     logps = model(forest=inputs["forest"]).log_probs.float().sum(dim=1)
-                scored[start] = torch.stack(logps.cpu().chunk(2))
-        everyones = {start: logps for one in processes.gather(scored) for start, logps in one.items()}
-        chosen, rejected = torch.cat([everyones[start] for start in starts], dim=1)
+                scored[of_batch[0]] = torch.stack(logps.cpu().chunk(2))
+        everyones = {first: logps for one in launch.gather(scored) for first, logps in one.items()}
+        chosen, rejected = torch.cat([everyones[batch[0]] for batch in batches], dim=1)
         return PairScores(chosen, rejected)
 
     def mean_score(self, pairs: PairDataset) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pivot_plugin.data.launch import Launch
 from pivot_plugin.data.pairs import PairDataset
-from pivot_plugin.data.processes import Processes
 
 from .reference import KEY, ReferenceCache
 
 SECONDS_BETWEEN_PARTS = 20.0
-# gives (pairs, 2) log-probabilities of chosen and rejected answers
-Score = Callable[[list[dict[str, Any]]], np.ndarray]
+# is given pairs, the positions of those to score, and how many at once; gives of each batch its positions, in their
+# order, and (pairs, 2) log-probabilities of chosen and rejected answers
+Score = Callable[[PairDataset, Sequence[int], int], Iterator[tuple[list[int], np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,15 @@ class ReferencePass:
 
     Attributes:
         cache: where they are kept. It may be another on every node; what one node has kept, all know.
-        score: computes those of some pairs, in the normal form.
+        score: computes those of some pairs.
         size: pairs that are scored at once.
-        processes: that compute together; each calls this alike.
+        launch: processes that compute together; each calls this alike.
     """
 
     cache: ReferenceCache
     score: Score
     size: int
-    processes: Processes
+    launch: Launch
 
     def __call__(self, pairs: PairDataset, name: str, quiet: bool) -> np.ndarray:
         """The log-probabilities of all pairs.
@@ -55,24 +56,24 @@ class ReferencePass:
         missing = first[~known]
         if len(missing):
             key_of = dict(zip(first.tolist(), range(len(first)), strict=True))
-            share = shares(pairs.image_keys, missing, self.processes.count)[self.processes.rank]
+            share = shares(pairs.image_keys, missing, self.launch.count)[self.launch.rank]
             rows = np.array([key_of[position] for position in share], dtype=np.int64)
             computed = self._compute(pairs, share, keys[rows], tqdm(desc=f"reference of {name} pairs", disable=quiet))
-            for some_rows, some_logps in self.processes.gather((rows, computed)):
+            for some_rows, some_logps in self.launch.gather((rows, computed)):
                 logps[some_rows] = some_logps
-            if self.processes.local_rank == 0:
+            if self.launch.local_rank == 0:
                 self.cache.merge()
         return logps[pair_of]
 
     def _look_up(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What any node has kept; one process of each node looks."""
-        mine = self.cache.look_up(keys) if self.processes.local_rank == 0 else None
+        mine = self.cache.look_up(keys) if self.launch.local_rank == 0 else None
         digest = None if mine is None else hashlib.sha256(mine[0].tobytes() + mine[1].tobytes()).hexdigest()
         # nobody writes before all have looked; and where all nodes see one folder, it is sent around once
-        digests = self.processes.gather(digest)
+        digests = self.launch.gather(digest)
         known, logps = np.zeros(len(keys), dtype=bool), np.zeros((len(keys), 2), dtype=np.float32)
         for distinct in sorted(set(filter(None, digests))):
-            theirs_known, theirs = self.processes.broadcast(mine, digests.index(distinct))
+            theirs_known, theirs = self.launch.broadcast(mine, digests.index(distinct))
             news = theirs_known & ~known
             logps[news] = theirs[news]
             known |= theirs_known
@@ -85,10 +86,9 @@ class ReferencePass:
         written = time.monotonic()
         bar.reset(total=len(share))
         try:
-            for start in range(0, len(share), self.size):
-                positions = share[start : start + self.size]
-                logps[start : start + len(positions)] = self.score([pairs[position] for position in positions])
-                done = start + len(positions)
+            for positions, of_batch in self.score(pairs, share, self.size):
+                logps[done : done + len(positions)] = of_batch
+                done += len(positions)
                 bar.update(len(positions))
                 if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
                     self.cache.add(keys[kept:done], logps[kept:done])

@@ -11,8 +11,8 @@ import pytest
 
 from pivot_plugin.data import looking
 from pivot_plugin.data.images import ImageAccess
+from pivot_plugin.data.launch import Launch
 from pivot_plugin.data.pairs import PairDataset, load_pairs
-from pivot_plugin.data.processes import Processes
 from pivot_plugin.errors import DataError
 from tests.helpers import picture, row
 
@@ -20,8 +20,8 @@ ROWS = 40
 
 
 @dataclass(frozen=True)
-class Together(Processes):
-    """Processes of a test, which are threads."""
+class Together(Launch):
+    """Launch of a test, which are threads."""
 
     meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     table: dict[int, Any] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Together(Processes):
         return everyones
 
 
-def in_processes(count: int, work: Callable[[Processes], Any]) -> list[Any]:
+def in_processes(count: int, work: Callable[[Launch], Any]) -> list[Any]:
     meeting, table, results = threading.Barrier(count), {}, [None] * count
 
     def one(rank: int) -> None:
@@ -183,9 +183,9 @@ def test_processes_look_at_a_share_each_and_find_what_one_finds(
     monkeypatch.setenv("PIVOT_CACHE", str(tmp_path / "another"))
     looked.clear()
 
-    def look(processes: Processes) -> PairDataset:
+    def look(launch: Launch) -> PairDataset:
         pairs = load_pairs(file)
-        return pairs.verify("skip", tmp_path / f"skipped-{processes.rank}.jsonl", processes=processes)
+        return pairs.verify("skip", tmp_path / f"skipped-{launch.rank}.jsonl", launch=launch)
 
     for pairs in in_processes(count, look):
         assert (pairs.looks.contents == alone.looks.contents).all() and pairs.fingerprint() == alone.fingerprint()
@@ -198,15 +198,15 @@ def test_processes_look_at_a_share_each_and_find_what_one_finds(
 def test_all_processes_stop_at_the_same_bad_row(file: Path) -> None:
     change(file, 30, image="nowhere.png")
     change(file, 5, image="gone.png")
-    errors = in_processes(3, lambda processes: load_pairs(file).verify(processes=processes))
+    errors = in_processes(3, lambda launch: load_pairs(file).verify(launch=launch))
     assert len({str(error) for error in errors}) == 1
     assert isinstance(errors[0], DataError) and "row 5" in str(errors[0]) and "gone.png" in str(errors[0])
 
 
 def test_processes_with_different_data_are_told_so(file: Path) -> None:
-    def look(processes: Processes) -> PairDataset:
-        rows = [row(f"number {n}?", "yes", "no") for n in range(4 + processes.rank)]
-        return load_pairs(rows).verify(processes=processes)
+    def look(launch: Launch) -> PairDataset:
+        rows = [row(f"number {n}?", "yes", "no") for n in range(4 + launch.rank)]
+        return load_pairs(rows).verify(launch=launch)
 
     errors = in_processes(2, look)
     assert all(isinstance(error, DataError) and "4, 5 rows in the processes" in str(error) for error in errors)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pivot_plugin.data.processes import Processes
+from pivot_plugin.data.launch import Launch
 from pivot_plugin.training.held_out import looks_of
 from tests.helpers.cluster import VARIABLES
 from tests.helpers.processes import launched
@@ -34,9 +34,9 @@ SCRIPT = textwrap.dedent("""
         scored.append([scores.chosen.tolist(), scores.rejected.tolist()])
         return scores
 
-    def reference_of(trainer, model, rows, original=PivotTrainer._reference_of):
-        computed.append(len(rows))
-        return original(trainer, model, rows)
+    def reference_of(trainer, model, pairs, positions, size, original=PivotTrainer._reference_of):
+        computed.append(len(positions))
+        return original(trainer, model, pairs, positions, size)
 
     scored, computed = [], []
     PivotTrainer.score, PivotTrainer._reference_of = score, reference_of
@@ -111,7 +111,7 @@ def test_engines_that_divide_a_model_look_at_its_held_out_pairs_in_shares_too(tm
     ("rows", "size", "count"), [(17, 4, 1), (17, 4, 2), (5, 2, 3), (2, 4, 3), (64, 8, 4), (9, 1, 2)]
 )
 def test_every_held_out_pair_counts_once(rows: int, size: int, count: int) -> None:
-    of_ranks = [looks_of(rows, size, Processes(rank, count)) for rank in range(count)]
+    of_ranks = [looks_of(rows, size, Launch(rank, count)) for rank in range(count)]
     for together in zip(*of_ranks, strict=True):
         assert len({len(look.positions) for look in together}) == 1 and len(together[0].positions) <= size
         distinct = {position for look in together for position in look.positions}

@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
-    """Processes that do something together, each its share.
+class Launch:
+    """Launch that do something together, each its share.
 
     Attributes:
         rank: of this one, from 0.
@@ -56,11 +56,11 @@ class Processes:
         return max(1, usable // self.local_count)
 
 
-def all_processes() -> Processes:
+def this_launch() -> Launch:
     """Those of this launch; this one alone where none is running."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return Processes()
-    return Processes(
+        return Launch()
+    return Launch(
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
         int(os.environ.get("LOCAL_RANK", 0)),
