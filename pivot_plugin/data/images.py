@@ -77,8 +77,8 @@ class ImageAccess:
             UNREADABLE,
         )
 
-    def file_of(self, source: object) -> Path | None:
-        """The file that an image is read from, None where it is read from none.
+    def files_of(self, source: object) -> list[Path]:
+        """The files that an image may be read from, of which the first that exists is; none where it is in none.
 
         Args:
             source: as for `encoded`.
@@ -89,8 +89,9 @@ class ImageAccess:
         if isinstance(source, Mapping):
             source = source.get("bytes") or source.get("path")
         if not isinstance(source, str | Path) or is_address(source):
-            return None
-        return self._folder_of(source) / source
+            return []
+        folders = [folder for folder in (self.image_folder, self.folder or Path()) if folder is not None]
+        return [folder / source for folder in folders]
 
     def _folder_of(self, source: str | Path) -> Path:
         if self.image_folder is not None and (self.image_folder / source).exists():

@@ -159,12 +159,13 @@ class Looking:
         if is_address(source):
             return False
         try:
-            path = self.rows.access.file_of(source)
+            paths = self.rows.access.files_of(source)
         except (OSError, ValueError):
             # which the look itself will say
             return False
-        if path is not None and str(path) not in files:
-            files[str(path)] = state_of(path)
+        for path in paths:
+            if str(path) not in files:
+                files[str(path)] = state_of(path)
         return True
 
 

@@ -125,6 +125,9 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         assert processing_class is not None
         pairs = load(train_dataset)
         held_out = None if eval_dataset is None else load(eval_dataset, name="eval_prefs")
+        for data in (pairs, held_out):
+            if isinstance(data, PairDataset):
+                data.verify(launch=this_launch())
         # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
         args.precompute_ref_log_probs = isinstance(pairs, PairDataset) and not isinstance(model, PeftModel)
         if isinstance(pairs, PairStream) and self.plan and self.plan.lora is None and kwargs.get("ref_model") is None:

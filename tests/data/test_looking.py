@@ -126,6 +126,18 @@ def test_only_blocks_of_changed_rows_and_of_changed_pictures_are_looked_at_again
     assert repainted.image_keys[13] != after.image_keys[13] and repainted.image_keys[12] == after.image_keys[12]
 
 
+def test_a_picture_that_comes_before_another_in_the_folders_is_looked_at(
+    file: Path, tmp_path: Path, counting: Counting
+) -> None:
+    (tmp_path / "others").mkdir()
+    first = load_pairs(file, image_folder=tmp_path / "others").verify()
+    assert counting.count == ROWS
+    picture(50, 60, 99).save(tmp_path / "others" / "3.png")
+    second = load_pairs(file, image_folder=tmp_path / "others").verify()
+    assert counting.count == ROWS + 16
+    assert second.image_keys[3] != first.image_keys[3]
+
+
 def test_bad_rows_are_remembered_with_what_is_wrong_until_they_are_mended(
     file: Path, tmp_path: Path, counting: Counting
 ) -> None:
