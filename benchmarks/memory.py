@@ -87,8 +87,8 @@ MODELS = {
     "Qwen2.5-VL-72B": lambda: qwen2_5_vl(8192, 29568, 80, 64, 8),
 }
 WHAT: dict[str, dict[str, Any]] = {
-    "LoRA on the tower": {"train": "encoder", "lora": 16},
-    "all weights": {"train": "all", "lora": None},
+    "LoRA": {"train": "encoder", "lora": 16},
+    "all": {"train": "all", "lora": None},
 }
 
 
@@ -102,14 +102,15 @@ def empty(config: PreTrainedConfig) -> Any:
 def main() -> None:
     for name, configuration in MODELS.items():
         model = empty(configuration())
-        for what, options in WHAT.items():
-            made = plan(model, processes=PROCESSES, pairs=PAIRS, gpu_memory=GPU, **options)
-            head, *rows = made.rows()
-            print(
-                f"\n{name}, {what}, {PROCESSES} GPUs, {PAIRS} pairs a GPU ({made.sizes.parameters / 1e9:.2f} billion)\n"
-            )
-            for row in [[f"GB a GPU, of {name}", *head[1:]], ["---"] * len(head), *rows]:
-                print("| " + " | ".join(row) + " |")
+        plans = [
+            plan(model, processes=PROCESSES, pairs=PAIRS, gpu_memory=GPU, **options) for options in WHAT.values()
+        ]
+        print(f"\n**{name}**, {plans[0].sizes.parameters / 1e9:.2f} billion parameters\n")
+        engines = plans[0].rows()[0][1:]
+        print(f"| GB a GPU | {' | '.join(f'{what}: {engine}' for what in WHAT for engine in engines)} |")
+        print(f"|---|{'---:|' * len(WHAT) * len(engines)}")
+        for rows in zip(*(made.rows()[1:] for made in plans), strict=True):
+            print("| " + " | ".join([rows[0][0], *(cell for row in rows for cell in row[1:])]) + " |")
 
 
 if __name__ == "__main__":
