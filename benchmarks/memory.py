@@ -102,9 +102,7 @@ def empty(config: PreTrainedConfig) -> Any:
 def main() -> None:
     for name, configuration in MODELS.items():
         model = empty(configuration())
-        plans = [
-            plan(model, processes=PROCESSES, pairs=PAIRS, gpu_memory=GPU, **options) for options in WHAT.values()
-        ]
+        plans = [plan(model, processes=PROCESSES, pairs=PAIRS, gpu_memory=GPU, **options) for options in WHAT.values()]
         print(f"\n**{name}**, {plans[0].sizes.parameters / 1e9:.2f} billion parameters\n")
         engines = plans[0].rows()[0][1:]
         print(f"| GB a GPU | {' | '.join(f'{what}: {engine}' for what in WHAT for engine in engines)} |")
