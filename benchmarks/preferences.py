@@ -2,6 +2,7 @@
 
     python -m benchmarks.preferences                      # 10,000 and 200,000 rows, about five minutes
     python -m benchmarks.preferences --rows 1000 20000
+    python -m benchmarks.preferences --rows 1000000 --starts 1 2 8    # until the first step of a run; see starts.py
 
 Every case runs in a process of its own. Memory is the proportional set size (shared pages counted once) summed over
 that process and its workers, sampled twice a second; `anonymous` leaves out pages of files, which the kernel takes back
@@ -29,6 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import starts
 
 RESULTS = Path(__file__).parent / "results"
 SIDE = 64
@@ -162,7 +165,13 @@ def show(results: list[Measured]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 200_000])
+    parser.add_argument("--starts", type=int, nargs="+", help="numbers of processes, of which one's start is measured")
     asked = parser.parse_args()
+    if asked.starts:
+        started = [start for rows in asked.rows for start in starts.run(rows, asked.starts, _jpeg)]
+        Console(width=160).print(starts.show(started))
+        (RESULTS / "starts.json").write_text(json.dumps([asdict(start) for start in started], indent=1) + "\n")
+        return
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for rows in asked.rows:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pivot_plugin.recipes.arms import ArmsComparison, compare_arms
     from pivot_plugin.runs.instruct import InstructResult, align, instruct
     from pivot_plugin.runs.optimize import optimize
+    from pivot_plugin.runs.planning import RunPlan, plan
     from pivot_plugin.runs.result import PivotResult
     from pivot_plugin.training.pair_trainer import PivotTrainer
     from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer
@@ -58,6 +59,7 @@ _HOME = {
     "recipes.arms": ("ArmsComparison", "compare_arms"),
     "runs.instruct": ("InstructResult", "align", "instruct"),
     "runs.optimize": ("optimize",),
+    "runs.planning": ("RunPlan", "plan"),
     "runs.result": ("PivotResult",),
     "training.pair_trainer": ("PivotTrainer",),
     "training.rollout_trainer": ("PivotGRPOTrainer", "PivotRLOOTrainer"),
@@ -76,6 +78,7 @@ __all__ = [
     "PivotRLOOTrainer",
     "PivotResult",
     "PivotTrainer",
+    "RunPlan",
     "align",
     "assemble",
     "compare",
@@ -86,6 +89,7 @@ __all__ = [
     "list_encoders",
     "load_encoder",
     "optimize",
+    "plan",
     "publish",
     "verify",
 ]

@@ -11,8 +11,19 @@ import typer
 
 from pivot_plugin.errors import SettingsError
 
-from .launching import relaunched
-from .options import ARGUMENTS_OF_SPECS, AccelerateConfig, Lora, Processes, lora_rank, setting, settings_of
+from .launching import Nodes, relaunched
+from .options import (
+    ARGUMENTS_OF_SPECS,
+    AccelerateConfig,
+    Lora,
+    MachineRank,
+    Machines,
+    Processes,
+    Rendezvous,
+    lora_rank,
+    setting,
+    settings_of,
+)
 
 group = typer.Typer(help="Several runs one after another.", no_args_is_help=True)
 
@@ -74,6 +85,9 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores, or the plan, as JSON.")] = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
+    num_machines: Machines = None,
+    machine_rank: MachineRank = None,
+    rendezvous: Rendezvous = None,
 ) -> None:
     """The paper's recipe: a bare encoder in, a better one out, proved in a new MLLM; or arms from an MLLM on.
 
@@ -81,7 +95,8 @@ def run(
 
     pivot recipe run embedded -o out
     """
-    if not dry_run and relaunched(accelerate_config, num_processes):
+    nodes = Nodes(num_machines, machine_rank, rendezvous)
+    if not dry_run and relaunched(accelerate_config, num_processes, nodes):
         return
     with contextlib.redirect_stdout(sys.stderr):
         from pivot_plugin.recipes import PostTrainingResult, load_recipe, plan_recipe, run_recipe

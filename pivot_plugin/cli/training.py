@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pivot_plugin.choices import Train
 from pivot_plugin.errors import SettingsError
 
 from . import display, early
@@ -99,6 +100,9 @@ def optimize(
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    memory_plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it takes of a GPU's memory under each engine, and load nothing.")
+    ] = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
     num_machines: Machines = None,
@@ -117,7 +121,7 @@ def optimize(
     """
     said = Config(context, config)
     model, prefs = said.of("model", model), said.of("prefs", prefs)
-    if model is None or prefs is None:
+    if model is None or (prefs is None and not memory_plan):
         raise SettingsError(
             f"No {'model is' if model is None else 'pairs to train on are'} named.",
             "For example: pivot optimize llava-hf/llava-1.5-7b-hf ./pairs -o run; or --config run.yaml (pivot init).",
@@ -144,6 +148,9 @@ def optimize(
     )
     rank = lora_rank(str(said.of("lora", lora)))
     early.check_model(model)
+    if memory_plan:
+        _print_plan(model, said.of("train", train), rank, num_processes, options)
+        return
     for name in (prefs, said.of("eval_prefs", eval_prefs)):
         early.check_data(name)
     if rewards:
@@ -201,6 +208,15 @@ def optimize(
     show_result(result, quiet)
     if keep_model:
         print(f"MLLM: {result.output_dir / 'model'}")
+
+
+def _print_plan(model: str, train: Train, lora: int | None, num_processes: int | None, options: dict[str, Any]) -> None:
+    """What a run would take of a GPU's memory."""
+    import pivot_plugin as pivot
+
+    told = {"gradient_checkpointing": "gradient_checkpointing", "per_device_train_batch_size": "pairs"}
+    settings = {ours: options[name] for name, ours in told.items() if name in options}
+    print(pivot.plan(model, train=train, lora=lora, processes=num_processes, **settings))
 
 
 def compare_arms(

@@ -68,6 +68,14 @@ def unedited(source: object) -> object:
     return {name: value for name, value in source.items() if name != EDITS}
 
 
+def made_of(source: object) -> list[object]:
+    """The pictures that an image is made of: its own, and those pasted into it; itself where it is not edited."""
+    if not is_edited(source):
+        return [source]
+    pasted = [step["picture"] for step in _steps(source) if isinstance(step, Mapping) and "picture" in step]
+    return [unedited(source), *(one for picture in pasted for one in made_of(picture))]
+
+
 def rendered(source: Mapping[str, Any], opener: Opener, where: str) -> Image.Image:
     """An image with its edits done.
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from pivot_plugin.errors import DataError, foreign_code
 
-from .edits import is_edited, rendered
+from .edits import is_edited, made_of, rendered
 
 # where Pillow begins to warn of a decompression bomb; at twice this it refuses
 MAX_PIXELS = 89_478_485
@@ -74,8 +74,8 @@ class ImageAccess:
             return source
         if isinstance(source, Image.Image):
             return _loaded(source, where)
-        if isinstance(source, str) and "://" in source:
-            return self._fetched(source, where)
+        if is_address(source):
+            return self._fetched(str(source), where)
         if isinstance(source, str | Path):
             return self._read(source, where)
         raise DataError(
@@ -89,12 +89,33 @@ class ImageAccess:
         folders = (self.image_folder, self.folder or Path())
         return next((folder / source for folder in folders if folder is not None and (folder / source).is_file()), None)
 
+    def files_of(self, source: object) -> list[Path]:
+        """The files that an image may be read from, or those that it is made of; none where it is in none.
+
+        Args:
+            source: as for `encoded`.
+
+        Raises:
+            OSError, ValueError: for a path that cannot be asked.
+        """
+        if is_edited(source):
+            return [file for one in made_of(source) for file in self.files_of(one)]
+        if isinstance(source, Mapping):
+            source = source.get("bytes") or source.get("path")
+        if not isinstance(source, str | Path) or is_address(source):
+            return []
+        folders = [folder for folder in (self.image_folder, self.folder or Path()) if folder is not None]
+        return [folder / source for folder in folders]
+
+    def _folder_of(self, source: str | Path) -> Path:
+        if self.image_folder is not None and (self.image_folder / source).exists():
+            return self.image_folder
+        return self.folder or Path()
+
     def _read(self, source: str | Path, where: str) -> bytes:
-        folder = self.folder or Path()
-        tried = folder / source
+        tried = (self.folder or Path()) / source
         try:
-            if self.image_folder is not None and (self.image_folder / source).exists():
-                folder = self.image_folder
+            folder = self._folder_of(source)
             path = folder / source
             if self.confined and not path.resolve().is_relative_to(folder.resolve()):
                 raise DataError(
@@ -221,9 +242,21 @@ class ImageAccess:
         Raises:
             DataError: as `open`.
         """
+        return self.known(source, where).key
+
+    def known(self, source: object, where: str = "image") -> "KnownImage":
+        """The key of an image, as `key` gives it, and how many pixels it has.
+
+        Args:
+            source, where: as for `encoded`.
+
+        Raises:
+            DataError: as `open`.
+        """
         encoded = self.encoded(source, where)
         if isinstance(encoded, Image.Image):
-            return pixel_key(self._shown(encoded, source, where))
+            shown = self._shown(encoded, source, where)
+            return KnownImage(pixel_key(shown), shown.width * shown.height)
         stored = hashlib.sha256(encoded).digest()
         remembered = _known_images.get(stored)
         if remembered is None or remembered.pixels > self.max_pixels:
@@ -231,7 +264,7 @@ class ImageAccess:
             remembered = _known_images[stored] = KnownImage(pixel_key(image), image.width * image.height)
             if len(_known_images) > REMEMBERED_IMAGES:
                 _known_images.popitem(last=False)
-        return remembered.key
+        return remembered
 
     def stored_key(self, source: object, where: str = "image") -> str:
         """As `key`, without decoding what is encoded: one that differs for the same picture in two files.
@@ -350,6 +383,11 @@ def _rgb(image: Image.Image, name: str, where: str) -> Image.Image:
     if highest > 255 or upright.mode != "I":
         upright = upright.convert("I").point(lambda value: value * (1 / 256))
     return upright.convert("L").convert("RGB")
+
+
+def is_address(source: object) -> bool:
+    """Whether an image is given by its address on the network."""
+    return isinstance(source, str) and "://" in source
 
 
 def pixel_key(image: Image.Image) -> str:

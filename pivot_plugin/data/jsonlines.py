@@ -3,11 +3,13 @@
 Rows need not agree in their types, unlike in a table: one may hold text where the next holds messages.
 """
 
+import hashlib
 import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -50,13 +52,8 @@ class JsonLines(Sequence[Mapping[str, Any]]):
             return [self[position] for position in range(*index.indices(self._count))]
         if not 0 <= index < self._count:
             raise IndexError(index)
-        number = bisect_right(self._starts, index) - 1
+        line, number, offset = self._line(index)
         path, folder = self._parts[number]
-        offset = self._offsets[number][index - self._starts[number]]
-        with foreign_code(f"{path.name} cannot be read", "Leave the file as it is while it is in use."):
-            file = self._file(number)
-            file.seek(offset)
-            line = file.readline()
         try:
             row = parsed(line)
         # numbers of thousands of digits, brackets in brackets: not every broken text is a JSONDecodeError
@@ -73,6 +70,39 @@ class JsonLines(Sequence[Mapping[str, Any]]):
         if isinstance(row, Mapping) and folder is not None:
             row = {**row, **{name: _below(folder, row[name]) for name in IMAGE_COLUMNS if name in row}}
         return row  # type: ignore[no-any-return]
+
+    def _line(self, index: int) -> tuple[bytes, int, int]:
+        """A line, the number of its file, and where it begins there."""
+        number = bisect_right(self._starts, index) - 1
+        offset = self._offsets[number][index - self._starts[number]]
+        with self._reading(number) as file:
+            file.seek(offset)
+            return file.readline(), number, offset
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """A key that is equal for equal lines of equal folders."""
+        digest = hashlib.sha256()
+        first, last = (int(indices[0]), int(indices[-1])) if len(indices) else (0, -1)
+        number = bisect_right(self._starts, first) - 1
+        if last - first + 1 == len(indices) and bisect_right(self._starts, last) - 1 == number:
+            # in one piece
+            line, _, end = self._line(last)
+            offset = self._offsets[number][first - self._starts[number]]
+            with self._reading(number) as file:
+                file.seek(offset)
+                digest.update(f"{self._parts[number][1]} {offset - end} ".encode() + file.read(end - offset) + line)
+            return digest.hexdigest()
+        for index in indices:
+            line, number, _ = self._line(int(index))
+            digest.update(f"{self._parts[number][1]} {len(line)} ".encode() + line)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _reading(self, number: int) -> Iterator[Any]:
+        with foreign_code(
+            f"{self._parts[number][0].name} cannot be read", "Leave the file as it is while it is in use."
+        ):
+            yield self._file(number)
 
     def _file(self, number: int) -> Any:
         """An open file of this process; worker processes must not share a file's position."""

@@ -3,7 +3,10 @@
 What a processor does with an image depends on its size alone, so that each size is tried once.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from PIL import Image
@@ -11,6 +14,7 @@ from transformers import ProcessorMixin
 
 from pivot_plugin.errors import DataError, foreign_code
 from pivot_plugin.models.control_text import NO_PLAIN_TEXT
+from pivot_plugin.models.fingerprints import processor_fingerprint
 from pivot_plugin.models.image_tokens import ImageTokens, ProcessedImages
 
 from .images import ImageAccess, image_set_key
@@ -76,6 +80,18 @@ class RowJudge:
     every_size: bool
     needs: tuple[str, ...] = ()
     _processed: dict[Sizes, ProcessedImages | DataError] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A key that is equal for judges that say the same of every row."""
+        settings = {
+            name: value
+            for name, value in vars(self.collator).items()
+            if isinstance(value, str | int | float | bool | None)
+        }
+        described = [type(self.collator).__name__, sorted(settings.items()), self.every_size]
+        processor = processor_fingerprint(self.collator.image_tokens.processor)
+        return hashlib.sha256(json.dumps([described, processor], default=str).encode()).hexdigest()
 
     def __call__(self, row: dict[str, Any], access: ImageAccess, where: str) -> None:
         """Judge a row.

@@ -45,10 +45,10 @@ class PairDataset(RowDataset):
         row = super().plain(position)
         if self._rejecting is not None and row["images"] and not row.get("rejected_images"):
             where = self.where(position)
-            if self._keys is None:
+            if self._looks is None:
                 key = image_set_key([self.access.key(source, where) for source in row["images"]])
             else:
-                key = self._keys[position].decode()
+                key = self._looks.keys[position].decode()
             row["rejected_images"] = self._rejecting(row["images"], key, self.access, where)
         return row
 
@@ -62,8 +62,12 @@ class PairDataset(RowDataset):
         pairs = self.select(range(len(self)))
         pairs._rejecting = make
         # what was looked at had none of them
-        pairs._keys = pairs._rejected_keys = None
+        pairs._looks = None
         return pairs
+
+    def stored_digest(self, positions: range) -> str | None:
+        """As the parent's; None where what is made stands in no row."""
+        return None if self._rejecting is not None else super().stored_digest(positions)
 
 
 class PairStream:

@@ -7,7 +7,7 @@ spread over processes, because reading and decoding images is what it costs.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,7 +103,7 @@ def inspect_row(
     images = len(row["images"])
     keys = [access.key(source, where) for source in row["images"]]
     key = image_set_key(keys)
-    origin = _origin(row, access, where)
+    origin = origin_of(row, access, where)
     if "chosen" not in row:
         return RowRecord(key, images=images, origin=origin)
     chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
@@ -161,7 +161,8 @@ def refuse_equal(pair: Mapping[str, Any], image_key: str, rejected_key: str, whe
         )
 
 
-def _origin(row: dict[str, Any], access: ImageAccess, where: str) -> str:
+def origin_of(row: Mapping[str, Any], access: ImageAccess, where: str) -> str:
+    """Key of the picture that a row's first edited image is made of, "" where none is edited."""
     first = next((unedited(source) for source in row["images"] if is_edited(source)), None)
     return "" if first is None else access.stored_key(first, where)
 
@@ -175,8 +176,6 @@ def inspect_rows(
     rows: Rows,
     name: str,
     count: TokenCounter | None = None,
-    judge: Judge | None = None,
-    known: Sequence[bytes] | None = None,
     pixels: bool = False,
 ) -> Iterator[RowRecord]:
     """Look at every row, in order, over several processes where there are many.
@@ -185,8 +184,6 @@ def inspect_rows(
         rows: to look at.
         name: of the data, for the progress bar.
         count: as for `inspect_row`.
-        judge: says which rows a model cannot take.
-        known: keys of the image sets of rows that were looked at before: they are judged, and not decoded again.
         pixels: as for `inspect_row`.
 
     Returns:
@@ -194,7 +191,7 @@ def inspect_rows(
     """
     many = len(rows) >= WORTH_PROCESSES
     looked = DataLoader(
-        _Looked(rows, count, judge, known, pixels),
+        _Looked(rows, count, pixels),
         batch_size=ROWS_PER_TASK,
         collate_fn=list,
         num_workers=min(os.cpu_count() or 1, LARGEST_POOL) if many else 0,
@@ -210,18 +207,9 @@ def inspect_rows(
 class _Looked(Dataset[RowRecord]):
     """Records of rows, in whichever process asks."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        count: TokenCounter | None,
-        judge: Judge | None,
-        known: Sequence[bytes] | None,
-        pixels: bool,
-    ) -> None:
+    def __init__(self, rows: Rows, count: TokenCounter | None, pixels: bool) -> None:
         self._rows = rows
         self._count = count
-        self._judge = judge
-        self._known = known
         self._pixels = pixels
 
     def __len__(self) -> int:
@@ -231,12 +219,6 @@ class _Looked(Dataset[RowRecord]):
         try:
             row = self._rows.plain(position)
             where = self._rows.where(position)
-            if self._known is None:
-                record = inspect_row(row, self._rows.access, where, self._count, self._pixels)
-            else:
-                record = RowRecord(self._known[position].decode())
-            if self._judge is not None:
-                self._judge(row, self._rows.access, where)
-            return record
+            return inspect_row(row, self._rows.access, where, self._count, self._pixels)
         except DataError as error:
             return RowRecord("", (error.finding, error.remedy, error.kind))

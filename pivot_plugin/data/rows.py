@@ -1,7 +1,6 @@
 """Rows in a normal form with random access, whatever they are rows of."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +10,17 @@ from datasets import Dataset
 
 from pivot_plugin.choices import OnBadRow as OnBadRow
 from pivot_plugin.errors import DataError, PivotError, SettingsError, foreign_code
+from pivot_plugin.files import cache_folder
 from pivot_plugin.hooks.types import Layout
 
-from .images import KEY_LENGTH, ImageAccess
-from .records import Judge, inspect_row, inspect_rows
+from .images import ImageAccess
+from .launch import Launch
+from .looking import Looking
+from .looks import Looks, look_at
+from .records import WORTH_PROCESSES, Judge
+from .remembered import RememberedBlocks, code_of, digest_of
 from .skipped import SkippedRows
-from .sources import Source, open_source
+from .sources import Digested, Source, open_source
 
 Normal = Callable[[Mapping[str, Any], str], dict[str, Any]]
 # among which the layout is looked for
@@ -49,9 +53,7 @@ class RowDataset:
         self._rows = source.rows
         self._name = source.name
         self._indices = np.arange(len(source.rows))
-        self._keys: np.ndarray | None = None
-        self._rejected_keys: np.ndarray | None = None
-        self._origins: np.ndarray = np.zeros(0, dtype=f"S{KEY_LENGTH}")
+        self._looks: Looks | None = None
         self._judge: Judge | None = None
         self._layout = self._first_layout(columns)
 
@@ -105,75 +107,119 @@ class RowDataset:
         return normalised(self._read(int(self._indices[position]), where), self._layout, self._normal, where)
 
     def verify(
-        self, on_bad_row: OnBadRow = "raise", skipped: str | Path | None = None, judge: Judge | None = None
+        self,
+        on_bad_row: OnBadRow = "raise",
+        skipped: str | Path | None = None,
+        judge: Judge | None = None,
+        launch: Launch | None = None,
     ) -> Self:
         """Look at every row once, decoding its images, so that training meets no bad one. Done once, and once a judge.
+
+        What is found is remembered: of rows and image files that have not changed, the next look takes it from there.
 
         Args:
             on_bad_row: "raise" stops at the first bad row; "skip" leaves bad rows out.
             skipped: file that gets a line of JSON for each row left out.
             judge: says which rows a model cannot take.
+            launch: processes that look together, each at its share, and all call this alike; this one alone where
+                None. The first of them writes the list of what is skipped.
 
         Raises:
-            DataError: for a bad row, or if too many rows are bad to leave them out.
+            DataError: for a bad row, or if too many rows are bad to leave them out; the same in every process.
         """
-        if self._keys is not None and (judge is None or judge == self._judge):
+        launch = launch or Launch()
+        done = self._looks is not None and (judge is None or judge == self._judge)
+        everywhere = launch.gather((done, len(self)))
+        if len({rows for _, rows in everywhere}) > 1:
+            raise DataError(
+                f"{self._name} has {', '.join(f'{rows:,}' for _, rows in everywhere)} rows in the processes of this "
+                "launch, in the order of their ranks.",
+                "Give every process the same data, from a folder that all of them see.",
+            )
+        if all(done for done, _ in everywhere):
             return self
-        keys = np.zeros(len(self), dtype=f"S{KEY_LENGTH}")
-        rejected_keys = np.zeros_like(keys) if self._rejected_keys is None else self._rejected_keys
-        origins = np.zeros_like(keys) if self._keys is None else self._origins
+        looks = Looks.empty(len(self))
         bad: list[int] = []
-        with SkippedRows(self._name, skipped if on_bad_row == "skip" else None, len(self)) as left_out:
-            for position, record in enumerate(
-                inspect_rows(self, self._name, judge=judge, known=None if self._keys is None else self._keys.tolist())
-            ):
-                if record.error is None:
-                    keys[position] = record.key.encode()
-                    if self._keys is None:
-                        rejected_keys[position] = record.rejected_key.encode()
-                        origins[position] = record.origin.encode()
-                elif on_bad_row == "raise":
-                    raise DataError(*record.error)
-                else:
-                    bad.append(position)
-                    left_out.add(int(self._indices[position]), DataError(*record.error))
+        looking = Looking(self, judge, self._looks, launch, self._remembered(judge))
+        listed = skipped if on_bad_row == "skip" and launch.rank == 0 else None
+        with SkippedRows(self._name, listed, len(self)) as left_out:
+            for start, block in looking.blocks():
+                looks.put(start, block.looks)
+                for offset, *error in block.errors:
+                    if on_bad_row == "raise":
+                        raise DataError(*error)
+                    bad.append(start + offset)
+                    left_out.add(int(self._indices[start + offset]), DataError(*error))
         self._indices = np.delete(self._indices, bad)
-        self._keys = np.delete(keys, bad)
-        self._rejected_keys = np.delete(rejected_keys, bad)
-        self._origins = np.delete(origins, bad)
+        self._looks = looks.at(np.delete(np.arange(len(looks)), bad)) if bad else looks
         self._judge = judge
         return self
+
+    def _remembered(self, judge: Judge | None) -> RememberedBlocks | None:
+        """What earlier looks have found, None for few rows, and where nothing tells whether it would hold."""
+        code = code_of(self._layout)
+        judged_by = "" if judge is None else getattr(judge, "fingerprint", None)
+        if len(self) < WORTH_PROCESSES or code is None or judged_by is None:
+            return None
+        context = {
+            "code": code,
+            "rows": type(self).__name__,
+            "name": self._name,
+            "access": vars(self.access),
+            "judge": judged_by,
+            "known": self._looks is not None,
+            "working_directory": Path.cwd() if self.access.folder is None else None,
+        }
+        return RememberedBlocks(cache_folder("checked"), context)
+
+    def stored_digest(self, positions: range) -> str | None:
+        """A key that is equal for equal rows as they are stored; None where that cannot be told without reading them.
+
+        Args:
+            positions: of the rows, consecutive.
+        """
+        indices = self._indices[positions.start : positions.stop]
+        if isinstance(self._rows, Digested):
+            return self._rows.digest(indices.tolist())
+        try:
+            return digest_of([self._rows[index] for index in indices])
+        # rows of whatever kind, among them decoded images
+        except Exception:
+            return None
+
+    @property
+    def looks(self) -> Looks:
+        """What is known of the rows; the first use verifies them."""
+        looks = self.verify()._looks
+        assert looks is not None
+        return looks
 
     @property
     def image_keys(self) -> np.ndarray:
         """(rows,) for each row the key of its image set as bytes, empty for none; the first use verifies the rows."""
-        keys = self.verify()._keys
-        assert keys is not None
-        return keys
+        return self.looks.keys
 
     @property
     def rejected_image_keys(self) -> np.ndarray:
         """(rows,) as `image_keys`, of the images that the chosen answer is not right of."""
-        keys = self.verify()._rejected_keys
-        assert keys is not None
-        return keys
+        return self.looks.rejected_keys
 
     @property
     def picture_keys(self) -> np.ndarray:
         """(rows,) as `image_keys`, but of a row with edited images the key of the picture that they are made of."""
-        keys = self.image_keys
-        return np.where(self._origins != b"", self._origins, keys)
+        looks = self.looks
+        return np.where(looks.origins != b"", looks.origins, looks.keys)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         row, where = self.plain(position), self.where(position)
-        if self._keys is None or self._rejected_keys is None:
-            record = inspect_row(row, self.access, where)
-            row["image_key"], rejected_key = record.key, record.rejected_key
+        if self._looks is None:
+            look, here = look_at(row, self.access, where), 0
         else:
-            row["image_key"], rejected_key = self._keys[position].decode(), self._rejected_keys[position].decode()
+            look, here = self._looks, position
+        row["image_key"], rejected_key = look.keys[here].decode(), look.rejected_keys[here].decode()
         row["images"] = [self.access.open(source, where) for source in row["images"]]
         if rejected_key:
             row["rejected_image_key"] = rejected_key
@@ -186,25 +232,18 @@ class RowDataset:
         chosen.__dict__.update(self.__dict__)
         wanted = np.asarray(positions, dtype=np.int64)
         chosen._indices = self._indices[wanted]
-        chosen._keys = None if self._keys is None else self._keys[wanted]
-        chosen._rejected_keys = None if self._rejected_keys is None else self._rejected_keys[wanted]
-        chosen._origins = self._origins if self._keys is None else self._origins[wanted]
+        chosen._looks = None if self._looks is None else self._looks.at(wanted)
         return chosen
 
     def content_key(self, position: int) -> str:
         """A key that is equal for rows with equal images and texts."""
-        row = self.plain(position)
-        texts = [row[name] for name in ("prompt", "chosen", "rejected", "messages") if name in row]
-        keys = [self.image_keys[position].decode()]
-        if rejected_key := self.rejected_image_keys[position].decode():
-            keys.append(rejected_key)
-        return hashlib.sha256(json.dumps([*keys, texts]).encode()).hexdigest()
+        return self.looks.contents[position].tobytes().hex()
 
     def fingerprint(self) -> str:
         """A key that is equal for data sets with equal rows in equal order."""
         digest = hashlib.sha256()
-        for position in range(len(self)):
-            digest.update(self.content_key(position).encode())
+        for content in self.looks.contents:
+            digest.update(content.tobytes().hex().encode())
         return digest.hexdigest()
 
 

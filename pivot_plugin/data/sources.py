@@ -10,11 +10,13 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from filelock import FileLock
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from pivot_plugin.errors import DataError, SettingsError, foreign_code, said
@@ -22,6 +24,7 @@ from pivot_plugin.files import cache_folder, whole_folder
 
 from .images import MAX_PIXELS, ImageAccess
 from .jsonlines import JsonLines, parsed
+from .remembered import state_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,18 @@ _ONE_GROUP_AT_A_TIME = ParquetFragmentScanOptions(pre_buffer=False, use_buffered
 # an archive of pictures hardly shrinks, one of text to a tenth; one that unpacks to more than this is a bomb
 LARGEST_EXPANSION, ALWAYS_UNPACKED = 100, 1_000_000_000
 LONGEST_META = 100_000_000
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """Rows that can tell whether they are the same without being read."""
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """A key that is equal for equal rows.
+
+        Args:
+            indices: of the rows.
+        """
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,12 @@ class TableRows(Sequence[Mapping[str, Any]]):
             slice(index, index + 1) if isinstance(index, int) else index
         ].to_pylist()
         return rows[0] if isinstance(index, int) else rows
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """A key that is equal for the same rows of the same table: its fingerprint, and the state of its files."""
+        files = [(file["filename"], state_of(file["filename"])) for file in self._table.cache_files]
+        described = f"{self._table._fingerprint} {sorted(files)} "
+        return hashlib.sha256(described.encode() + np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
 
 
 def _rows_of(table: "Dataset | IterableDataset") -> "TableRows | IterableDataset":
@@ -380,7 +401,12 @@ def _zip(path: Path, access: ImageAccess) -> Source:
     target = cache / key
     if not target.exists():
         with foreign_code(f"{path.name} cannot be unpacked", "Check that the archive is whole."):
-            _unpack(path, target)
+            locks = cache_folder("locks")
+            locks.mkdir(parents=True, exist_ok=True)
+            # of the processes that share a disk one unpacks, and the others wait for it
+            with FileLock(locks / f"archive-{key}.lock"):
+                if not target.exists():
+                    _unpack(path, target)
     inner = target
     entries = [entry for entry in inner.iterdir() if entry.name != "__MACOSX"]
     if len(entries) == 1 and entries[0].is_dir():

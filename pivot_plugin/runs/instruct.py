@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import Train
 from pivot_plugin.data.conversations import ConversationDataset, load_conversations
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.records import Judge
 from pivot_plugin.data.rows import OnBadRow
 from pivot_plugin.data.skipped import SKIPPED_FILE
@@ -198,7 +199,7 @@ def _load_rows(
 ) -> tuple[ConversationDataset, None]:
     """The conversations to train on, looked at one by one; none are given to be held out."""
     rows = load_conversations(source, image_folder=image_folder)
-    return rows.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge), None
+    return rows.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge, this_launch()), None
 
 
 def _save_model(run: Run, trainer: InstructTrainer) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.pairs import PairDataset, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import RowDataset
@@ -82,7 +83,7 @@ class Monitoring:
         outside: dict[str, RowDataset] = {}
         for name, source in sources.items():
             rows = load_questions(source, name) if questions else load_pairs(source, name)
-            outside[name] = rows.verify()
+            outside[name] = rows.verify(launch=this_launch())
         return replace(self, outside=outside)
 
     def add_to(self, trainer: PivotTrainer | Rollouts, run: Run) -> None:

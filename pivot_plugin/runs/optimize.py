@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_plugin.config import PivotConfig, PivotGRPOConfig, RolloutConfig, TowerConfig, Train
 from pivot_plugin.data.judging import RowJudge
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.pairs import PairDataset, PairStream, load, load_pairs
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.data.rows import OnBadRow
@@ -338,7 +339,7 @@ def _load_rows(
         if isinstance(config, PivotConfig) and config.rejected_images is None and options.on_bad_row == "raise":
             # with their count, before any image is opened
             ImageTerms.of(config.image_terms, config.image_weights).check(pairs, looked=False)
-        pairs.verify(options.on_bad_row, skipped, judge)
+        pairs.verify(options.on_bad_row, skipped, judge, this_launch())
     return pairs, None if source.eval_prefs is None else _held_out_pairs(source, options, judge)
 
 
@@ -357,7 +358,8 @@ def _load_questions(
     else:
         refuse_pairs_as_questions(questions, options.choices["objective"])
     judge_asked = judge.of_questions(given_text=source.answers is not None and source.answers.engine is not None)
-    questions = questions.verify(options.on_bad_row, options.folder / SKIPPED_FILE, judge_asked)
+    skipped, launch = options.folder / SKIPPED_FILE, this_launch()
+    questions = questions.verify(options.on_bad_row, skipped, judge_asked, launch)
     needs_answer(rewards, questions)
     if source.eval_prefs is None:
         return questions, None
@@ -369,7 +371,8 @@ def _load_questions(
         held_out = load_questions(source.eval_prefs, "eval_questions", **source.reading)
     if source.answers is not None and is_of_pairs(held_out):
         return questions, _held_out_pairs(source, options, judge)
-    held_out = held_out.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge_asked)
+    skipped = options.folder / SKIPPED_EVAL_FILE
+    held_out = held_out.verify(options.on_bad_row, skipped, judge_asked, launch)
     needs_answer(rewards, held_out)
     return questions, held_out
 
@@ -377,7 +380,7 @@ def _load_questions(
 def _held_out_pairs(source: _Source, options: RunOptions, judge: RowJudge) -> PairDataset:
     remedy = "Give held-out pairs as a list or a datasets.Dataset."
     pairs = load_pairs(source.eval_prefs, "eval_prefs", remedy, **source.reading)
-    return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge)
+    return pairs.verify(options.on_bad_row, options.folder / SKIPPED_EVAL_FILE, judge, this_launch())
 
 
 def _trainer(

@@ -289,7 +289,7 @@ def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
         DataError: if no row has one.
     """
     parts = training_plan.parts
-    if "language_model" in parts or any(rows.plain(position).get("images") for position in range(len(rows))):
+    if "language_model" in parts or rows.image_keys.any():
         return
     raise DataError(
         f"None of the {len(rows)} rows of {rows.name} has an image, and only the {' and the '.join(parts)} "

@@ -12,7 +12,9 @@ Overrides, and why each is needed:
     __init__                  rows become checked pairs, and the collator builds forests
     _prepare_dataset          pairs are tokenised with their images, in the collator; nothing is left to prepare
     _precompute_ref_logps     the reference pass runs over forests and is kept on disk by content
-    _get_train_sampler        pairs that share an image come together
+    _get_train_sampler        pairs that share an image come together; processes get equally much of a step
+    get_eval_dataloader, prediction_step
+                              every held-out pair counts once, in however many processes
     get_batch_samples         the SFT loss is a mean over the chosen tokens of an optimiser step, which are counted here
     training_step             a batch that does not fit into `max_nodes` is computed part by part
     compute_loss              a non-finite loss names its pairs; the SFT loss may average per sequence; terms that hold
@@ -25,25 +27,25 @@ Losses, metrics, logging, checkpoints, accelerate, FSDP and DeepSpeed are TRL's.
 
 import logging
 import os
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import PivotConfig
 from pivot_plugin.data.blind import WithoutPicture
+from pivot_plugin.data.launch import this_launch
 from pivot_plugin.data.pairs import PairDataset, PairStream, load
 from pivot_plugin.errors import SettingsError
 from pivot_plugin.files import cache_folder
@@ -52,13 +54,16 @@ from pivot_plugin.models.evaluating import evaluating
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
 
 from . import micro_batches
+from .balance import BalancedSampler, measure_rates
 from .batch import REFERENCE_BESIDE, ForestBatch, ForestCollator
 from .forest_check import varied_rows
+from .held_out import HeldOutLoader, looks_of
 from .image_terms import CHOSEN, CHOSEN_ELSEWHERE, REJECTED, ImageTerms
 from .looks import Look
 from .micro_batches import PARTS, SHARE, TOKENS, MergedMetrics, parts_of
 from .plan import TrainingPlan, unwrapped
-from .reference import Logps, ReferenceCache
+from .reference import ReferenceCache
+from .reference_pass import ReferencePass
 from .rows import POINTER, Loading, pointing, streaming
 from .sampler import ImageGroupSampler
 from .sharding import as_it_is
@@ -67,7 +72,6 @@ from .workers import default_workers
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_PARTS = 20.0
 # held-out pairs that are scored without their pictures too
 BLIND_ROWS = 256
 
@@ -157,6 +161,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             held_out = None if held_out is None else _rejecting(held_out, args, self.image_terms)
         sources = [data for data in (pairs, held_out) if isinstance(data, PairDataset)]
         for source in sources:
+            source.verify(launch=this_launch())
             self.image_terms.check(source)
         # a stream has no end to precompute; and log-probabilities of a LoRA that goes on training are not the base's
         args.precompute_ref_log_probs = isinstance(pairs, PairDataset) and not isinstance(model, PeftModel)
@@ -244,57 +249,73 @@ class PivotTrainer(TowerTraining, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._answer_from_forest()
         pairs = self._collator.source_of(dataset)
-        cache = ReferenceCache(Path(self.args.reference_cache or cache_folder("reference")), self._reference)
-        keys = [pairs.content_key(position) for position in range(len(pairs))]
-        cached = cache.read()
-        # shares are cut from what is missing, so that no process may write before all have read
-        self.accelerator.wait_for_everyone()
-        missing = list({key: position for position, key in enumerate(keys) if key not in cached}.values())
-        if missing:
-            self._fill(cache, pairs, missing, keys, name, batch_size)
-            cached = cache.read()
-        columns: dict[str, list[Any]] = {"ref_chosen_logps": [cached[key][0] for key in keys]}
-        columns["ref_rejected_logps"] = [cached[key][1] for key in keys]
-        if self.image_terms:
-            columns[REFERENCE_BESIDE] = [list(cached[key][2:]) for key in keys]
-        for column, values in columns.items():
-            dataset = dataset.add_column(column, values)
-        return dataset
-
-    def _fill(
-        self, cache: ReferenceCache, pairs: PairDataset, missing: list[int], keys: list[str], name: str, size: int
-    ) -> None:
-        """Compute missing reference log-probabilities, each process its share, and keep them every few seconds."""
-        by_image: dict[str, list[int]] = defaultdict(list)
-        for position in missing:
-            by_image[pairs.image_keys[position]].append(position)
-        ordered = [position for group in by_image.values() for position in group]
-        share = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
+        columns = 2 + len(self.image_terms.beside if self.image_terms else ())
+        folder = Path(self.args.reference_cache or cache_folder("reference"))
+        cache = ReferenceCache(folder, self._reference, columns)
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        fresh: list[tuple[str, Logps]] = []
-        written = time.monotonic()
-        bar = tqdm(total=len(share), desc=f"reference of {name} pairs", disable=self.args.disable_tqdm or None)
-        try:
-            with evaluating(model, self.accelerator.device), as_it_is(model):
-                for positions, batch in self._collated(pairs, share, size):
-                    columns = torch.cat([self._reference_of(model, part) for part in parts_of(batch)]).tolist()
-                    fresh += [(keys[p], tuple(values)) for p, values in zip(positions, columns, strict=True)]
-                    if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
-                        cache.add(fresh)
-                        fresh, written = [], time.monotonic()
-                    bar.update(len(positions))
-        finally:
-            # what was computed before an interruption is paid for
-            cache.add(fresh)
-            bar.close()
-        self.accelerator.wait_for_everyone()
+        compute = ReferencePass(cache, partial(self._reference_of, model), batch_size, this_launch())
+        with evaluating(model, self.accelerator.device), as_it_is(model):
+            logps = compute(pairs, name, self.args.disable_tqdm)
+        dataset = dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+        return dataset.add_column(REFERENCE_BESIDE, logps[:, 2:].tolist()) if columns > 2 else dataset
+
+    def _reference_of(
+        self, model: PreTrainedModel, pairs: PairDataset, positions: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Of each batch its positions, and (pairs, 2 + views) reference log-probabilities.
+
+        They are those of both answers, and of what is scored beside them.
+        """
+        for of_batch, batch in self._collated(pairs, positions, size):
+            scores = []
+            for part in parts_of(batch):
+                with _outputs_of(model) as outputs:
+                    own = self.compute_ref_log_probs(model, self._prepared(part))
+                beside = _beside(outputs[-1], len(part["completion_mask"]) // 2)
+                scores.append(torch.stack([*own, *beside], dim=1).float().cpu())
+            yield of_batch, torch.cat(scores).numpy()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.group_by_image and isinstance(rows, Dataset):
-            image_keys = self._collator.source_of(rows).image_keys.tolist()
-            return ImageGroupSampler(image_keys, self.args.data_seed or self.args.seed)
-        return super()._get_train_sampler(train_dataset)
+        if not (self.args.group_by_image and isinstance(rows, Dataset)):
+            return super()._get_train_sampler(train_dataset)
+        pairs, seed = self._collator.source_of(rows), self.args.data_seed or self.args.seed
+        order = ImageGroupSampler(pairs.image_keys, seed)
+        if self.accelerator.num_processes == 1 or self.args.accelerator_config.split_batches:
+            return order
+        rates = measure_rates(pairs.looks, lambda position: self._forest_collator([pairs[position]]))
+        # measured on different machines, they must not differ in the last bit
+        nodes = this_launch().broadcast(rates, 0).nodes(pairs.looks)
+        size, accumulated = self._train_batch_size, self.args.gradient_accumulation_steps
+        return BalancedSampler(order, nodes, self.accelerator.num_processes, size, accumulated, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the parent's; held-out pairs come in shares in which each counts once."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        if not isinstance(rows, Dataset):
+            return super().get_eval_dataloader(eval_dataset)
+        return HeldOutLoader(
+            rows,
+            looks_of(len(rows), self.args.eval_batch_size, this_launch()),
+            self._collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """As the parent's; what it logs counts as much as the batch has pairs."""
+        before = {name: len(values) for name, values in self._metrics["eval"].items()}
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loader = self.callback_handler.eval_dataloader
+        if not isinstance(loader, HeldOutLoader):
+            return loss, logits, labels
+        for name, values in self._metrics["eval"].items():
+            # a count is replaced and not added to
+            if len(values) > before.get(name, 0) and name != "num_tokens":
+                values[-1] *= loader.weight
+        return loss * loader.weight, logits, labels
 
     def _collated(
         self, pairs: PairDataset, positions: Sequence[int], size: int
@@ -318,12 +339,6 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             num_workers=workers,
             generator=generator,
         )
-
-    def _reference_of(self, model: PreTrainedModel, part: dict[str, Any]) -> torch.Tensor:
-        """(pairs, 2 + views) reference log-probabilities of both answers, and of what is scored beside them."""
-        with _outputs_of(model) as outputs:
-            scores = self.compute_ref_log_probs(model, self._prepared(part))
-        return torch.stack([*scores, *_beside(outputs[-1], len(part["completion_mask"]) // 2)], dim=1).float()
 
     def _prepared(self, part: dict[str, Any]) -> Any:
         """A collated batch, or a part of one, on the device."""
@@ -483,26 +498,33 @@ class PivotTrainer(TowerTraining, DPOTrainer):
 
     @torch.no_grad()
     def score(self, pairs: PairDataset | WithoutPicture) -> PairScores:
-        """Log-probabilities of pairs under the model as it is now.
+        """Log-probabilities of pairs under the model as it is now; to be called by every process, each scores a share.
 
         Args:
-            pairs: to score, in batches of `per_device_eval_batch_size`.
+            pairs: to score, the same in every process, in batches of `per_device_eval_batch_size`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        chosen, rejected, elsewhere = [], [], []
-        size = self.args.per_device_eval_batch_size
+        size, launch = self.args.per_device_eval_batch_size, this_launch()
+        batches = [list(range(start, min(start + size, len(pairs)))) for start in range(0, len(pairs), size)]
+        share = batches[launch.rank :: launch.count]
+        if len(share) < -(-len(batches) // launch.count):
+            # where weights are divided all compute together: who has a batch less computes the first again
+            share = [batches[0], *share]
+        positions = [position for batch in share for position in batch]
+        scored: dict[int, torch.Tensor] = {}
         with evaluating(model, self.accelerator.device), as_it_is(model):
-            for _, batch in self._collated(pairs, range(len(pairs)), size):
+            for of_batch, batch in self._collated(pairs, positions, size):
+                parts = []
                 for part in parts_of(batch):
                     inputs = self._prepared(part)
                     with self.accelerator.autocast():
                         outputs = model(forest=inputs["forest"])
-                    first, second, *others = _of_pairs(outputs, len(inputs["completion_mask"]) // 2)
-                    chosen.append(first.float().cpu())
-                    rejected.append(second.float().cpu())
-                    # the first of them, by the order of `ImageTerms.beside`
-                    elsewhere += [other.float().cpu() for other in others[:1]]
-        return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(elsewhere) if elsewhere else None)
+                    parts.append(torch.stack(_of_pairs(outputs, len(inputs["completion_mask"]) // 2)).float().cpu())
+                scored[of_batch[0]] = torch.cat(parts, dim=1)
+        everyones = {first: logps for one in launch.gather(scored) for first, logps in one.items()}
+        # of the views beside them the first, by the order of `ImageTerms.beside`
+        chosen, rejected, *others = torch.cat([everyones[batch[0]] for batch in batches], dim=1)
+        return PairScores(chosen, rejected, others[0] if others else None)
 
     def mean_score(self, pairs: PairDataset) -> float:
         """Preference accuracy on some pairs under the model as it is now."""

@@ -45,6 +45,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, split
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import RolloutConfig
+from pivot_plugin.data.launch import Launch, this_launch
 from pivot_plugin.data.questions import QuestionDataset, load_questions
 from pivot_plugin.generation.engines import TransformersEngine
 from pivot_plugin.generation.grading import graded
@@ -63,6 +64,7 @@ from .plan import TrainingPlan, unwrapped
 from .refill import put_together, silent_groups
 from .rows import pointing
 from .sampler import EpochRepeatSampler
+from .sharding import is_divided
 from .tower import TowerTraining
 
 logger = logging.getLogger(__name__)
@@ -144,9 +146,9 @@ class Rollouts(TowerTraining):
         peft_config = self._prepare_model(model, args, processing_class, lora, adapter, plan)
         assert processing_class is not None
         functions = resolve_rewards(reward_funcs)  # type: ignore[arg-type]
-        self._sources = [load_questions(train_dataset).verify()]
+        self._sources = [load_questions(train_dataset).verify(launch=this_launch())]
         if eval_dataset is not None:
-            self._sources.append(load_questions(eval_dataset, "eval_questions").verify())
+            self._sources.append(load_questions(eval_dataset, "eval_questions").verify(launch=this_launch()))
         for questions in self._sources:
             needs_answer(functions, questions)
         rows = pointing(self._sources)
@@ -198,15 +200,25 @@ class Rollouts(TowerTraining):
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def mean_score(self, questions: QuestionDataset) -> float:
-        """Mean reward of greedy answers to some questions, weighted; reward models are left out."""
+        """Mean reward of greedy answers to some questions, weighted; reward models are left out.
+
+        To be called by every process; each asks a share where its model is whole.
+        """
+        launch = Launch() if is_divided(self.model) else this_launch()
         engine = TransformersEngine(unwrapped(self.accelerator.unwrap_model(self.model)), self.processing_class)
         functions = [function for function in self.reward_funcs if not isinstance(function, nn.Module)]
         weights = [float(w) for w, f in zip(self.reward_weights, self.reward_funcs, strict=True) if f in functions]
         scorer = Scorer(functions, weights, self.args.reward_time_limit)
         size = self.args.per_device_eval_batch_size
         longest = self.max_completion_length
-        with attending_by(engine.model, self._plain_attention):
-            scores = [score for *_, score in graded(engine, scorer, questions, longest, size, self.args.seed)]
+        batches = range(0, len(questions), size)[launch.rank :: launch.count]
+        share = [p for start in batches for p in range(start, min(start + size, len(questions)))]
+        scores: list[float] = []
+        if share:
+            with attending_by(engine.model, self._plain_attention):
+                asked = graded(engine, scorer, questions.select(share), longest, size, self.args.seed)
+                scores = [score for *_, score in asked]
+        scores = [score for one in launch.gather(scores) for score in one]
         return sum(scores) / len(scores)
 
     def reference_metrics(self) -> dict[str, float]:

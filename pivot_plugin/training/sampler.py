@@ -1,9 +1,9 @@
 """The order of pairs: shuffled, with pairs that share an image next to each other."""
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler
@@ -19,11 +19,13 @@ class ImageGroupSampler(Sampler[int]):
         seed: of the shuffle.
     """
 
-    def __init__(self, image_keys: Sequence[bytes], seed: int) -> None:
-        self._groups: dict[bytes, list[int]] = defaultdict(list)
-        for position, key in enumerate(image_keys):
-            self._groups[key or f"text-{position}".encode()].append(position)
-        self._length = len(image_keys)
+    def __init__(self, image_keys: Sequence[bytes] | np.ndarray, seed: int) -> None:
+        keys = np.asarray(image_keys)
+        _, first, image_of = np.unique(keys, return_index=True, return_inverse=True)
+        # images in the order in which they come; pairs without one have nothing in common
+        rank = np.where(keys == keys.dtype.type(), np.arange(len(keys)), first[image_of])
+        self._positions = np.argsort(rank, kind="stable")
+        _, self._starts = np.unique(rank[self._positions], return_index=True)
         self._seed = seed
         self._epoch = 0
 
@@ -32,14 +34,22 @@ class ImageGroupSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self._seed}-{self._epoch}")
-        groups = [rng.sample(positions, len(positions)) for positions in self._groups.values()]
+        ends = np.append(self._starts, len(self._positions))
+        # of one pair there is one order, which is drawn all the same: so the orders of releases stay what they are
+        inside = {
+            group: rng.sample(range(length), length)
+            for group, length in enumerate(np.diff(ends).tolist())
+            if length > 1 or rng.randrange(1)
+        }
+        groups = list(range(len(self._starts)))
         rng.shuffle(groups)
         for group in groups:
-            yield from group
+            for place in inside.get(group, (0,)):
+                yield int(self._positions[self._starts[group] + place])
 
 
 class EpochRepeatSampler(RepeatSampler):

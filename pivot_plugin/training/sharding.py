@@ -120,15 +120,14 @@ def wrap_layers(accelerator: Accelerator, adapter: VisionAdapter) -> None:
 
 def layer_classes(adapter: VisionAdapter) -> list[str]:
     """Names of the classes of transformer blocks, of the tower and of the language model."""
-    model = adapter.model
-    decoder = [
-        module
-        for name, module in model.get_decoder().named_children()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    blocks = [model.get_submodule(path) for path in adapter.blocks()]
-    blocks += [block for layers in decoder for block in layers]
-    return sorted({type(block).__name__ for block in blocks})
+    blocks = [adapter.model.get_submodule(path) for path in adapter.blocks()]
+    return sorted({type(block).__name__ for block in [*blocks, *decoder_blocks(adapter.model)]})
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks of a model's language model."""
+    layers = [module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList)]
+    return [block for one in layers for block in one]
 
 
 # In a forward pass

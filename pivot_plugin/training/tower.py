@@ -45,6 +45,7 @@ from .attention import attend_by, packing_attention, take_masks
 from .forest_check import read_rows
 from .forward import ForestReading
 from .gradient_check import GradientCheck
+from .held_out import HeldOutLoader
 from .looks import AfterWarmUp, Patience
 from .plan import TrainingPlan, count_parameters, original_name, plan, unwrapped
 from .sharding import undivided, wrap_layers
@@ -184,7 +185,10 @@ class TowerTraining(Trainer):
         self._row_scores = None
         result = super().prediction_step(*args, **kwargs)
         if self._row_scores is not None:
-            self._looked.append(self.accelerator.gather_for_metrics(self._row_scores).float().cpu().numpy())
+            everyones = self.accelerator.gather_for_metrics(self._row_scores).float().cpu().numpy()
+            loader = self.callback_handler.eval_dataloader
+            # what is left over when rows are dealt out, every process computes
+            self._looked.append(everyones[: loader.pairs] if isinstance(loader, HeldOutLoader) else everyones)
         return result
 
     def _look_at_the_start(self) -> None:

@@ -94,8 +94,8 @@ def test_rows_that_were_looked_at_are_judged_without_decoding_them_again(
     _, processor = llava
     pairs = load_pairs([row(f"number {n}?", "yes", "no", picture(40, 40, n)) for n in range(4)]).verify()
     keys = pairs.image_keys.tolist()
-    monkeypatch.setattr("pivot_plugin.data.images.ImageAccess.key", None)
+    monkeypatch.setattr("pivot_plugin.data.images.ImageAccess.known", None)
     look = judge(processor, PivotConfig)
     assert pairs.verify("raise", None, look).image_keys.tolist() == keys
-    monkeypatch.setattr("pivot_plugin.data.rows.inspect_rows", None)
+    monkeypatch.setattr("pivot_plugin.data.rows.Looking", None)
     assert pairs.verify("raise", None, look) is pairs

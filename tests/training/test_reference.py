@@ -1,17 +1,23 @@
 """The reference cache: computed once, resumed, shared, and never stale."""
 
 import copy
+import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.models.fingerprints import model_fingerprint, processor_fingerprint
-from pivot_plugin.training import pair_trainer as trainer_module
+from pivot_plugin.training import reference_pass
 from pivot_plugin.training.reference import ReferenceCache
+from pivot_plugin.training.reference_pass import shares
 from tests.helpers.training import settings
 
 
@@ -121,7 +127,7 @@ def test_a_setting_that_changes_log_probabilities_misses_the_cache(
 def test_an_interrupted_pass_keeps_what_it_computed(
     llava: Any, rows: Any, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "SECONDS_BETWEEN_PARTS", 0)
+    monkeypatch.setattr(reference_pass, "SECONDS_BETWEEN_PARTS", 0)
     original = PivotTrainer.compute_ref_log_probs
 
     def interrupted(*args: Any) -> Any:
@@ -136,12 +142,58 @@ def test_an_interrupted_pass_keeps_what_it_computed(
     assert counting.of(llava, rows, tmp_path / "b") == len(rows) - 4
 
 
-def test_an_unfinished_part_is_not_read(tmp_path: Path) -> None:
+def keys_of(*names: str) -> np.ndarray:
+    return np.array([hashlib.sha256(name.encode()).digest() for name in names], dtype="S32")
+
+
+def test_an_unfinished_part_is_not_read_and_a_damaged_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = ReferenceCache(tmp_path, {"model": "a"})
-    cache.add([("one", (-1.0, -2.0))])
-    (cache.folder / ".half.parquet.123").write_bytes(b"PAR1")
-    assert ReferenceCache(tmp_path, {"model": "a"}).read() == {"one": (-1.0, -2.0)}
-    assert ReferenceCache(tmp_path, {"model": "b"}).read() == {}
+    cache.add(keys_of("one"), np.array([[-1.0, -2.0]], dtype=np.float32))
+    (cache.folder / ".half.arrow.123").write_bytes(b"ARROW1")
+    (cache.folder / "damaged.arrow").write_bytes(b"ARROW1 and no more")
+    known, logps = ReferenceCache(tmp_path, {"model": "a"}).look_up(keys_of("two", "one"))
+    assert known.tolist() == [False, True] and logps[1].tolist() == [-1.0, -2.0]
+    assert "damaged.arrow is left out" in caplog.text
+    assert not ReferenceCache(tmp_path, {"model": "b"}).look_up(keys_of("one"))[0].any()
+
+
+def test_thousands_of_pairs_of_several_passes_end_in_one_file_that_is_searched(tmp_path: Path) -> None:
+    names = [str(number) for number in range(3000)]
+    values = np.random.default_rng(0).normal(size=(3000, 2)).astype(np.float32)
+    keys = keys_of(*names)
+    for rank in range(3):
+        cache = ReferenceCache(tmp_path, {})
+        for start in range(rank * 1000, rank * 1000 + 1000, 100):
+            cache.add(keys[start : start + 100], values[start : start + 100])
+    assert len(list(cache.folder.glob("*.arrow"))) == 3
+    cache.merge()
+    assert len(list(cache.folder.glob("*.arrow"))) == 1
+    known, logps = cache.look_up(keys[::-1])
+    assert known.all() and (logps[::-1] == values).all()
+    # a pass that goes on after another run has merged loses nothing
+    late, later = keys_of("late", "later"), values[:1]
+    cache.add(late[:1], later)
+    ReferenceCache(tmp_path, {}).merge()
+    cache.add(late[1:], later)
+    assert cache.look_up(np.concatenate([late, keys]))[0].all()
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"b", b"c", b"d", b"e"]), max_size=40), st.integers(1, 6))
+def test_shares_hold_every_pair_once_and_keep_those_of_an_image_together(keys: list[bytes], count: int) -> None:
+    positions = np.arange(len(keys))
+    of_ranks = shares(np.array(keys, dtype="S32"), positions, count)
+    assert len(of_ranks) == count
+    assert sorted(position for share in of_ranks for position in share) == positions.tolist()
+    sizes = Counter(keys)
+    largest = max(sizes.values(), default=0) if sizes.keys() - {b""} else 1
+    for share in of_ranks:
+        assert len(share) <= len(keys) / count + largest + 1
+    # an image is in several shares only where it has more pairs than half a share
+    for key in sizes.keys() - {b""}:
+        holders = sum(any(keys[position] == key for position in share) for share in of_ranks)
+        assert holders == 1 or sizes[key] * 2 > len(keys) / count
 
 
 def test_fingerprints_are_stable_and_see_every_change(make: Any) -> None:

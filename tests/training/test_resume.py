@@ -17,11 +17,11 @@ RUN = textwrap.dedent("""
     from pathlib import Path
     import pivot_plugin as pivot
     from pivot_plugin.testing import build
-    from pivot_plugin.training import pair_trainer as trainer
+    from pivot_plugin.training import reference_pass
     sys.path.insert(0, sys.argv[2])
     from tests.helpers import picture, row
 
-    trainer.SECONDS_BETWEEN_PARTS = 0
+    reference_pass.SECONDS_BETWEEN_PARTS = 0
     folder = Path(sys.argv[1])
     model, processor = build("llava")
     pairs = [row(f"number {n}?", f"it is {n}", "no", picture(40, 50, n // 2)) for n in range(48)]
