@@ -98,15 +98,21 @@ def same_settings(was: Any, now: Any, what: str, remedy: str) -> None:
     Raises:
         SettingsError: naming the first setting that differs, in dots, and both its values.
     """
-    difference = _first_difference(was, json.loads(json.dumps(now, default=str)), ())
+    difference = first_difference(was, json.loads(json.dumps(now, default=str)))
     if difference is not None:
         name, before, after = difference
         raise SettingsError(f"{what} had {name}={before!r}, now it is {after!r}.", remedy)
 
 
-def _first_difference(was: Any, now: Any, path: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+def first_difference(was: Any, now: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """Name, in dots, and both values of the first thing in which two records differ, None where they are the same.
+
+    Args:
+        was, now: as JSON gives them back.
+        path: where in larger records they stand.
+    """
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        inner = (_first_difference(was.get(key), now.get(key), (*path, str(key))) for key in {**was, **now})
+        inner = (first_difference(was.get(key), now.get(key), (*path, str(key))) for key in {**was, **now})
         return next((difference for difference in inner if difference is not None), None)
     return None if was == now else (".".join(path), was, now)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pivot_plugin import __version__
-from pivot_plugin.errors import PivotError, said
+from pivot_plugin.errors import PeerError, PivotError, said
 
 from . import encoders, measure, models, prefs, recipe, training
 
@@ -69,6 +69,9 @@ def main() -> None:
         notify("pivot_commands", cli=cli)
     try:
         cli()
+    except PeerError as error:
+        # the process that failed first has said so
+        sys.exit(error.code)
     except PivotError as error:
         if os.environ.get("PIVOT_TRACEBACK"):
             raise

@@ -16,6 +16,7 @@ from pivot_plugin.data.skipped import SKIPPED_FILE
 from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
+from pivot_plugin.training.processes import Processes
 
 from .provenance import instructed_origin
 from .run import LoadRows, Run, RunOptions, begin, merge_lora
@@ -154,7 +155,13 @@ def _instruct(
     model: PreTrainedModel | str | Path, processor: ProcessorMixin | None, options: RunOptions, load_rows: LoadRows
 ) -> InstructResult:
     """Supervised fine-tuning from options to result; arguments as for `begin`."""
-    run = begin(model, processor, options, load_rows)
+    processes = Processes(options.config.distributed_state)
+    with processes.together():
+        return _instructed(begin(model, processor, options, load_rows, processes))
+
+
+def _instructed(run: Run) -> InstructResult:
+    """A run that is ready, from its rows to its result."""
     run.announce()
 
     metrics: dict[str, float] = {}

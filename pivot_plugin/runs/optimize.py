@@ -24,6 +24,7 @@ from pivot_plugin.rewards.lookup import SPECS_WEIGHTS
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
+from pivot_plugin.training.processes import Processes
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
 
 from .monitoring import Monitoring
@@ -168,7 +169,14 @@ def _optimize(
     this: Round,
 ) -> PivotResult:
     """One run, or one round of several, from options to result."""
-    run = begin(model, processor, options, partial(_load_rows, source, options))
+    processes = Processes(options.config.distributed_state)
+    with processes.together():
+        run = begin(model, processor, options, partial(_load_rows, source, options), processes)
+        return _optimized(run, source, monitoring, this)
+
+
+def _optimized(run: Run, source: _Source, monitoring: Monitoring, this: Round) -> PivotResult:
+    """A run that is ready, from its rows to its result."""
     answers: tuple[AnswerSummary, ...] = ()
     if source.answers is not None:
         run, summary = answered(run, source.rewards or (), source.answers, this.number)

@@ -16,7 +16,7 @@ trains in a folder that is refused, and where it ends, so that none reads what i
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -37,8 +37,11 @@ from pivot_plugin.training.checkpoints import check_checkpoint, last_checkpoint
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
+from pivot_plugin.training.processes import Processes
 from pivot_plugin.training.sharding import check_engine, gather, undivided
+from pivot_plugin.training.stopping import StopTogether
 
+from .alike import check_code, check_folder, check_model, check_rows
 from .folder import claim, finished_record, write_record
 from .in_place import InPlace, in_place
 from .settings import unwatched
@@ -119,6 +122,7 @@ class Run:
         held_out: rows to measure on, None where there are none.
         options: what the run was told.
         ended: the record of the run where it has finished before; then it takes no step, and writes nothing.
+        processes: that run it.
     """
 
     base: str
@@ -130,6 +134,7 @@ class Run:
     held_out: RowDataset | None
     options: RunOptions
     ended: Mapping[str, Any] | None = None
+    processes: Processes = field(default_factory=lambda: Processes(None))
 
     @property
     def config(self) -> TowerConfig:
@@ -181,10 +186,20 @@ class Run:
         """Train, from the last complete checkpoint where the run goes on with an earlier one."""
         # of a run that has ended, the last weights are wanted, and no step is taken
         every = getattr(trainer, "resumable_every", 1) if self.ended is None else 1
-        checkpoint = last_checkpoint(self.output_dir, every) if self.options.resume else None
+        found = last_checkpoint(self.output_dir, every) if self.options.resume and self.keeper else None
+        # a process whose file system is a little behind would go on from another one
+        checkpoint = self.processes.decided("checkpoint", str(found) if found else None)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, self.config.world_size)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            check_checkpoint(Path(checkpoint), self.config.world_size)
+        trainer.add_callback(StopTogether(trainer, self.processes, every))
+        try:
+            with self.processes.stoppable():
+                trainer.train(resume_from_checkpoint=checkpoint)
+        except BaseException as error:
+            if self.processes.failed_alike(error):
+                # all are here, so that what an engine has divided can be put together, and then back
+                _whole(trainer)
+            raise
 
     def record(self, result: Finished, **details: Any) -> None:
         """Write the record of a finished run.
@@ -210,7 +225,11 @@ class Run:
 
 
 def begin(
-    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None, options: RunOptions, load_rows: LoadRows
+    model: PreTrainedModel | str | Path,
+    processor: ProcessorMixin | None,
+    options: RunOptions,
+    load_rows: LoadRows,
+    processes: Processes,
 ) -> Run:
     """Make a run ready for its trainer: cheap questions first, so that little is paid for before a refusal.
 
@@ -220,16 +239,19 @@ def begin(
         options: what the run is told.
         load_rows: reads and checks, with a judge of what the model can take, the rows to train on and those held out,
             None for these where they are to be taken from the former.
+        processes: that run it; each is compared with the first one.
 
     Raises:
-        SettingsError: if the folder cannot be used, or the options do not fit the model.
+        SettingsError: if the folder cannot be used, the options do not fit the model, or processes begin differently.
         ModelError, DataError: for a model or rows that cannot be used.
     """
     config = options.config
     check_engine(config)
+    check_code(processes, options.folder, options.settings)
     base = str(model) if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
     if _is_keeper(config):
         claim(options.folder, options.settings, options.resume)
+    check_folder(processes, options.folder)
     config.distributed_state.wait_for_everyone()
     ended = finished_record(options.folder) if options.resume else None
     with undivided():
@@ -237,6 +259,7 @@ def begin(
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     check_tower(adapter)
+    check_model(processes, model)
     training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
     judge = judge_of(config, processor, adapter.image_token_id, every_size=options.on_bad_row == "skip")
     rows, held_out = load_rows(judge)
@@ -244,10 +267,11 @@ def begin(
         _check_images(rows, training_plan)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
         rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
+    check_rows(processes, rows, held_out)
     if held_out is None:
         # of a stream or of very few rows none can be held out, and that shows only now
         unwatched(config)
-    return Run(base, model, processor, adapter, training_plan, rows, held_out, options, ended)
+    return Run(base, model, processor, adapter, training_plan, rows, held_out, options, ended, processes)
 
 
 def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
@@ -277,8 +301,7 @@ def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] |
     Returns:
         the LoRA's configuration and its weights on the host, None where weights trained themselves.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    gather(model, trainer.accelerator, getattr(trainer, "deepspeed", None))
+    model = _whole(trainer)
     if not isinstance(model, PeftModel):
         return None
     weights = {
@@ -290,6 +313,13 @@ def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] |
     assert isinstance(config, LoraConfig)
     model.merge_and_unload()
     return config, weights
+
+
+def _whole(trainer: Trainer) -> PreTrainedModel | PeftModel:
+    """The model that a trainer has trained, gathered from what an engine has divided; to be called by every process."""
+    model: PreTrainedModel | PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+    gather(model, trainer.accelerator, getattr(trainer, "deepspeed", None))
+    return model
 
 
 def _is_keeper(config: TowerConfig) -> bool:

@@ -1,0 +1,141 @@
+"""What goes wrong in one process of several: errors, kills and interrupts at moments of a run that have names."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers import cluster
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from tests.helpers.breaking import main
+main(sys.argv[1], sys.argv[4], sys.argv[5])
+"""
+
+
+def _before(owner: Any, name: str, happens: Callable[[], None], call: int = 1) -> None:
+    """Have something happen when a function is called for the so-manieth time."""
+    function, calls = getattr(owner, name), []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            happens()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+def at(moment: str, happens: Callable[[], None]) -> None:
+    """Have something happen in this process at a moment of its run, by the name of the moment."""
+    import transformers
+
+    from pivot_plugin.data.rows import RowDataset
+    from pivot_plugin.encoders import store
+    from pivot_plugin.runs import run as runs
+    from pivot_plugin.training.pair_trainer import PivotTrainer
+
+    trainer = transformers.Trainer
+    moments: dict[str, tuple[Any, str, int]] = {
+        "checks": (RowDataset, "verify", 1),
+        "reference": (PivotTrainer, "compute_ref_log_probs", 2),
+        "first step": (trainer, "training_step", 1),
+        "second step": (trainer, "training_step", 2),
+        "third step": (trainer, "training_step", 3),
+        "in a checkpoint": (trainer, "_save_optimizer_and_scheduler", 1),
+        "after a checkpoint": (trainer, "_maybe_log_save_evaluate", 2),
+        "saving": (store, "save_model", 1),
+        "record": (runs, "write_record", 2),
+        "end": (runs.Run, "wait", 1),
+    }
+    owner, name, call = moments[moment]
+    _before(owner, name, happens, call)
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/disk")
+
+
+def _bad_row() -> None:
+    from pivot_plugin.errors import DataError
+
+    raise DataError("Row 7 of pairs has no chosen answer.", "Mend it.")
+
+
+def _mistake() -> None:
+    raise ValueError("a reward has divided by nothing")
+
+
+def _stuck() -> None:
+    """An error after which the process stays: its others wait in a collective, whose connection does not break."""
+    import pivot_plugin.training.processes as processes
+
+    processes.SECONDS_TO_LEAVE = 1.0
+    Path("stuck").touch()
+    raise ValueError("the process stays")
+
+
+def _interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "killed": _killed,
+    "full disk": _full,
+    "bad row": _bad_row,
+    "mistake": _mistake,
+    "stuck": _stuck,
+    "interrupted": _interrupted,
+}
+
+
+def _not_finite() -> None:
+    """The loss of the second step of this process is no number."""
+    from pivot_plugin.training.tower import TowerTraining
+
+    checked, calls = TowerTraining._checked, []
+
+    def broken(self: Any, loss: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return checked(self, loss * float("nan") if len(calls) == 2 else loss, *args)
+
+    TowerTraining._checked = broken  # type: ignore[method-assign]
+
+
+def main(folder: str, cell: str, broken: str) -> None:
+    """One cell of the matrix, which breaks in one process.
+
+    Args:
+        folder: of the run.
+        cell: as for `cluster.run`, as JSON.
+        broken: as JSON: the rank, the fault and the moment; nothing breaks where it is empty.
+    """
+    torch.set_num_threads(1)
+    told: dict[str, Any] = json.loads(broken)
+    if told and int(os.environ.get("RANK", "0")) == told["rank"]:
+        if told["fault"] == "not finite":
+            _not_finite()
+        else:
+            at(told["moment"], FAULTS[told["fault"]])
+    started = time.monotonic()
+    try:
+        cluster.run(Path(folder), json.loads(cell))
+    except BaseException:
+        if Path("stuck").exists() and told and int(os.environ.get("RANK", "0")) == told["rank"]:
+            time.sleep(60)
+        raise
+    finally:
+        print(f"rank {os.environ.get('RANK')}: {time.monotonic() - started:.1f} s", file=sys.stderr)
