@@ -7,6 +7,7 @@ the same path: the last to finish wins.
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,8 @@ from typing import Any
 from pivot_plugin.errors import SettingsError
 
 RUN_FILE = "run.json"
+# what `_beside` names
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}", re.DOTALL)
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -73,6 +76,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove what was being written in a folder when its process was killed.
+
+    Args:
+        folder: into which nobody writes now.
+    """
+    for path in folder.iterdir():
+        if _ASIDE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

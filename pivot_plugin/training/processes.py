@@ -66,7 +66,7 @@ class Failure:
         """
         interrupted = self.kind == KeyboardInterrupt.__name__
         return PeerError(
-            f"Process {self.rank} of {count} on {self.host} failed: {self.finding}",
+            f"Process {self.rank} of {count} on {self.host} has ended the run. {self.finding}",
             self.remedy,
             status=128 + signal.SIGINT if interrupted else 1,
         )
@@ -77,6 +77,7 @@ class Processes:
 
     Args:
         state: accelerate's, of this process.
+        store: of all processes; that of torch's process group where None.
 
     Attributes:
         rank: number of this process.
@@ -84,7 +85,7 @@ class Processes:
         in_step: whether all processes have left training at the same place, so that collectives still match.
     """
 
-    def __init__(self, state: PartialState | None) -> None:
+    def __init__(self, state: PartialState | None, store: dist.Store | None = None) -> None:
         self.rank = state.process_index if state is not None else 0
         self.count = state.num_processes if state is not None else 1
         self.in_step = self.count == 1
@@ -94,8 +95,9 @@ class Processes:
         self._stoppable = False
         self._asked_to_stop = False
         self._store: dist.Store | None = None
-        if self.count > 1 and dist.is_initialized():
+        if self.count > 1 and store is None and dist.is_initialized():
             store = _get_default_store()
+        if self.count > 1 and store is not None:
             # runs come one after another, and every process counts them by itself
             run = store.add(f"pivot/runs/{self.rank}", 1)
             self._store = dist.PrefixStore(f"pivot/{run}", store)
@@ -127,7 +129,8 @@ class Processes:
             failure = self._failed(error)
             if failure is error:
                 raise
-            raise failure from error
+            # the words of a broken connection tell nothing
+            raise failure from failure.__cause__
         finally:
             self._done.set()
             watcher.join()
@@ -140,13 +143,14 @@ class Processes:
             self._tell_of_another_host()
             return error
         assert self._store is not None
+        gone = ""
         if isinstance(error, Exception) and _is_broken_connection(error) and not self._has_failed():
             if gone := self._gone():
                 remedy = getattr(error, "remedy", "") or "Go on with resume=True."
                 error = TrainingError(f"{gone} without a word: killed, or out of memory.", remedy)
         elif isinstance(error, Exception) and not isinstance(error, PivotError):
             error = _named(error)
-        own = self._described(error)
+        own = self._described(error, f"In process {self.rank} of {self.count}: " if not gone else "")
         try:
             first = Failure(**json.loads(self._store.compare_set(FAILURE, "", json.dumps(asdict(own)))))
         except RuntimeError:
@@ -154,6 +158,7 @@ class Processes:
             first = own if self._first is None else self._first
         if first != own:
             self._first = first
+            self._has_heard(self._store)
             self._tell_of_another_host()
             return first.as_seen_by_others(self.count)
         with suppress(OSError):
@@ -163,9 +168,8 @@ class Processes:
             error.finding = own.finding
         return error
 
-    def _described(self, error: BaseException) -> Failure:
+    def _described(self, error: BaseException, where: str) -> Failure:
         finding, remedy = (error.finding, error.remedy) if isinstance(error, PivotError) else (said(error), "")
-        where = f"In process {self.rank} of {self.count}: "
         return Failure(self.rank, self._host, type(error).__name__, where + finding, remedy)
 
     def _has_failed(self) -> bool:
@@ -177,11 +181,16 @@ class Processes:
         except RuntimeError:
             return False
 
+    def _has_heard(self, store: dist.Store) -> None:
+        with suppress(RuntimeError):
+            store.set(f"{HEARD}/{self.rank}", "")
+
     def _wait_to_be_heard(self) -> None:
         assert self._store is not None
         until = time.monotonic() + SECONDS_TO_BE_HEARD
+        others = [f"{HEARD}/{rank}" for rank in range(self.count) if rank != self.rank]
         with suppress(RuntimeError):
-            while self._store.add(HEARD, 0) < self.count - 1 and time.monotonic() < until:
+            while not self._store.check(others) and time.monotonic() < until:
                 time.sleep(SECONDS_BETWEEN_LOOKS / 5)
 
     def _tell_of_another_host(self) -> None:
@@ -204,8 +213,8 @@ class Processes:
                 for rank in gone
             ]
         except RuntimeError:
-            # the first process, or the launcher of the first host, holds it
-            return "The process that holds the store of all has gone"
+            launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return f"{'The launcher of the first host' if launcher else f'Process 0 of {self.count}'} has gone"
         if not gone:
             return ""
         named = " and ".join(places)
@@ -228,7 +237,7 @@ class Processes:
                 if first.rank == self.rank:
                     continue
                 self._first = first
-                store.add(HEARD, 1)
+                self._has_heard(store)
             except RuntimeError:
                 # where all is done the first process may leave a little earlier
                 if self._done.wait(SECONDS_TO_BE_HEARD):

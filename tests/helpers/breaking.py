@@ -29,6 +29,8 @@ def _before(owner: Any, name: str, happens: Callable[[], None], call: int = 1) -
     def called(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == call:
+            # by its time others know how long they took to hear of it
+            Path("fault").touch()
             happens()
         return function(*args, **kwargs)
 
@@ -80,11 +82,7 @@ def _mistake() -> None:
 
 
 def _stuck() -> None:
-    """An error after which the process stays: its others wait in a collective, whose connection does not break."""
-    import pivot_plugin.training.processes as processes
-
-    processes.SECONDS_TO_LEAVE = 1.0
-    Path("stuck").touch()
+    """An error after which the process stays: the others wait in a collective, whose connection does not break."""
     raise ValueError("the process stays")
 
 
@@ -110,7 +108,10 @@ def _not_finite() -> None:
 
     def broken(self: Any, loss: torch.Tensor, *args: Any) -> torch.Tensor:
         calls.append(1)
-        return checked(self, loss * float("nan") if len(calls) == 2 else loss, *args)
+        if len(calls) == 2:
+            Path("fault").touch()
+            loss = loss * float("nan")
+        return checked(self, loss, *args)
 
     TowerTraining._checked = broken  # type: ignore[method-assign]
 
@@ -125,17 +126,16 @@ def main(folder: str, cell: str, broken: str) -> None:
     """
     torch.set_num_threads(1)
     told: dict[str, Any] = json.loads(broken)
-    if told and int(os.environ.get("RANK", "0")) == told["rank"]:
+    breaks = bool(told) and int(os.environ.get("RANK", "0")) == told["rank"]
+    if breaks:
         if told["fault"] == "not finite":
             _not_finite()
         else:
             at(told["moment"], FAULTS[told["fault"]])
-    started = time.monotonic()
     try:
         cluster.run(Path(folder), json.loads(cell))
     except BaseException:
-        if Path("stuck").exists() and told and int(os.environ.get("RANK", "0")) == told["rank"]:
+        print(f"{time.time() - (Path(folder).parent / 'fault').stat().st_mtime:.1f} s after the fault", file=sys.stderr)
+        if breaks and told["fault"] == "stuck":
             time.sleep(60)
         raise
-    finally:
-        print(f"rank {os.environ.get('RANK')}: {time.monotonic() - started:.1f} s", file=sys.stderr)
