@@ -1,5 +1,6 @@
 """What goes wrong in one process of several: errors, kills and interrupts at moments of a run that have names."""
 
+import contextlib
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tests.helpers import cluster
@@ -116,6 +118,14 @@ def _not_finite() -> None:
     TowerTraining._checked = broken  # type: ignore[method-assign]
 
 
+def _outlive(pid: int) -> None:
+    """Stay until another process has ended."""
+    until = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+            time.sleep(0.2)
+
+
 def main(folder: str, cell: str, broken: str) -> None:
     """One cell of the matrix, which breaks in one process.
 
@@ -125,6 +135,7 @@ def main(folder: str, cell: str, broken: str) -> None:
         broken: as JSON: the rank, the fault and the moment; nothing breaks where it is empty.
     """
     torch.set_num_threads(1)
+    Path(f"pid-{os.environ.get('RANK')}").write_text(str(os.getpid()))
     told: dict[str, Any] = json.loads(broken)
     breaks = bool(told) and int(os.environ.get("RANK", "0")) == told["rank"]
     if breaks:
@@ -135,7 +146,7 @@ def main(folder: str, cell: str, broken: str) -> None:
     try:
         cluster.run(Path(folder), json.loads(cell))
     except BaseException:
-        print(f"{time.time() - (Path(folder).parent / 'fault').stat().st_mtime:.1f} s after the fault", file=sys.stderr)
         if breaks and told["fault"] == "stuck":
-            time.sleep(60)
+            _outlive(int(Path("pid-0" if told["rank"] else "pid-1").read_text()))
+        print(f"{time.time() - Path('fault').stat().st_mtime:.1f} s after the fault", file=sys.stderr)
         raise
