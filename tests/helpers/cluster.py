@@ -82,6 +82,7 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
     from pivot_plugin.testing import build
 
     verb, family = cell.pop("verb", "optimize"), cell.pop("family", "llava")
+    held_out = cell.pop("held_out", 0)
     images, count = cell.pop("images", "all"), cell.pop("rows", 16)
     model, processor = build(family)
     common = {
@@ -120,6 +121,10 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
         data = [{"images": one["images"], "question": one["prompt"]} for one in rows(count, images)]
     else:
         data = rows(count, images)
+        if held_out:
+            # answers the other way round get worse as training goes on, so that the run stops early
+            turned = [{**one, "chosen": one["rejected"], "rejected": one["chosen"]} for one in rows(held_out)]
+            common |= {"eval_prefs": turned, "saliency": 0}
     pivot.optimize(model, data, **common)
 
 
