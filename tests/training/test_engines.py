@@ -92,11 +92,30 @@ def test_three_processes_whose_rows_do_not_divide(tmp_path: Path, engine: str) -
     compare(tmp_path, engine, {**LORA, "batch": 3, "rows": 17}, processes=3)
 
 
+ROLLOUTS = [
+    pytest.param({**LORA, "learning_rate": 30.0}, id="lora"),
+    pytest.param({**TOWER, "learning_rate": 3.0, "beta": 0.1}, id="tower-beta"),
+    pytest.param({**ALL, "images": "mixed"}, id="all-mixed"),
+]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
-def test_rollouts_train_under_every_engine(tmp_path: Path, engine: str) -> None:
-    _, weights = run(tmp_path / "several", engine, 2, {**LORA, "objective": "grpo"})
-    assert all(tensor.numel() and tensor.isfinite().all() for tensor in weights.values())
+@pytest.mark.parametrize("cell", ROLLOUTS)
+def test_rollouts_train_as_in_one_process(tmp_path: Path, engine: str, cell: dict[str, Any]) -> None:
+    cell = {**cell, "objective": "grpo"}
+    _, weights = run(tmp_path / "one", "ddp", 1, cell)
+    _, divided = run(tmp_path / "several", engine, 2, cell)
+    records = [json.loads((tmp_path / of / "run" / "run.json").read_text()) for of in ("one", "several")]
+    assert max(records[0]["weight_change"].values()) > 1e-4
+    one, several = (record["history"] for record in records)
+    for name in ("reward", "reward_std", "grad_norm", "completions/mean_length"):
+        values = [log[name] for log in one if name in log]
+        assert len(values) == 3 and any(values)
+        assert [log[name] for log in several if name in log] == pytest.approx(values, rel=1e-3), name
+    assert divided.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
