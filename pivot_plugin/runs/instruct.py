@@ -17,6 +17,7 @@ from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
 from pivot_plugin.training.processes import Processes
+from pivot_plugin.training.sharding import refuse_use
 
 from .provenance import instructed_origin
 from .run import LoadRows, Run, RunOptions, begin, merge_lora
@@ -191,6 +192,7 @@ def _instructed(run: Run) -> InstructResult:
     )
     if run.keeper and run.ended is None:
         run.record(result, origin=instructed_origin(run))
+    refuse_use(run.model)
     run.wait()
     return result
 

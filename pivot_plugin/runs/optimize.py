@@ -26,6 +26,7 @@ from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
 from pivot_plugin.training.processes import Processes
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
+from pivot_plugin.training.sharding import refuse_use
 
 from .monitoring import Monitoring
 from .own_answers import Round, answered, in_rounds, is_of_pairs, own_answers, refuse_pairs
@@ -232,6 +233,7 @@ def _optimized(run: Run, source: _Source, monitoring: Monitoring, this: Round) -
         details = {"answers": [summary.as_dict() for summary in answers]} if answers else {}
         run.record(result, weight_change=result.weight_change, origin=result.origin, **details)
         notify("pivot_run_finished", result=result)
+    refuse_use(run.model)
     run.wait()
     return result
 

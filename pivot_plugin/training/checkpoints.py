@@ -64,7 +64,7 @@ def check_checkpoint(checkpoint: Path, processes: int = 1) -> None:
     """Make sure that all files of a checkpoint are there and can be read, before anything is loaded from it.
 
     Args:
-        checkpoint: a complete one. Those of DeepSpeed, and of FSDP in shards, in folders of their own, are left to them.
+        checkpoint: a complete one. What DeepSpeed, and FSDP in shards, keep in folders of their own is left to them.
         processes: that go on from it.
 
     Raises:

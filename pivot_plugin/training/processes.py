@@ -333,8 +333,14 @@ class Processes:
             return value
         # not by the store's own waiting, out of which nothing calls
         while not self._store.check([key]):
-            time.sleep(SECONDS_BETWEEN_LOOKS / 25)
+            self._pause()
         return json.loads(self._store.get(key))
+
+    def _pause(self) -> None:
+        """A moment of waiting for others, unless one has failed."""
+        if self._first is not None:
+            raise self._first.as_seen_by_others(self.count)
+        time.sleep(SECONDS_BETWEEN_LOOKS / 25)
 
     def wait(self, name: str) -> None:
         """Wait for all others, so that a failure of one of them is heard of meanwhile.
@@ -346,7 +352,7 @@ class Processes:
             return
         self._store.add(f"arrived/{name}", 1)
         while self._store.add(f"arrived/{name}", 0) < self.count:
-            time.sleep(SECONDS_BETWEEN_LOOKS / 25)
+            self._pause()
 
     def compare(self, name: str, facts: Mapping[str, Any]) -> None:
         """Make sure that this process begins with what the first one begins with.

@@ -311,6 +311,27 @@ def gather(model: nn.Module, accelerator: Accelerator, engine: Any = None) -> No
         del parameter._divided  # type: ignore[attr-defined]
 
 
+def refuse_use(model: PreTrainedModel) -> None:
+    """Have a model whose weights the main process has say so, instead of computing or saving nothing.
+
+    Args:
+        model: gathered and merged; one that has its weights stays as it is.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SettingsError(
+            f"This process has no weights of the trained {type(model).__name__}: an engine had divided them, and the "
+            "main process has put them together.",
+            "Use the result in the main process (accelerate's is_main_process), or load what it has saved.",
+        )
+
+    for module in model.modules():
+        module.register_forward_pre_hook(refuse)
+        module.register_state_dict_pre_hook(refuse)
+
+
 def _full(parameter: torch.Tensor, keep: bool) -> torch.Tensor:
     """The whole of one parameter on the host where it is kept, an empty one elsewhere."""
     with _partitioned(parameter):

@@ -6,14 +6,18 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
+from pivot_plugin.training.processes import Processes
 from tests.helpers import cluster
 
 PROGRAM = """
@@ -22,6 +26,30 @@ sys.path.insert(0, sys.argv[3])
 from tests.helpers.breaking import main
 main(sys.argv[1], sys.argv[4], sys.argv[5])
 """
+
+
+def in_each(count: int, does: Callable[[Processes], Any]) -> list[Any]:
+    """What a function returns or raises in each of some processes."""
+    store = dist.HashStore()
+    found: list[Any] = [None] * count
+
+    def process(rank: int) -> None:
+        state: Any = SimpleNamespace(process_index=rank, num_processes=count)
+        try:
+            found[rank] = does(Processes(state, store))
+        except BaseException as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+# in place of a rank
+ALL = -1
 
 
 def _before(owner: Any, name: str, happens: Callable[[], None], call: int = 1) -> None:
@@ -118,6 +146,33 @@ def _not_finite() -> None:
     TowerTraining._checked = broken  # type: ignore[method-assign]
 
 
+def _kept() -> list[torch.nn.Module]:
+    """What tiny models are built from now on."""
+    from pivot_plugin import testing
+
+    build, built = testing.build, []
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        model, processor = build(*args, **kwargs)
+        built.append(model)
+        return model, processor
+
+    testing.build = kept
+    return built
+
+
+def _state(model: torch.nn.Module) -> str:
+    """Whether a tiny LLaVA is what it was when it was built."""
+    from pivot_plugin.testing import build
+    from pivot_plugin.training.sharding import is_divided
+
+    if is_divided(model):
+        return "divided"
+    before = build("llava")[0].state_dict()
+    same = before.keys() == model.state_dict().keys()
+    return "as it was" if same and all(model.state_dict()[n].equal(t) for n, t in before.items()) else "changed"
+
+
 def _outlive(pid: int) -> None:
     """Stay until another process has ended."""
     until = time.monotonic() + 60
@@ -137,7 +192,8 @@ def main(folder: str, cell: str, broken: str) -> None:
     torch.set_num_threads(1)
     Path(f"pid-{os.environ.get('RANK')}").write_text(str(os.getpid()))
     told: dict[str, Any] = json.loads(broken)
-    breaks = bool(told) and int(os.environ.get("RANK", "0")) == told["rank"]
+    breaks = bool(told) and told["rank"] in (int(os.environ.get("RANK", "0")), ALL)
+    built = _kept()
     if breaks:
         if told["fault"] == "not finite":
             _not_finite()
@@ -146,6 +202,7 @@ def main(folder: str, cell: str, broken: str) -> None:
     try:
         cluster.run(Path(folder), json.loads(cell))
     except BaseException:
+        print(f"the model is {_state(built[0])}", file=sys.stderr)
         if breaks and told["fault"] == "stuck":
             _outlive(int(Path("pid-0" if told["rank"] else "pid-1").read_text()))
         print(f"{time.time() - Path('fault').stat().st_mtime:.1f} s after the fault", file=sys.stderr)

@@ -4,41 +4,18 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from pivot_plugin.errors import DataError, PeerError, PivotError, SettingsError, TrainingError
 from pivot_plugin.training.processes import Processes
-from tests.helpers.breaking import PROGRAM
-from tests.helpers.cluster import VARIABLES
+from tests.helpers.breaking import ALL, PROGRAM, in_each
+from tests.helpers.cluster import ENGINES, VARIABLES
 from tests.helpers.processes import ROOT, started_in
 
 # Processes as threads of one, with one store: what they say to each other, without what they train
-
-
-def in_each(count: int, does: Callable[[Processes], Any]) -> list[Any]:
-    """What a function returns or raises in each of some processes."""
-    store = dist.HashStore()
-    found: list[Any] = [None] * count
-
-    def process(rank: int) -> None:
-        state: Any = SimpleNamespace(process_index=rank, num_processes=count)
-        try:
-            found[rank] = does(Processes(state, store))
-        except BaseException as error:
-            found[rank] = error
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 @pytest.fixture
@@ -237,3 +214,18 @@ def test_an_error_in_one_process_ends_all_with_its_message(
     other = said[1 - rank]
     assert "Traceback" not in other and "Connection" not in other and message not in other
     assert 0 < seconds < 30
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_processes_that_fail_alike_leave_the_model_as_it_was_in_the_main_one(tmp_path: Path, engine: str) -> None:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    statuses, said, _ = broken(tmp_path / "two", engine, ALL, "bad row", "third step")
+    assert all(status == 1 for status in statuses)
+    assert "the model is as it was" in said[0]
+    assert ("the model is as it was" in said[1]) == (engine in ("ddp", "zero2"))
+    # one of them has said so
+    assert sum("Row 7 of pairs has no chosen answer" in text for text in said) == 1
