@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from pivot_plugin.errors import PeerError, PivotError, SettingsError, TrainingError, said
@@ -85,7 +85,7 @@ class Processes:
         in_step: whether all processes have left training at the same place, so that collectives still match.
     """
 
-    def __init__(self, state: PartialState | None, store: dist.Store | None = None) -> None:
+    def __init__(self, state: PartialState | None, store: Store | None = None) -> None:
         self.rank = state.process_index if state is not None else 0
         self.count = state.num_processes if state is not None else 1
         self.in_step = self.count == 1
@@ -94,13 +94,13 @@ class Processes:
         self._first: Failure | None = None
         self._stoppable = False
         self._asked_to_stop = False
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         if self.count > 1 and store is None and dist.is_initialized():
             store = _get_default_store()
         if self.count > 1 and store is not None:
             # runs come one after another, and every process counts them by itself
             run = store.add(f"pivot/runs/{self.rank}", 1)
-            self._store = dist.PrefixStore(f"pivot/{run}", store)
+            self._store = PrefixStore(f"pivot/{run}", store)
 
     # Failing together
 
@@ -181,7 +181,7 @@ class Processes:
         except RuntimeError:
             return False
 
-    def _has_heard(self, store: dist.Store) -> None:
+    def _has_heard(self, store: Store) -> None:
         with suppress(RuntimeError):
             store.set(f"{HEARD}/{self.rank}", "")
 
