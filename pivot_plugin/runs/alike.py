@@ -66,7 +66,7 @@ def check_folder(processes: Processes, folder: Path) -> None:
     """
     if processes.count == 1:
         return
-    mark = folder / f".seen-{uuid.uuid4().hex}"
+    mark = folder / f".seen.{uuid.uuid4().hex}"
     if processes.rank == 0:
         mark.touch()
     try:

@@ -15,7 +15,7 @@ trains in a folder that is refused, and where it ends, so that none reads what i
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -197,8 +197,10 @@ class Run:
                 trainer.train(resume_from_checkpoint=checkpoint)
         except BaseException as error:
             if self.processes.failed_alike(error):
-                # all are here, so that what an engine has divided can be put together, and then back
-                _whole(trainer)
+                # all are here, so that what an engine has divided can be put together, and then back; what failed first
+                # must be seen, whatever comes of that
+                with suppress(Exception):
+                    _whole(trainer)
             raise
 
     def record(self, result: Finished, **details: Any) -> None:

@@ -11,11 +11,13 @@ A process that was killed says nothing. Its connections break, and the threads' 
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -260,7 +262,7 @@ class Processes:
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if self._first is not None:
-            raise self._first.as_seen_by_others(self.count)
+            raise _CalledOut
         if self._stoppable and not self._asked_to_stop:
             assert self._store is not None
             self._asked_to_stop = True
@@ -298,7 +300,7 @@ class Processes:
         return False
 
     def failed_alike(self, error: BaseException) -> bool:
-        """Whether every process has failed for the same reason, so that collectives still match; a few seconds.
+        """Whether every process has failed at the same place, so that collectives still match; a few seconds.
 
         Args:
             error: of this process.
@@ -306,7 +308,8 @@ class Processes:
         if self._store is None or self._first is not None or not isinstance(error, PivotError):
             return self.in_step
         with suppress(RuntimeError):
-            self._store.set(f"alike/{self.rank}", type(error).__name__)
+            last = traceback.extract_tb(error.__traceback__)[-1:]
+            self._store.set(f"alike/{self.rank}", f"{type(error).__name__} {[(f.name, f.lineno) for f in last]}")
             keys = [f"alike/{rank}" for rank in range(self.count)]
             until = time.monotonic() + SECONDS_TO_FAIL_ALIKE
             while not self._store.check(keys):
@@ -364,7 +367,7 @@ class Processes:
         Raises:
             SettingsError: naming the first fact that differs, with both values.
         """
-        own = json.loads(json.dumps(facts, default=str))
+        own = json.loads(json.dumps(facts, default=_without_address))
         difference = first_difference(self.decided(name, own), own)
         if difference is not None:
             what, there, here = difference
@@ -372,6 +375,10 @@ class Processes:
                 f"Process {self.rank} of {self.count} (on {self._host}) has {what}={here!r}, process 0 has {there!r}.",
                 "Start every process with the same code, settings, model and data.",
             )
+
+
+class _CalledOut(BaseException):
+    """Raised in what a process does when another has failed; no probe, row or reward may take it for its own error."""
 
 
 def _is_broken_connection(error: BaseException) -> bool:
@@ -382,6 +389,13 @@ def _is_broken_connection(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+def _without_address(value: Any) -> Any:
+    """What a fact says of something that JSON does not know, the same in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _named(error: Exception) -> TrainingError:

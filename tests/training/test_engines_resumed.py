@@ -85,6 +85,7 @@ def test_a_process_killed_in_a_checkpoint_and_while_saving(tmp_path: Path) -> No
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_process_killed_at_eight_moments(tmp_path: Path, engine: str) -> None:
     killed(tmp_path, engine, MOMENTS)

@@ -101,6 +101,8 @@ def test_an_error_of_another_process_is_silent_where_nobody_catches_it() -> None
     [
         ([{"lora": 4}, {"lora": 4}, {"lora": 4}], None),
         ([{"lora": 4}, {"lora": 4}, {"lora": 8}], "Process 2 of 3 (on "),
+        ([{"reward": object()}, {"reward": object()}, {"reward": object()}], None),
+        ([{"target": {"q", "k", "v"}}, {"target": {"v", "k", "q"}}, {"target": {"k", "v", "q"}}], None),
         ([{"versions": {"torch": "2.14"}}, {"versions": {"torch": "2.13"}}, {"versions": {"torch": "2.14"}}], "torch"),
     ],
 )
