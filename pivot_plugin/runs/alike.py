@@ -24,6 +24,7 @@ from pivot_plugin.training.sharding import check_divisible
 
 # of rows that tell two data sets apart; all would be read anew in every process
 ROWS_COMPARED = 256
+HASH_SHOWN = 16
 # in which a file that one host has written is seen by another
 SECONDS_TO_SEE_A_FILE = 10.0
 
@@ -51,7 +52,7 @@ def _sources() -> str:
     for base in map(Path, pivot_plugin.__path__):
         for file in sorted(base.rglob("*.py")):
             digest.update(str(file.relative_to(base)).encode() + file.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:HASH_SHOWN]
 
 
 def check_folder(processes: Processes, folder: Path) -> None:
@@ -100,7 +101,7 @@ def check_model(processes: Processes, model: PreTrainedModel) -> None:
     if processes.count == 1:
         return
     check_divisible(model)
-    facts = {"class": type(model).__name__, "dtype": str(model.dtype), "weights": model_sample(model)}
+    facts = {"class": type(model).__name__, "dtype": str(model.dtype), "weights": model_sample(model)[:HASH_SHOWN]}
     processes.compare("model", {"model": facts})
 
 
@@ -132,4 +133,4 @@ def _outline(rows: RowDataset) -> dict[str, Any]:
     digest = hashlib.sha256()
     for position in range(0, len(rows), step):
         digest.update(rows.content_key(position).encode())
-    return {"rows": len(rows), "content": digest.hexdigest()}
+    return {"rows": len(rows), "content": digest.hexdigest()[:HASH_SHOWN]}

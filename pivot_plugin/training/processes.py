@@ -172,7 +172,9 @@ class Processes:
 
     def _described(self, error: BaseException, where: str) -> Failure:
         finding, remedy = (error.finding, error.remedy) if isinstance(error, PivotError) else (said(error), "")
-        return Failure(self.rank, self._host, type(error).__name__, where + finding, remedy)
+        # some findings name the process by themselves
+        named = finding.startswith(f"Process {self.rank} of {self.count} ")
+        return Failure(self.rank, self._host, type(error).__name__, finding if named else where + finding, remedy)
 
     def _has_failed(self) -> bool:
         """Whether a process has said that it failed."""
