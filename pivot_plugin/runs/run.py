@@ -2,7 +2,7 @@
 
     options = RunOptions(...)                    what cannot be is refused before anything is loaded
     with processes.together():                   what goes wrong in one process ends all of them
-    run = begin(model, ..., load_rows, ...)      the folder is claimed; model, plan and rows are there, fit and are alike
+    run = begin(model, ..., load_rows, ...)      the folder is claimed; model, plan and rows are there and alike
     run.announce()                               a record that says: not finished
     with run.in_place() as training:             whatever goes wrong here leaves the model as it was
         trainer = ...                            of the verb's own kind, made from `run.trainer_arguments()`
