@@ -32,7 +32,8 @@ test: env lint types
 
 # every engine with every part that trains, in several processes; a diagonal of it is part of `make test`
 test-distributed: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/training/test_engines.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/training/test_engines.py \
+		tests/training/test_engines_resumed.py tests/training/test_failing_together.py tests/cli/test_launched.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m distributed tests/training/test_launches.py tests/training/test_shares.py
 
 # every family of the zoo, and the conformance kit; part of `make test`

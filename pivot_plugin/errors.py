@@ -7,6 +7,7 @@ PivotError
 |   +-- DiskError    a file cannot be written: make room, or choose another place
 +-- PluginError      an installed plugin failed: mend, update or disable it
 +-- TrainingError    training itself went wrong: the run's folder holds what was paid for
+|   +-- PeerError    another process of the run failed first
 +-- EncoderError     an encoder folder or a graft that does not fit
 +-- PublishError     the Hub refused or failed; its text says whether anything is changed there
 """
@@ -80,6 +81,22 @@ class PluginError(PivotError):
 
 class TrainingError(PivotError):
     """Training stopped for a reason that the user should see."""
+
+
+class PeerError(TrainingError, SystemExit):
+    """Another process of the run failed first, and has said so.
+
+    Where nobody catches it, this process ends without a word of its own, so that what happened is told once.
+
+    Args:
+        finding, remedy: as for `PivotError`, with the other process's message.
+        status: of this process.
+    """
+
+    def __init__(self, finding: str = "", remedy: str = "", status: int = 1) -> None:
+        super().__init__(finding, remedy)
+        self.args = (self.finding, self.remedy, status)
+        self.code = status
 
 
 class EncoderError(PivotError):

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from typing import Any
 from pivot_plugin.errors import DiskError, PivotError, SettingsError, said
 
 RUN_FILE = "run.json"
+# what `_beside` names
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}", re.DOTALL)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # libraries that write by themselves say it in words: safetensors, Arrow, torch
@@ -173,6 +176,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_halves(folder: Path) -> None:
+    """Remove what was being written in a folder when its process was killed.
+
+    Args:
+        folder: into which nobody writes now.
+    """
+    for path in folder.iterdir():
+        if _ASIDE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """Hash of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -196,15 +210,21 @@ def same_settings(was: Any, now: Any, what: str, remedy: str) -> None:
     Raises:
         SettingsError: naming the first setting that differs, in dots, and both its values.
     """
-    difference = _first_difference(was, json.loads(json.dumps(now, default=str)), ())
+    difference = first_difference(was, json.loads(json.dumps(now, default=str)))
     if difference is not None:
         name, before, after = difference
         raise SettingsError(f"{what} had {name}={before!r}, now it is {after!r}.", remedy)
 
 
-def _first_difference(was: Any, now: Any, path: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+def first_difference(was: Any, now: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """Name, in dots, and both values of the first thing in which two records differ, None where they are the same.
+
+    Args:
+        was, now: as JSON gives them back.
+        path: where in larger records they stand.
+    """
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        inner = (_first_difference(was.get(key), now.get(key), (*path, str(key))) for key in {**was, **now})
+        inner = (first_difference(was.get(key), now.get(key), (*path, str(key))) for key in {**was, **now})
         return next((difference for difference in inner if difference is not None), None)
     return None if was == now else (".".join(path), was, now)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pivot_plugin import __version__
-from pivot_plugin.errors import PivotError, TrainingError, said
+from pivot_plugin.errors import PeerError, PivotError, TrainingError, said
 
 from . import encoders, measure, models, prefs, recipe, starting, training
 
@@ -82,6 +82,9 @@ def main() -> None:
         notify("pivot_commands", cli=cli)
     try:
         cli()
+    except PeerError as error:
+        # the process that failed first has said so
+        sys.exit(error.code)
     except PivotError as error:
         if os.environ.get("PIVOT_TRACEBACK"):
             raise

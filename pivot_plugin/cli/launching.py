@@ -1,5 +1,6 @@
 """One command in several processes: accelerate's launcher, with accelerate's own configuration file."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from pivot_plugin.errors import SettingsError, unknown
+from pivot_plugin.errors import SettingsError, TrainingError, unknown
 
 ACCELERATE = typer.Option(
     "--accelerate-config",
@@ -79,7 +80,8 @@ def relaunched(config: Path | None, processes: int | None = None, nodes: Nodes |
 
     Raises:
         SettingsError: if there is no such file, or it says what accelerate does not know.
-        SystemExit: with the launcher's status, if that is not 0.
+        TrainingError: if a process was ended by a signal.
+        SystemExit: with the status of the first process to fail.
     """
     if config is None or LAUNCHED in os.environ:
         return False
@@ -91,15 +93,48 @@ def relaunched(config: Path | None, processes: int | None = None, nodes: Nodes |
             f"Write one by `accelerate config`, or choose one of TRL's: {', '.join(sorted(of_trl)) or 'it has none'}.",
         )
     _check_keys(file)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--num_processes", str(processes)] if processes else []
-    command += nodes.words() if nodes else []
-    launched = subprocess.run(
-        [*command, "-m", "pivot_plugin.cli", *sys.argv[1:]], env=os.environ | {LAUNCHED: "1"}, check=False
-    )
-    if launched.returncode:
-        raise SystemExit(launched.returncode)
+    words = ["--config_file", str(file)]
+    words += ["--num_processes", str(processes)] if processes else []
+    words += nodes.words() if nodes else []
+    _launch([*words, "-m", "pivot_plugin.cli", *sys.argv[1:]])
     return True
+
+
+def _launch(words: list[str]) -> None:
+    """Be accelerate's launcher: in this process, so that a signal to it reaches those it starts before it ends.
+
+    What a process that failed has said is not said again by the launcher.
+
+    Args:
+        words: of its command line.
+
+    Raises:
+        TrainingError: if a process was ended by a signal, of which it could say nothing.
+        SystemExit: with another status than 0, if one failed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            raise SystemExit(failure.exitcode) from None
+        raise TrainingError(
+            f"Process {rank} was ended by {failure.signal_name()}, and the others with it.",
+            "SIGKILL often means that the memory was full: look at the system's log. --resume goes on from the last "
+            "checkpoint.",
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(error.returncode) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+    finally:
+        del os.environ[LAUNCHED]
 
 
 def _check_keys(file: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pivot_plugin.errors import SettingsError
-from pivot_plugin.files import RUN_FILE, read_record, same_settings, write_whole
+from pivot_plugin.files import RUN_FILE, read_record, remove_halves, same_settings, write_whole
 from pivot_plugin.training.checkpoints import final_checkpoint, last_checkpoint
 
 from .leftovers import whole_model
@@ -88,6 +88,7 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
         f"The run in {str(folder)!r}",
         "Resume with the same settings, or choose another output_dir.",
     )
+    remove_halves(folder)
 
 
 def _refuse_what_was_paid_for(folder: Path, record: Mapping[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from pivot_plugin.adapters import VisionAdapter
@@ -63,7 +64,8 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
     except BaseException as error:
         if is_divided(adapter.model):
             # the others may be gone, and without them its weights are not whole; the failure itself must be seen
-            logger.warning("The model's weights are divided among processes, and stay so: load it again.")
+            if PartialState().is_main_process:
+                logger.warning("The model's weights are divided among processes, and stay so: load it again.")
         else:
             snapshot.restore()
         if isinstance(error, PivotError):
@@ -77,7 +79,8 @@ def in_place(adapter: VisionAdapter, plan: TrainingPlan, folder: Path, seed: int
             else "There is no checkpoint yet."
         )
         if isinstance(error, KeyboardInterrupt):
-            logger.warning("Interrupted. The model is as it was. %s", remedy)
+            if PartialState().is_main_process:
+                logger.warning("Interrupted. The model is as it was. %s", remedy)
             raise
         if _is_out_of_memory(error):
             remedy += OUT_OF_MEMORY

@@ -18,6 +18,8 @@ from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.files import whole_folder
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
+from pivot_plugin.training.processes import Processes
+from pivot_plugin.training.sharding import refuse_use
 
 from .leftovers import MODEL_FOLDER, put_back, trained_in
 from .provenance import instructed_origin
@@ -156,7 +158,13 @@ def _instruct(
     model: PreTrainedModel | str | Path, processor: ProcessorMixin | None, options: RunOptions, load_rows: LoadRows
 ) -> InstructResult:
     """Supervised fine-tuning from options to result; arguments as for `begin`."""
-    run = begin(model, processor, options, load_rows)
+    processes = Processes(options.config.distributed_state)
+    with processes.together():
+        return _instructed(begin(model, processor, options, load_rows, processes))
+
+
+def _instructed(run: Run) -> InstructResult:
+    """A run that is ready, from its rows to its result."""
     run.announce()
 
     metrics: dict[str, float] = {}
@@ -190,6 +198,7 @@ def _instruct(
     )
     if run.keeper and run.ended is None:
         run.record(result, origin=instructed_origin(run))
+    refuse_use(run.model)
     run.wait()
     return result
 

@@ -29,7 +29,9 @@ from pivot_plugin.training.image_terms import ImageTerms
 from pivot_plugin.training.looks import Look
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.plan import weight_change
+from pivot_plugin.training.processes import Processes
 from pivot_plugin.training.rollout_trainer import PivotGRPOTrainer, PivotRLOOTrainer, Rewards
+from pivot_plugin.training.sharding import refuse_use
 from pivot_plugin.verdict import Verdict
 
 from .display import Display
@@ -221,7 +223,14 @@ def _optimize(
     this: Round,
 ) -> PivotResult:
     """One run, or one round of several, from options to result."""
-    run = begin(model, processor, options, partial(_load_rows, source, options))
+    processes = Processes(options.config.distributed_state)
+    with processes.together():
+        run = begin(model, processor, options, partial(_load_rows, source, options), processes)
+        return _optimized(run, source, monitoring, this)
+
+
+def _optimized(run: Run, source: _Source, monitoring: Monitoring, this: Round) -> PivotResult:
+    """A run that is ready, from its rows to its result."""
     sheet = None if source.making is None else MadeSheet.begin(run)
     answers: tuple[AnswerSummary, ...] = ()
     if source.answers is not None:
@@ -293,6 +302,7 @@ def _optimize(
         details |= {"answers": [summary.as_dict() for summary in answers]} if answers else {}
         run.record(result, weight_change=result.weight_change, origin=result.origin, **details)
         notify("pivot_run_finished", result=result)
+    refuse_use(run.model)
     run.wait()
     return result
 

@@ -1,7 +1,8 @@
 """What a run is, and the steps that every verb takes in the same order.
 
     options = RunOptions(...)                    what cannot be is refused before anything is loaded
-    run = begin(model, ..., options, load_rows)  the folder is claimed; model, plan and rows are there and fit
+    with processes.together():                   what goes wrong in one process ends all of them
+    run = begin(model, ..., load_rows, ...)      the folder is claimed; model, plan and rows are there and alike
     run.announce()                               a record that says: not finished
     with run.in_place() as training:             whatever goes wrong here leaves the model as it was
         trainer = ...                            of the verb's own kind, made from `run.trainer_arguments()`
@@ -16,8 +17,8 @@ trains in a folder that is refused, and where it ends, so that none reads what i
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -38,8 +39,11 @@ from pivot_plugin.training.checkpoints import check_checkpoint, final_checkpoint
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.judging import judge_of
 from pivot_plugin.training.plan import TrainingPlan, lora_settings, plan
+from pivot_plugin.training.processes import Processes
 from pivot_plugin.training.sharding import check_engine, gather, undivided
+from pivot_plugin.training.stopping import StopTogether
 
+from .alike import check_code, check_folder, check_model, check_rows
 from .display import Display, displayed
 from .folder import claim, finished_record, this_process, write_record
 from .in_place import InPlace, in_place
@@ -129,6 +133,7 @@ class Run:
         held_out: rows to measure on, None where there are none.
         options: what the run was told.
         ended: the record of the run where it has finished before; then it takes no step, and writes nothing.
+        processes: that run it.
     """
 
     base: str
@@ -140,6 +145,7 @@ class Run:
     held_out: RowDataset | None
     options: RunOptions
     ended: Mapping[str, Any] | None = None
+    processes: Processes = field(default_factory=lambda: Processes(None))
 
     @property
     def config(self) -> TowerConfig:
@@ -198,17 +204,29 @@ class Run:
         """Train, from the last complete checkpoint where the run goes on with an earlier one."""
         # of a run that has ended, the last weights are wanted, and no step is taken
         every = getattr(trainer, "resumable_every", 1) if self.ended is None else 1
-        checkpoint = last_checkpoint(self.output_dir, every) if self.options.resume else None
+        found = last_checkpoint(self.output_dir, every) if self.options.resume and self.keeper else None
+        # a process whose file system is a little behind would go on from another one
+        checkpoint = self.processes.decided("checkpoint", str(found) if found else None)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, self.config.world_size)
-        with (
-            # of a run that has ended nothing is shown, and its log stays as it is
+            check_checkpoint(Path(checkpoint), self.config.world_size)
+        trainer.add_callback(StopTogether(trainer, self.processes, every))
+        # of a run that has ended nothing is shown, and its log stays as it is
+        shown: AbstractContextManager[object] = (
             nullcontext()
             if self.ended is not None
-            else displayed(trainer, self.output_dir, self.rows_are, self.options.display),
-            interruptible(trainer, getattr(trainer, "resumable_every", 1)),
-        ):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else displayed(trainer, self.output_dir, self.rows_are, self.options.display)
+        )
+        try:
+            # of one process, and of several
+            with shown, interruptible(trainer, every), self.processes.stoppable():
+                trainer.train(resume_from_checkpoint=checkpoint)
+        except BaseException as error:
+            if self.processes.failed_alike(error):
+                # all are here, so that what an engine has divided can be put together, and then back; what failed first
+                # must be seen, whatever comes of that
+                with suppress(Exception):
+                    _whole(trainer)
+            raise
 
     @property
     def left(self) -> Path | None:
@@ -241,7 +259,11 @@ class Run:
 
 
 def begin(
-    model: PreTrainedModel | str | Path, processor: ProcessorMixin | None, options: RunOptions, load_rows: LoadRows
+    model: PreTrainedModel | str | Path,
+    processor: ProcessorMixin | None,
+    options: RunOptions,
+    load_rows: LoadRows,
+    processes: Processes,
 ) -> Run:
     """Make a run ready for its trainer: cheap questions first, so that little is paid for before a refusal.
 
@@ -251,16 +273,19 @@ def begin(
         options: what the run is told.
         load_rows: reads and checks, with a judge of what the model can take, the rows to train on and those held out,
             None for these where they are to be taken from the former.
+        processes: that run it; each is compared with the first one.
 
     Raises:
-        SettingsError: if the folder cannot be used, or the options do not fit the model.
+        SettingsError: if the folder cannot be used, the options do not fit the model, or processes begin differently.
         ModelError, DataError: for a model or rows that cannot be used.
     """
     config = options.config
     check_engine(config)
+    check_code(processes, options.folder, options.settings)
     base = str(model) if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
     if _is_keeper(config):
         claim(options.folder, options.settings, options.resume)
+    check_folder(processes, options.folder)
     config.distributed_state.wait_for_everyone()
     ended = finished_record(options.folder) if options.resume else None
     with undivided():
@@ -268,6 +293,7 @@ def begin(
     adapter = find_adapter(model)
     check_processor(model, processor, adapter)
     check_tower(adapter)
+    check_model(processes, model)
     training_plan = plan(adapter, config.train, options.lora, config.frozen or ())
     judge = judge_of(config, processor, adapter.image_token_id, every_size=options.on_bad_row == "skip")
     rows, held_out = load_rows(judge)
@@ -276,10 +302,11 @@ def begin(
         _count_images(rows)
     if held_out is None and options.eval_fraction and isinstance(rows, RowDataset):
         rows, held_out = hold_out(rows, options.eval_fraction, config.seed)
+    check_rows(processes, rows, held_out)
     if held_out is None:
         # of a stream or of very few rows none can be held out, and that shows only now
         unwatched(config)
-    return Run(base, model, processor, adapter, training_plan, rows, held_out, options, ended)
+    return Run(base, model, processor, adapter, training_plan, rows, held_out, options, ended, processes)
 
 
 def _check_images(rows: RowDataset, training_plan: TrainingPlan) -> None:
@@ -318,8 +345,7 @@ def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] |
     Returns:
         the LoRA's configuration and its weights on the host, None where weights trained themselves.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    gather(model, trainer.accelerator, getattr(trainer, "deepspeed", None))
+    model = _whole(trainer)
     if not isinstance(model, PeftModel):
         return None
     weights = {
@@ -331,6 +357,13 @@ def merge_lora(trainer: Trainer) -> tuple[LoraConfig, dict[str, torch.Tensor]] |
     assert isinstance(config, LoraConfig)
     model.merge_and_unload()
     return config, weights
+
+
+def _whole(trainer: Trainer) -> PreTrainedModel | PeftModel:
+    """The model that a trainer has trained, gathered from what an engine has divided; to be called by every process."""
+    model: PreTrainedModel | PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+    gather(model, trainer.accelerator, getattr(trainer, "deepspeed", None))
+    return model
 
 
 def _is_keeper(config: TowerConfig) -> bool:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 # what it would go on without, and not say so, where it is missing
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+# what FSDP2 gathers, and accelerate writes under names of its own
+GATHERED = {"optimizer.pt": "optimizer.bin", "*.safetensors": "pytorch_model_fsdp.bin"}
 
 
 def last_checkpoint(folder: Path, every: int = 1) -> Path | None:
@@ -62,7 +64,7 @@ def check_checkpoint(checkpoint: Path, processes: int = 1) -> None:
     """Make sure that all files of a checkpoint are there and can be read, before anything is loaded from it.
 
     Args:
-        checkpoint: a complete one. Those of FSDP and DeepSpeed, in files of their own, are left to them.
+        checkpoint: a complete one. What DeepSpeed, and FSDP in shards, keep in folders of their own is left to them.
         processes: that go on from it.
 
     Raises:
@@ -75,12 +77,13 @@ def check_checkpoint(checkpoint: Path, processes: int = 1) -> None:
         "the file back."
     )
     for pattern in NEEDED:
-        files = sorted(checkpoint.glob(pattern))
+        files = sorted(checkpoint.glob(pattern)) or sorted(checkpoint.glob(GATHERED.get(pattern, pattern)))
         if len(files) < (processes if "*" in pattern else 1):
             raise SettingsError(f"{checkpoint} has {len(files)} file(s) {pattern}.", remedy)
         for file in files:
             _readable(file, remedy)
     weights = [file for file in checkpoint.glob("*.safetensors") if file.name != "training_args.safetensors"]
+    weights += checkpoint.glob(GATHERED["*.safetensors"])
     if not weights:
         raise SettingsError(f"{checkpoint} has no weights (*.safetensors).", remedy)
     for file in weights:

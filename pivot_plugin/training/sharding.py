@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import TowerConfig
-from pivot_plugin.errors import SettingsError
+from pivot_plugin.errors import SettingsError, unknown
 
 _HOOKS = (
     "_forward_hooks",
@@ -59,6 +59,42 @@ def check_engine(config: TowerConfig) -> None:
             f"{'FSDP' if fsdp else 'DeepSpeed'} is asked for, and with use_cpu accelerate runs DDP instead.",
             "Leave use_cpu out, or launch with multi_cpu.",
         )
+
+
+def check_divisible(model: PreTrainedModel) -> None:
+    """Refuse a model that the launch's engine cannot take.
+
+    Args:
+        model: whole, before training.
+
+    Raises:
+        SettingsError: for one that a device map has spread, for quantised weights under an engine that divides them,
+            and for layers to be divided that the model does not have.
+    """
+    devices = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if len(devices) > 1:
+        raise SettingsError(
+            f"A device map has spread {type(model).__name__} over {', '.join(sorted(devices))}, and every process "
+            "needs a whole one.",
+            "Load it without device_map, or start one process.",
+        )
+    fsdp = _says("ACCELERATE_USE_FSDP")
+    zero3 = _says("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if (fsdp or zero3) and getattr(model, "is_quantized", False):
+        raise SettingsError(
+            f"{type(model).__name__} has quantised weights, which {'FSDP2' if fsdp else 'ZeRO-3'} does not divide.",
+            "Load it in bfloat16, or launch with multi_gpu (DDP) or zero2.",
+        )
+    wrapped = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if fsdp else ""
+    classes = {type(module).__name__ for module in model.modules()}
+    for name in filter(None, (name.strip() for name in wrapped.split(","))):
+        if name not in classes:
+            raise unknown(
+                "class of layers",
+                name,
+                sorted(classes),
+                f"fsdp_transformer_layer_cls_to_wrap names {name!r}, and {type(model).__name__} has no layers of it.",
+            )
 
 
 def _says(variable: str) -> bool:
@@ -272,6 +308,27 @@ def gather(model: nn.Module, accelerator: Accelerator, engine: Any = None) -> No
                 module._buffers[name] = buffer.to("cpu" if accelerator.is_main_process else "meta")
     for parameter in plain.values():
         del parameter._divided  # type: ignore[attr-defined]
+
+
+def refuse_use(model: PreTrainedModel) -> None:
+    """Have a model whose weights the main process has say so, instead of computing or saving nothing.
+
+    Args:
+        model: gathered and merged; one that has its weights stays as it is.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SettingsError(
+            f"This process has no weights of the trained {type(model).__name__}: an engine had divided them, and the "
+            "main process has put them together.",
+            "Use the result in the main process (accelerate's is_main_process), or load what it has saved.",
+        )
+
+    for module in model.modules():
+        module.register_forward_pre_hook(refuse)
+        module.register_state_dict_pre_hook(refuse)
 
 
 def _full(parameter: torch.Tensor, keep: bool) -> torch.Tensor:

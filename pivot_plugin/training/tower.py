@@ -11,6 +11,7 @@ Overrides, and why each is needed:
     create_optimizer    parts may have learning rates of their own
     _run_epoch          transformers looks after a step alone whether a run is at its end, and resumes it past that
     _save               PEFT notes the name of a LoRA's base, and not which weights it was on
+    _save_rng_state     of several processes the last to write may be any, and one may be killed before that
     _save_checkpoint    transformers writes whole models under older names, which its trainer does not find again
     create_model_card   TRL writes one with every checkpoint, about the run's folder
     evaluate            what each held-out row scored, by which noise is told from change
@@ -249,6 +250,11 @@ class TowerTraining(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel) and self.args.world_size == 1:
             note_adapted_weights(model, Path(output_dir or self.args.output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the main process writes last that a checkpoint is complete: after all have written their parts
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: TRL's would lie in the run's folder, about a fine-tune of it knows not what; ours is the encoder's."""

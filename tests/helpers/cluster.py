@@ -4,6 +4,7 @@ accelerate starts FSDP and DeepSpeed only where it finds a GPU; `on_cpu` tells i
 as they do there. Everything else is theirs and ours.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -75,6 +76,28 @@ def by_length(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     return [float(len(completion[0]["content"])) for completion in completions]
 
 
+def settle_rollouts() -> None:
+    """Have every roll-out say what its question and its place in the group say, however many processes draw them.
+
+    They are drawn all the same, and then put aside: random numbers are each process's own.
+    """
+    from pivot_plugin.training.rollout_trainer import Rollouts
+
+    draw = Rollouts._generate_single_turn
+
+    def settled(self: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn, logprobs = draw(self, prompt_ids, *args, **kwargs)
+        assert len(drawn) == len(prompt_ids)
+        before = self.accelerator.process_index * len(drawn)
+        answers = []
+        for place, ids in enumerate(prompt_ids):
+            spread = hashlib.sha256(str([*ids, (before + place) % self.num_generations]).encode()).digest()[0]
+            answers.append(self._tokenizer("no" * (1 + spread % 5), add_special_tokens=False)["input_ids"])
+        return answers, logprobs
+
+    Rollouts._generate_single_turn = settled  # type: ignore[method-assign]
+
+
 def run(folder: Path, cell: dict[str, Any]) -> None:
     """One cell of the matrix, in this process: what is trained, how, and on which rows."""
     on_cpu()
@@ -82,6 +105,7 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
     from pivot_plugin.testing import build
 
     verb, family = cell.pop("verb", "optimize"), cell.pop("family", "llava")
+    held_out = cell.pop("held_out", 0)
     images, count = cell.pop("images", "all"), cell.pop("rows", 16)
     model, processor = build(family)
     common = {
@@ -116,10 +140,15 @@ def run(folder: Path, cell: dict[str, Any]) -> None:
         return
     common = {"eval_fraction": 0, **common}
     if common.get("objective") == "grpo":
+        settle_rollouts()
         common |= {"rewards": by_length, "num_generations": 2, "max_completion_length": 4, "temperature": 1.0}
         data = [{"images": one["images"], "question": one["prompt"]} for one in rows(count, images)]
     else:
         data = rows(count, images)
+        if held_out:
+            # answers the other way round get worse as training goes on, so that the run stops early
+            turned = [{**one, "chosen": one["rejected"], "rejected": one["chosen"]} for one in rows(held_out)]
+            common |= {"eval_prefs": turned, "saliency": 0}
     pivot.optimize(model, data, **common)
 
 

@@ -1,6 +1,8 @@
 """Two and three processes under accelerate's engines against one process with the same global batch."""
 
+import functools
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,16 @@ def run(folder: Path, engine: str, processes: int, cell: dict[str, Any]) -> Run:
     return losses, load_file(folder / "run" / made / "model.safetensors")
 
 
+@functools.cache
+def alone(cell: str) -> tuple[Run, dict[str, Any]]:
+    """What one process gives, the same for every engine that is compared with it; and the record of its run."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = run(Path(folder), "ddp", 1, json.loads(cell))
+        return given, json.loads((Path(folder) / "run" / "run.json").read_text())
+
+
 def compare(tmp_path: Path, engine: str, cell: dict[str, Any], processes: int = 2) -> None:
-    losses, weights = run(tmp_path / "one", "ddp", 1, cell)
+    (losses, weights), _ = alone(json.dumps(cell))
     divided_losses, divided = run(tmp_path / "several", engine, processes, cell)
     assert len(losses) == 3 and losses[0] != pytest.approx(losses[-1], rel=1e-4)
     assert divided_losses == pytest.approx(losses, rel=1e-4)
@@ -92,11 +102,30 @@ def test_three_processes_whose_rows_do_not_divide(tmp_path: Path, engine: str) -
     compare(tmp_path, engine, {**LORA, "batch": 3, "rows": 17}, processes=3)
 
 
+ROLLOUTS = [
+    pytest.param({**LORA, "learning_rate": 30.0}, id="lora"),
+    pytest.param({**TOWER, "learning_rate": 3.0, "beta": 0.1}, id="tower-beta"),
+    pytest.param({**ALL, "images": "mixed"}, id="all-mixed"),
+]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
-def test_rollouts_train_under_every_engine(tmp_path: Path, engine: str) -> None:
-    _, weights = run(tmp_path / "several", engine, 2, {**LORA, "objective": "grpo"})
-    assert all(tensor.numel() and tensor.isfinite().all() for tensor in weights.values())
+@pytest.mark.parametrize("cell", ROLLOUTS)
+def test_rollouts_train_as_in_one_process(tmp_path: Path, engine: str, cell: dict[str, Any]) -> None:
+    cell = {**cell, "objective": "grpo"}
+    (_, weights), record = alone(json.dumps(cell))
+    _, divided = run(tmp_path / "several", engine, 2, cell)
+    several = json.loads((tmp_path / "several" / "run" / "run.json").read_text())["history"]
+    one = record["history"]
+    assert max(record["weight_change"].values()) > 1e-4
+    for name in ("reward", "reward_std", "grad_norm", "completions/mean_length"):
+        values = [log[name] for log in one if name in log]
+        assert len(values) == 3 and any(values)
+        assert [log[name] for log in several if name in log] == pytest.approx(values, rel=1e-3), name
+    assert divided.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
