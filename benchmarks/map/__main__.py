@@ -1,0 +1,238 @@
+"""The map of which pairs make an encoder better: authors, rightness of the chosen answers, arms; resumable by the cell.
+
+    python -m benchmarks.map calibrate         # can the transplant tell better towers from worse?
+    python -m benchmarks.map rates             # learning rates, on seeds that are not reported
+    python -m benchmarks.map run --minutes 60  # cells in order of importance, a line of results each, and goes on later
+    python -m benchmarks.map tables            # of what there is
+
+Results are lines in `results/map-*.jsonl`; first stages, drawn answers and runs lie in the folder `map-runs`.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pivot_plugin.recipes.tables import cell as shown_cell
+from pivot_plugin.recipes.tables import markdown
+
+from .cells import ARMS, CONTROLS, KNOWN, Cell, Kitchen, Plan
+from .pairs import BEST, RIGHTNESS
+from .tables import MEASURES, SWAPPED, Map, contrast
+from .world import first_stage, load
+
+RESULTS = Path(__file__).parent.parent / "results"
+SEEDS = (0, 1, 2, 3, 4)
+SEARCH_SEEDS = (100, 101)
+RATES = {
+    "sft": (3e-4, 1e-3, 3e-3),
+    "dpo": (1e-4, 3e-4, 1e-3),
+    "dpo+sft": (1e-4, 3e-4, 1e-3),
+    "grpo": (1e-4, 3e-4, 1e-3),
+}
+# of the search: half the steps, and pictures of its own
+SEARCH_EXAMINED, SEARCH_PROBED = 7_900_000, 7_950_000
+PAIR_ARMS = ("sft", "dpo", "dpo+sft")
+
+
+def cells(seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """All cells of the map, the most important conditions first, every condition with all its seeds."""
+    conditions: list[dict[str, Any]] = [
+        {"author": "", "rightness": 1.0, "arm": arm} for arm in ("stage-1", "original", "patch labels", *KNOWN[::2])
+    ]
+    own = {"author": "own", "rightness": BEST}
+    conditions += [own | {"arm": arm} for arm in ("sft", "dpo", "dpo+sft", "grpo", "2 rounds")]
+    conditions += [own | {"arm": "dpo", "blind": True}]
+    conditions += [{"author": "oracle", "rightness": 1.0, "arm": arm} for arm in PAIR_ARMS]
+    conditions += [own | {"arm": arm, "train": "all"} for arm in ("sft", "dpo")]
+    conditions += [{"author": "better", "rightness": BEST, "arm": arm} for arm in PAIR_ARMS]
+    conditions += [{"author": "reasoned", "rightness": BEST, "arm": arm} for arm in (*PAIR_ARMS, "grpo")]
+    conditions += [own | {"arm": arm, "train": "language_model"} for arm in ("sft", "dpo")]
+    conditions += [
+        {"author": author, "rightness": rightness, "arm": arm}
+        for author in ("own", "oracle", "better", "reasoned")
+        for rightness in RIGHTNESS
+        for arm in PAIR_ARMS
+        if (author, rightness) != ("oracle", 1.0)
+    ]
+    conditions += [own | {"arm": "sft", "blind": True}]
+    return [Cell(seed=seed, **condition) for condition in conditions for seed in seeds]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Results that are kept; a line that was cut off as it was written is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def add(path: Path, record: dict[str, Any]) -> None:
+    """Keep one more result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a line that was cut off must not swallow the next
+    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    with path.open("a") as file:
+        file.write("\n" * torn + json.dumps(rounded(record)) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return value
+
+
+def run(kitchen: Kitchen, path: Path, wanted: Sequence[Cell], seconds: float) -> None:
+    """Run the cells that have no line yet, until the time is over.
+
+    Args:
+        kitchen: runs them.
+        path: of the lines.
+        wanted: cells, in order.
+        seconds: after which no other is begun.
+    """
+    until = time.monotonic() + seconds
+    done = {Cell(**record["cell"]) for record in lines(path)}
+    for one in wanted:
+        if one in done:
+            continue
+        if time.monotonic() > until:
+            return
+        add(path, kitchen.run(one))
+        # an ended run is its line
+        shutil.rmtree(kitchen.folder / "runs", ignore_errors=True)
+        print(one.name, flush=True)
+
+
+def calibration_tables(records: Sequence[dict[str, Any]]) -> str:
+    """Towers whose order is known, and how small a share of the known gap a difference over seeds can be seen at."""
+    found = Map(records)
+    known = [Cell(0, "", 1.0, arm).condition for arm in KNOWN]
+    base, best = (Cell(0, "", 1.0, arm).condition for arm in ("original", "patch labels"))
+    measures = {name: text for name, text in MEASURES.items() if not name.startswith("mllm")}
+    rows = []
+    for measure, text in measures.items():
+        gap, tenth = (contrast(found.values(one, measure), found.values(base, measure)) for one in (best, known[2]))
+        if gap is not None and tenth is not None and gap.mean and tenth.seeds > 1:
+            error = tenth.spread / tenth.seeds**0.5
+            rows.append([text, gap.shown(gap.p), tenth.shown(tenth.p), f"{error:.3f}", f"{abs(error / gap.mean):.2f}"])
+    header = ["measure", "the gap: patch labels", "a tenth of the steps", "standard error", "of the gap"]
+    return "\n\n".join([found.table(known, measures), markdown(header, rows)])
+
+
+def search(kitchen: Kitchen, path: Path) -> None:
+    """Every arm at every rate on own answers: half the steps, seeds and pictures that are not reported."""
+    done = {(record["arm"], record["rate"], record["seed"]) for record in lines(path)}
+    for seed in SEARCH_SEEDS:
+        stage_1 = first_stage(seed, kitchen.plan.sizes, kitchen.folder / "first")
+        for arm, rates in {"none": (0.0,), **RATES}.items():
+            for rate in rates:
+                if (arm, rate, seed) in done:
+                    continue
+                model, processor = load(stage_1)
+                if arm != "none":
+                    kitchen.trained(Cell(seed, "own", BEST, arm), model, processor, rate)
+                    shutil.rmtree(kitchen.folder / "runs", ignore_errors=True)
+                scores = kitchen.of_mllm(model, SEARCH_EXAMINED)
+                scores["probe shapes"] = kitchen.probed(model.model.vision_tower, SEARCH_PROBED)
+                add(path, {"arm": arm, "rate": rate, "seed": seed, "scores": scores})
+                print(arm, rate, seed, flush=True)
+
+
+def best_rates(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of every arm the rate with the best captions of the MLLM; two rounds take that of dpo."""
+    best = {}
+    for arm in RATES:
+        means = {
+            rate: sum(values) / len(values)
+            for rate in RATES[arm]
+            if (values := [r["scores"]["mllm captions"] for r in records if (r["arm"], r["rate"]) == (arm, rate)])
+        }
+        if means:
+            best[arm] = max(means, key=lambda rate: means[rate])
+    if "dpo" in best:
+        best["2 rounds"] = best["dpo"]
+    return best
+
+
+def search_table(records: Sequence[dict[str, Any]]) -> str:
+    """Arms and rates by row; the rate that the map takes in bold."""
+    best = best_rates(records)
+    measures = ("mllm captions", "mllm answers", "probe shapes")
+    rows = []
+    for arm, rate in dict.fromkeys((record["arm"], record["rate"]) for record in records):
+        scores = [record["scores"] for record in records if (record["arm"], record["rate"]) == (arm, rate)]
+        shown = f"**{rate:g}**" if best.get(arm) == rate else f"{rate:g}"
+        rows.append([arm, shown, *(shown_cell([one[measure] for one in scores]) for measure in measures)])
+    return markdown(["arm", "rate", *(MEASURES[measure] for measure in measures)], rows)
+
+
+def tables(records: Sequence[dict[str, Any]]) -> str:
+    """What is there of the map, as markdown."""
+    found = Map(records)
+    conditions = list(dict.fromkeys(one.condition for one in cells((0,))))
+    towers = [one for one in conditions if one[3] == "encoder"]
+    swapped = [one for one in conditions if one[3] != "encoder"]
+    stage_1 = ("", 1.0, "stage-1", "encoder", False)
+    trained = [one for one in towers if one[2] not in CONTROLS]
+    against_sft = [one for one in trained if one[2] != "sft" and not one[4] and one[2] in ARMS]
+    parts = [
+        "**Means and spreads**",
+        found.table(towers),
+        "**Facts right in chosen and rejected answers**",
+        markdown(
+            ["pairs", "chosen, rejected"],
+            [
+                [" ".join(map(str, one[:2])), found.rightness(one)]
+                for one in trained
+                if one[2] == "dpo" and not one[4] and found.rightness(one)
+            ],
+        ),
+        "**Less stage 1, seed by seed**",
+        found.differences([one for one in towers if one != stage_1], lambda one: stage_1),
+        "**Less SFT on the same pairs**",
+        found.differences(against_sft, lambda one: (one[0], one[1], "sft", "encoder", False)),
+        "**Less the same with the pictures of others**",
+        found.differences([one for one in trained if not one[4]], lambda one: (*one[:4], True)),
+        "**One part swapped**",
+        found.table(swapped, SWAPPED),
+    ]
+    return "\n\n".join(parts)
+
+
+def main(arguments_given: Sequence[str] | None = None, plan: Plan | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["calibrate", "rates", "run", "tables"])
+    parser.add_argument("--folder", type=Path, default=Path("map-runs"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float, default=600.0, help="after which no other cell is begun")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--only", default="", help="cells whose names hold this, such as own-best")
+    arguments = parser.parse_args(arguments_given)
+    searched, mapped = (arguments.results / f"map-{name}.jsonl" for name in ("rates", "cells"))
+    kitchen = Kitchen(arguments.folder, plan or Plan(), best_rates(lines(searched)))
+    wanted = [one for one in cells(arguments.seeds) if arguments.only in one.name]
+    if arguments.what == "calibrate":
+        run(kitchen, mapped, [one for one in wanted if one.arm in KNOWN], 60 * arguments.minutes)
+    elif arguments.what == "rates":
+        search(kitchen, searched)
+    elif arguments.what == "run":
+        if not kitchen.rates:
+            parser.error("There are no learning rates yet: python -m benchmarks.map rates")
+        run(kitchen, mapped, wanted, 60 * arguments.minutes)
+    records = lines(mapped)
+    print(calibration_tables(records), search_table(lines(searched)), tables(records), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
