@@ -13,16 +13,18 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pivot_plugin.files import same_settings, write_whole
 from pivot_plugin.recipes.tables import cell as shown_cell
 from pivot_plugin.recipes.tables import markdown
 
-from .cells import ARMS, CONTROLS, KNOWN, Cell, Kitchen, Plan
+from .cells import ARMS, CONTROLS, KNOWN, Cell, CellRunner, Plan
 from .pairs import BEST, RIGHTNESS
 from .tables import MEASURES, SWAPPED, Map, contrast
-from .world import first_stage, load
+from .world import first_stage, kept_pictures, load, read
 
 RESULTS = Path(__file__).parent.parent / "results"
 SEEDS = (0, 1, 2, 3, 4)
@@ -31,7 +33,7 @@ RATES = {
     "sft": (3e-4, 1e-3, 3e-3),
     "dpo": (1e-4, 3e-4, 1e-3),
     "dpo+sft": (1e-4, 3e-4, 1e-3),
-    "grpo": (1e-4, 3e-4, 1e-3),
+    "grpo": (3e-4, 1e-3, 3e-3),
 }
 # of the search: half the steps, and pictures of its own
 SEARCH_EXAMINED, SEARCH_PROBED = 7_900_000, 7_950_000
@@ -90,11 +92,31 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def run(kitchen: Kitchen, path: Path, wanted: Sequence[Cell], seconds: float) -> None:
+def same_plan(folder: Path, results: Path, plan: Plan) -> None:
+    """Make sure that what is kept was made by this plan, and note the plan where nothing is.
+
+    Args:
+        folder: of first stages and answers.
+        results: of lines.
+        plan: of today.
+
+    Raises:
+        SettingsError: naming the first setting that differs.
+    """
+    for path in (folder / "plan.json", results / "map-plan.json"):
+        if path.exists():
+            remedy = "Give --folder and --results of their own, or go back to that plan."
+            same_settings(json.loads(path.read_text()), asdict(plan), f"What {str(path)!r} stands for", remedy)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def run(runner: CellRunner, path: Path, wanted: Sequence[Cell], seconds: float) -> None:
     """Run the cells that have no line yet, until the time is over.
 
     Args:
-        kitchen: runs them.
+        runner: runs them.
         path: of the lines.
         wanted: cells, in order.
         seconds: after which no other is begun.
@@ -106,9 +128,9 @@ def run(kitchen: Kitchen, path: Path, wanted: Sequence[Cell], seconds: float) ->
             continue
         if time.monotonic() > until:
             return
-        add(path, kitchen.run(one))
+        add(path, runner.run(one))
         # an ended run is its line
-        shutil.rmtree(kitchen.folder / "runs", ignore_errors=True)
+        shutil.rmtree(runner.folder / "runs", ignore_errors=True)
         print(one.name, flush=True)
 
 
@@ -128,33 +150,34 @@ def calibration_tables(records: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([found.table(known, measures), markdown(header, rows)])
 
 
-def search(kitchen: Kitchen, path: Path) -> None:
+def search(runner: CellRunner, path: Path) -> None:
     """Every arm at every rate on own answers: half the steps, seeds and pictures that are not reported."""
     done = {(record["arm"], record["rate"], record["seed"]) for record in lines(path)}
     for seed in SEARCH_SEEDS:
-        stage_1 = first_stage(seed, kitchen.plan.sizes, kitchen.folder / "first")
+        stage_1 = first_stage(seed, runner.plan.sizes, runner.folder / "first")
         for arm, rates in {"none": (0.0,), **RATES}.items():
             for rate in rates:
                 if (arm, rate, seed) in done:
                     continue
                 model, processor = load(stage_1)
                 if arm != "none":
-                    kitchen.trained(Cell(seed, "own", BEST, arm), model, processor, rate)
-                    shutil.rmtree(kitchen.folder / "runs", ignore_errors=True)
-                scores = kitchen.of_mllm(model, SEARCH_EXAMINED)
-                scores["probe shapes"] = kitchen.probed(model.model.vision_tower, SEARCH_PROBED)
+                    runner.trained(Cell(seed, "own", BEST, arm), model, processor, rate, share=0.5)
+                    shutil.rmtree(runner.folder / "runs", ignore_errors=True)
+                read_on = kept_pictures(runner.plan.sizes.examined, SEARCH_EXAMINED)
+                scores = {f"mllm {name}": value for name, value in read(model, read_on).items()}
+                scores["probe shapes"] = runner.probed(model.model.vision_tower, SEARCH_PROBED)
                 add(path, {"arm": arm, "rate": rate, "seed": seed, "scores": scores})
                 print(arm, rate, seed, flush=True)
 
 
 def best_rates(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of every arm the rate with the best captions of the MLLM; two rounds take that of dpo."""
+    """Of every arm the rate with the best tower, by the probe; two rounds take that of dpo."""
     best = {}
     for arm in RATES:
         means = {
             rate: sum(values) / len(values)
             for rate in RATES[arm]
-            if (values := [r["scores"]["mllm captions"] for r in records if (r["arm"], r["rate"]) == (arm, rate)])
+            if (values := [r["scores"]["probe shapes"] for r in records if (r["arm"], r["rate"]) == (arm, rate)])
         }
         if means:
             best[arm] = max(means, key=lambda rate: means[rate])
@@ -220,16 +243,19 @@ def main(arguments_given: Sequence[str] | None = None, plan: Plan | None = None)
     parser.add_argument("--only", default="", help="cells whose names hold this, such as own-best")
     arguments = parser.parse_args(arguments_given)
     searched, mapped = (arguments.results / f"map-{name}.jsonl" for name in ("rates", "cells"))
-    kitchen = Kitchen(arguments.folder, plan or Plan(), best_rates(lines(searched)))
+    plan = plan or Plan()
+    runner = CellRunner(arguments.folder, plan, best_rates(lines(searched)))
+    if arguments.what != "tables":
+        same_plan(arguments.folder, arguments.results, plan)
     wanted = [one for one in cells(arguments.seeds) if arguments.only in one.name]
     if arguments.what == "calibrate":
-        run(kitchen, mapped, [one for one in wanted if one.arm in KNOWN], 60 * arguments.minutes)
+        run(runner, mapped, [one for one in wanted if one.arm in KNOWN], 60 * arguments.minutes)
     elif arguments.what == "rates":
-        search(kitchen, searched)
+        search(runner, searched)
     elif arguments.what == "run":
-        if not kitchen.rates:
+        if not runner.rates:
             parser.error("There are no learning rates yet: python -m benchmarks.map rates")
-        run(kitchen, mapped, wanted, 60 * arguments.minutes)
+        run(runner, mapped, wanted, 60 * arguments.minutes)
     records = lines(mapped)
     print(calibration_tables(records), search_table(lines(searched)), tables(records), sep="\n\n")
 

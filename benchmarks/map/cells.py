@@ -72,14 +72,14 @@ class Plan:
 
     Attributes:
         sizes: of first stages and transplants.
-        steps, batch: of an arm, in pairs; an online arm takes `online_steps`.
+        steps, batch: of an arm, in pairs, over all its rounds; GRPO takes `online_steps` of twice as many roll-outs.
         pairs, held_out: how many; of `scenes_per_pair` times as many scenes.
         probed: pictures to fit a probe on, and half as many to score it.
         settings: of `optimize`, for all.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
-    steps: int = 150
+    steps: int = 100
     online_steps: int = 75
     batch: int = 32
     pairs: int = 800
@@ -100,12 +100,12 @@ class Plan:
 
     @property
     def better(self) -> Sizes:
-        """Of the better model: its encoder and its first stage take four times as long."""
+        """Of the better model: its encoder and its first stage take three times as long."""
         first = self.sizes.first_stage
         return replace(
             self.sizes,
-            encoder_steps=4 * self.sizes.encoder_steps,
-            first_stage=Teaching(4 * first.steps, first.rate, first.tower_rate, first.batch),
+            encoder_steps=3 * self.sizes.encoder_steps,
+            first_stage=Teaching(3 * first.steps, first.rate, first.tower_rate, first.batch),
         )
 
 
@@ -120,7 +120,7 @@ def end_right(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequen
     return [float(end == right) for end, right in zip(said, answer, strict=True)]
 
 
-class Kitchen:
+class CellRunner:
     """Cells and what they share, kept in a folder.
 
     Args:
@@ -148,21 +148,30 @@ class Kitchen:
                 record["scores"] |= self._swapped(model, load(stage_1)[0])
         return record | {"cpu_seconds": round(time.process_time() - began, 1)}
 
-    def trained(self, cell: Cell, model: Any, processor: Any, rate: float | None = None) -> dict[str, Any]:
-        """Train a model in place; what there is to say of the rows and the run."""
+    def trained(
+        self, cell: Cell, model: Any, processor: Any, rate: float | None = None, share: float = 1.0
+    ) -> dict[str, Any]:
+        """Train a model in place; what there is to say of the rows and the run.
+
+        Args:
+            cell: what on, and how.
+            model, processor: after a first stage.
+            rate: of learning, where it is not the arm's own.
+            share: of the steps.
+        """
         arm = dict(ARMS[cell.arm])
         online = cell.arm in ONLINE
-        steps = self.plan.online_steps if online else self.plan.steps
+        steps = self.plan.online_steps if cell.arm == "grpo" else self.plan.steps // arm.get("rounds", 1)
         settings = {
             "learning_rate": self.rates[cell.arm] if rate is None else rate,
-            "max_steps": steps,
+            "max_steps": max(1, int(share * steps)),
             "per_device_train_batch_size": self.plan.batch,
             "per_device_eval_batch_size": 4 * self.plan.batch,
             "train": cell.train,
             "seed": cell.seed,
             **self.plan.settings,
         }
-        told: dict[str, Any] = {"learning_rate": settings["learning_rate"], "steps": steps}
+        told: dict[str, Any] = {"learning_rate": settings["learning_rate"], "steps": settings["max_steps"]}
         if online:
             rows, held_out = (self._questions(cell, part) for part in ("train", "held out"))
             reward = end_right if cell.author == "reasoned" else facts_right

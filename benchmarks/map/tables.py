@@ -78,7 +78,7 @@ class Map:
     """The records of cells, by condition and seed.
 
     Args:
-        records: as `Kitchen.run` gives them.
+        records: as `CellRunner.run` gives them.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:

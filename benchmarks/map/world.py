@@ -293,9 +293,9 @@ class Sizes:
     """
 
     encoder_steps: int = ENCODER_STEPS
-    reading_steps: int = 150
+    reading_steps: int = 250
     first_stage: Teaching = Teaching(400, 2e-3, 3e-4)
-    target: Teaching = Teaching(300, 2e-3, batch=8)
+    target: Teaching = Teaching(450, 2e-3, batch=8)
     taught: int = 3000
     examined: int = 800
 

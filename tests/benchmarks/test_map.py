@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.map.cells import Cell, Plan, end_right
 from benchmarks.map.pairs import BEST, Asked, Scored, chosen_and_rejected
 from benchmarks.map.tables import MEASURES, Map, contrast, named
 from benchmarks.map.world import Sizes, Teaching, Text, features, first_stage, forest, load, logits, pictures
+from pivot_plugin.errors import SettingsError
 from pivot_plugin.quickstart import miniature, scenes, world
 
 TOY = Plan(
@@ -178,7 +180,7 @@ def test_the_command_runs_a_cell_once_and_prints_its_tables(tmp_path: Path, caps
     folders = ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     only = ["--seeds", "0", "--only", "oracle-1.0-dpo-encoder"]
     (tmp_path / "results").mkdir()
-    rates = [{"arm": arm, "rate": rate, "seed": 9, "scores": SEARCHED | {"mllm captions": rate}} for arm, rate in RATES]
+    rates = [{"arm": arm, "rate": rate, "seed": 9, "scores": SEARCHED | {"probe shapes": rate}} for arm, rate in RATES]
     (tmp_path / "results" / "map-rates.jsonl").write_text("\n".join(map(json.dumps, rates)) + "\n")
     command.main(["run", *folders, *only], plan=TOY)
     kept = tmp_path / "results" / "map-cells.jsonl"
@@ -190,15 +192,17 @@ def test_the_command_runs_a_cell_once_and_prints_its_tables(tmp_path: Path, caps
     written = kept.read_bytes()
     command.main(["run", *folders, *only], plan=TOY)
     assert kept.read_bytes() == written
+    with pytest.raises(SettingsError, match="had steps=2, now it is 3"):
+        command.main(["run", *folders, *only], plan=replace(TOY, steps=3))
 
 
-SEARCHED = {"mllm answers": 0.5, "probe shapes": 0.5}
+SEARCHED = {"mllm answers": 0.5, "mllm captions": 0.5}
 RATES = [("dpo", 3e-4), ("dpo", 1e-3), ("sft", 1e-3)]
 
 
-def test_an_arm_gets_the_rate_with_the_best_captions_of_the_mllm() -> None:
+def test_an_arm_gets_the_rate_with_the_best_tower() -> None:
     records = [
-        {"arm": arm, "rate": rate, "seed": seed, "scores": {"mllm captions": score}}
+        {"arm": arm, "rate": rate, "seed": seed, "scores": {"probe shapes": score}}
         for arm, rate, seed, score in [
             ("dpo", 1e-4, 100, 0.9),
             ("dpo", 1e-4, 101, 0.1),
