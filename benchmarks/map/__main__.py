@@ -9,13 +9,15 @@ Results are lines in `results/map-*.jsonl`; first stages, drawn answers and runs
 """
 
 import argparse
+import itertools
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from pivot_plugin.files import same_settings, write_whole
 from pivot_plugin.recipes.tables import cell as shown_cell
@@ -24,7 +26,7 @@ from pivot_plugin.recipes.tables import markdown
 from .cells import ARMS, CONTROLS, KNOWN, Cell, CellRunner, Plan
 from .pairs import BEST, RIGHTNESS
 from .tables import MEASURES, SWAPPED, Map, contrast
-from .world import first_stage, kept_pictures, load, read
+from .world import alone, first_stage, kept_pictures, load, read
 
 RESULTS = Path(__file__).parent.parent / "results"
 SEEDS = (0, 1, 2, 3, 4)
@@ -113,7 +115,7 @@ def same_plan(folder: Path, results: Path, plan: Plan) -> None:
 
 
 def run(runner: CellRunner, path: Path, wanted: Sequence[Cell], seconds: float) -> None:
-    """Run the cells that have no line yet, until the time is over.
+    """Run the cells that have no line yet, until the time is over; several processes share them.
 
     Args:
         runner: runs them.
@@ -122,16 +124,17 @@ def run(runner: CellRunner, path: Path, wanted: Sequence[Cell], seconds: float) 
         seconds: after which no other is begun.
     """
     until = time.monotonic() + seconds
-    done = {Cell(**record["cell"]) for record in lines(path)}
     for one in wanted:
-        if one in done:
-            continue
         if time.monotonic() > until:
             return
-        add(path, runner.run(one))
-        # an ended run is its line
-        shutil.rmtree(runner.folder / "runs", ignore_errors=True)
-        print(one.name, flush=True)
+        try:
+            with alone(runner.folder / "cells" / one.name).acquire(blocking=False):
+                if one not in {Cell(**record["cell"]) for record in lines(path)}:
+                    add(path, runner.run(one))
+                    print(one.name, flush=True)
+        except Timeout:
+            # another process is at it
+            continue
 
 
 def calibration_tables(records: Sequence[dict[str, Any]]) -> str:
@@ -153,21 +156,16 @@ def calibration_tables(records: Sequence[dict[str, Any]]) -> str:
 def search(runner: CellRunner, path: Path) -> None:
     """Every arm at every rate on own answers: half the steps, seeds and pictures that are not reported."""
     done = {(record["arm"], record["rate"], record["seed"]) for record in lines(path)}
-    for seed in SEARCH_SEEDS:
-        stage_1 = first_stage(seed, runner.plan.sizes, runner.folder / "first")
-        for arm, rates in {"none": (0.0,), **RATES}.items():
-            for rate in rates:
-                if (arm, rate, seed) in done:
-                    continue
-                model, processor = load(stage_1)
-                if arm != "none":
-                    runner.trained(Cell(seed, "own", BEST, arm), model, processor, rate, share=0.5)
-                    shutil.rmtree(runner.folder / "runs", ignore_errors=True)
-                read_on = kept_pictures(runner.plan.sizes.examined, SEARCH_EXAMINED)
-                scores = {f"mllm {name}": value for name, value in read(model, read_on).items()}
-                scores["probe shapes"] = runner.probed(model.model.vision_tower, SEARCH_PROBED)
-                add(path, {"arm": arm, "rate": rate, "seed": seed, "scores": scores})
-                print(arm, rate, seed, flush=True)
+    for seed, (arm, rates) in itertools.product(SEARCH_SEEDS, {"none": (0.0,), **RATES}.items()):
+        for rate in (rate for rate in rates if (arm, rate, seed) not in done):
+            model, processor = load(first_stage(seed, runner.plan.sizes, runner.folder / "first"))
+            if arm != "none":
+                runner.trained(Cell(seed, "own", BEST, arm), model, processor, rate, share=0.5)
+            read_on = kept_pictures(runner.plan.sizes.examined, SEARCH_EXAMINED)
+            scores = {f"mllm {name}": value for name, value in read(model, read_on).items()}
+            scores["probe shapes"] = runner.probed(model.model.vision_tower, SEARCH_PROBED)
+            add(path, {"arm": arm, "rate": rate, "seed": seed, "scores": scores})
+            print(arm, rate, seed, flush=True)
 
 
 def best_rates(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """One cell of the map: who wrote the answers, how right the chosen ones are, and the arm that learns from them."""
 
 import random
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,18 @@ from pivot_plugin.rewards import completion_text
 from . import pairs as authors
 from .calibration import NOISE, PATCH_STEPS, disturbed, taught_on_patches
 from .pairs import Asked, Made
-from .world import Sizes, Teaching, first_stage, image_processor, kept_pictures, load, original, read, transplanted
+from .world import (
+    Sizes,
+    Teaching,
+    alone,
+    first_stage,
+    image_processor,
+    kept_pictures,
+    load,
+    original,
+    read,
+    transplanted,
+)
 
 PAIR_SCENES, HELD_OUT_SCENES = 7_200_000, 7_400_000
 EXAMINED, EXAMINED_TRANSPLANT, PROBED = 7_600_000, 7_700_000, 7_800_000
@@ -188,15 +200,17 @@ class CellRunner:
             told |= {"pairs": len(mine.rows), "chosen": mine.chosen, "rejected": mine.rejected}
             rows, held_out = load_pairs(mine.rows), load_pairs(others.rows)
         run = self.folder / "runs" / f"{cell.name}-{settings['learning_rate']:g}"
+        # of a run that was cut off it is not known with which settings
+        shutil.rmtree(run, ignore_errors=True)
         result = pivot.optimize(
             model,
             rows,
             processor=processor,
             eval_prefs=held_out,
             output_dir=run,
-            resume=run.exists(),
             **settings | arm,
         )
+        shutil.rmtree(run)
         if result.answers:
             told |= {"chosen": result.answers[0].score_chosen, "rejected": result.answers[0].score_rejected}
         return {"told": told | {"held_out": result.metrics}}
@@ -231,7 +245,8 @@ class CellRunner:
         kind = "reasoned" if cell.author == "reasoned" else "captions"
         folder = self.folder / "answers" / f"{kind}-of-{answering}-seed-{cell.seed}-{part.replace(' ', '-')}"
         tokens = authors.REASONED_TOKENS if kind == "reasoned" else authors.CAPTION_TOKENS
-        return authors.drawn(model, processor, asked, tokens, cell.seed, folder)
+        with alone(folder):
+            return authors.drawn(model, processor, asked, tokens, cell.seed, folder)
 
     def _questions(self, cell: Cell, part: str) -> list[dict[str, Any]]:
         return [

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from pivot_plugin.encoders.assemble import assemble
+from pivot_plugin.files import whole_folder
 from pivot_plugin.quickstart import miniature, scenes, world
 from pivot_plugin.recipes.transplant import transplant
 
@@ -309,17 +311,27 @@ def first_stage(seed: int, sizes: Sizes, folder: Path) -> Path:
         folder: of all first stages.
     """
     place = folder / f"seed-{seed}"
-    if not (place / "stage-1" / "config.json").exists():
-        encoder, images = miniature.encoder(seed, sizes.encoder_steps)
-        encoder.save_pretrained(place / "original")
-        images.save_pretrained(place / "original")
-        language_model, tokens = miniature.language_model(seed, sizes.reading_steps)
-        model, processor = assemble(encoder, language_model, -1, tokenizer=tokens, image_processor=images, seed=seed)
-        shown = pictures(sizes.taught, TAUGHT + 1000 * seed, reasoned=True)
-        teach(model, shown, sizes.first_stage, seed)
-        processor.save_pretrained(place / "stage-1")
-        model.save_pretrained(place / "stage-1")
+    with alone(place):
+        if not (place / "stage-1").exists():
+            encoder, images = miniature.encoder(seed, sizes.encoder_steps)
+            language_model, tokens = miniature.language_model(seed, sizes.reading_steps)
+            model, processor = assemble(
+                encoder, language_model, -1, tokenizer=tokens, image_processor=images, seed=seed
+            )
+            taught = pictures(sizes.taught, TAUGHT + 1000 * seed, reasoned=True)
+            teach(model, taught, sizes.first_stage, seed)
+            with whole_folder(place / "original") as aside:
+                encoder.save_pretrained(aside)
+            with whole_folder(place / "stage-1") as aside:
+                processor.save_pretrained(aside)
+                model.save_pretrained(aside)
     return place / "stage-1"
+
+
+def alone(what: Path) -> FileLock:
+    """Holds what several processes make once, while one of them makes it."""
+    what.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{what}.lock")
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -335,8 +347,10 @@ def original(stage_1: Path) -> SiglipVisionModel:
 def _target_language_model(seed: int, steps: int, folder: Path) -> Any:
     """A language model that no encoder of the map has met, made once."""
     place = folder / f"{seed}-after-{steps}"
-    if not (place / "config.json").exists():
-        miniature.language_model(TARGETS + seed, steps)[0].save_pretrained(place)
+    with alone(place):
+        if not place.exists():
+            with whole_folder(place) as aside:
+                miniature.language_model(TARGETS + seed, steps)[0].save_pretrained(aside)
     return AutoModelForCausalLM.from_pretrained(place)
 
 
