@@ -34,8 +34,8 @@ SEARCH_SEEDS = (100, 101)
 RATES = {
     "sft": (3e-4, 1e-3, 3e-3),
     "dpo": (1e-4, 3e-4, 1e-3),
-    "dpo+sft": (1e-4, 3e-4, 1e-3),
-    "grpo": (3e-4, 1e-3, 3e-3),
+    "grpo": (1e-3, 3e-3),
+    "dpo+sft": (3e-4, 1e-3),
 }
 # of the search: half the steps, and pictures of its own
 SEARCH_EXAMINED, SEARCH_PROBED = 7_900_000, 7_950_000
@@ -44,12 +44,12 @@ PAIR_ARMS = ("sft", "dpo", "dpo+sft")
 
 def cells(seeds: Sequence[int] = SEEDS) -> list[Cell]:
     """All cells of the map, the most important conditions first, every condition with all its seeds."""
-    conditions: list[dict[str, Any]] = [
-        {"author": "", "rightness": 1.0, "arm": arm} for arm in ("stage-1", "original", "patch labels", *KNOWN[::2])
-    ]
+    controls = ("stage-1", "original", "patch labels", "patch labels, a tenth")
+    conditions: list[dict[str, Any]] = [{"author": "", "rightness": 1.0, "arm": arm} for arm in controls]
     own = {"author": "own", "rightness": BEST}
     conditions += [own | {"arm": arm} for arm in ("sft", "dpo", "dpo+sft", "grpo", "2 rounds")]
     conditions += [own | {"arm": "dpo", "blind": True}]
+    conditions += [{"author": "", "rightness": 1.0, "arm": "disturbed"}]
     conditions += [{"author": "oracle", "rightness": 1.0, "arm": arm} for arm in PAIR_ARMS]
     conditions += [own | {"arm": arm, "train": "all"} for arm in ("sft", "dpo")]
     conditions += [{"author": "better", "rightness": BEST, "arm": arm} for arm in PAIR_ARMS]
@@ -153,10 +153,10 @@ def calibration_tables(records: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([found.table(known, measures), markdown(header, rows)])
 
 
-def search(runner: CellRunner, path: Path) -> None:
+def search(runner: CellRunner, path: Path, seeds: Sequence[int]) -> None:
     """Every arm at every rate on own answers: half the steps, seeds and pictures that are not reported."""
     done = {(record["arm"], record["rate"], record["seed"]) for record in lines(path)}
-    for seed, (arm, rates) in itertools.product(SEARCH_SEEDS, {"none": (0.0,), **RATES}.items()):
+    for seed, (arm, rates) in itertools.product(seeds, {"none": (0.0,), **RATES}.items()):
         for rate in (rate for rate in rates if (arm, rate, seed) not in done):
             model, processor = load(first_stage(seed, runner.plan.sizes, runner.folder / "first"))
             if arm != "none":
@@ -237,7 +237,7 @@ def main(arguments_given: Sequence[str] | None = None, plan: Plan | None = None)
     parser.add_argument("--folder", type=Path, default=Path("map-runs"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=600.0, help="after which no other cell is begun")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the map 0 to 4, of rates 100 and 101")
     parser.add_argument("--only", default="", help="cells whose names hold this, such as own-best")
     arguments = parser.parse_args(arguments_given)
     searched, mapped = (arguments.results / f"map-{name}.jsonl" for name in ("rates", "cells"))
@@ -245,11 +245,11 @@ def main(arguments_given: Sequence[str] | None = None, plan: Plan | None = None)
     runner = CellRunner(arguments.folder, plan, best_rates(lines(searched)))
     if arguments.what != "tables":
         same_plan(arguments.folder, arguments.results, plan)
-    wanted = [one for one in cells(arguments.seeds) if arguments.only in one.name]
+    wanted = [one for one in cells(arguments.seeds or SEEDS) if arguments.only in one.name]
     if arguments.what == "calibrate":
         run(runner, mapped, [one for one in wanted if one.arm in KNOWN], 60 * arguments.minutes)
     elif arguments.what == "rates":
-        search(runner, searched)
+        search(runner, searched, arguments.seeds or SEARCH_SEEDS)
     elif arguments.what == "run":
         if not runner.rates:
             parser.error("There are no learning rates yet: python -m benchmarks.map rates")
