@@ -169,13 +169,13 @@ def search(runner: CellRunner, path: Path, seeds: Sequence[int]) -> None:
 
 
 def best_rates(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of every arm the rate with the best tower, by the probe; two rounds take that of dpo."""
+    """Of every arm the rate with the best captions of the MLLM; two rounds take that of dpo."""
     best = {}
     for arm in RATES:
         means = {
             rate: sum(values) / len(values)
             for rate in RATES[arm]
-            if (values := [r["scores"]["probe shapes"] for r in records if (r["arm"], r["rate"]) == (arm, rate)])
+            if (values := [r["scores"]["mllm captions"] for r in records if (r["arm"], r["rate"]) == (arm, rate)])
         }
         if means:
             best[arm] = max(means, key=lambda rate: means[rate])

@@ -180,7 +180,7 @@ def test_the_command_runs_a_cell_once_and_prints_its_tables(tmp_path: Path, caps
     folders = ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     only = ["--seeds", "0", "--only", "oracle-1.0-dpo-encoder"]
     (tmp_path / "results").mkdir()
-    rates = [{"arm": arm, "rate": rate, "seed": 9, "scores": SEARCHED | {"probe shapes": rate}} for arm, rate in RATES]
+    rates = [{"arm": arm, "rate": rate, "seed": 9, "scores": SEARCHED | {"mllm captions": rate}} for arm, rate in RATES]
     (tmp_path / "results" / "map-rates.jsonl").write_text("\n".join(map(json.dumps, rates)) + "\n")
     command.main(["run", *folders, *only], plan=TOY)
     kept = tmp_path / "results" / "map-cells.jsonl"
@@ -196,13 +196,13 @@ def test_the_command_runs_a_cell_once_and_prints_its_tables(tmp_path: Path, caps
         command.main(["run", *folders, *only], plan=replace(TOY, steps=3))
 
 
-SEARCHED = {"mllm answers": 0.5, "mllm captions": 0.5}
+SEARCHED = {"mllm answers": 0.5, "probe shapes": 0.5}
 RATES = [("dpo", 3e-4), ("dpo", 1e-3), ("sft", 1e-3)]
 
 
-def test_an_arm_gets_the_rate_with_the_best_tower() -> None:
+def test_an_arm_gets_the_rate_with_the_best_captions() -> None:
     records = [
-        {"arm": arm, "rate": rate, "seed": seed, "scores": {"probe shapes": score}}
+        {"arm": arm, "rate": rate, "seed": seed, "scores": {"mllm captions": score}}
         for arm, rate, seed, score in [
             ("dpo", 1e-4, 100, 0.9),
             ("dpo", 1e-4, 101, 0.1),
