@@ -55,14 +55,14 @@ def test_texts_behind_one_picture_are_read_as_the_model_reads_each_alone(stage_1
 
 
 def test_patches_are_labelled_by_the_object_that_they_show() -> None:
-    scene = scenes.render_many(1, 3, style=scenes.FOGGY)[0]
-    labels = patch_labels([scene])[0].reshape(4, 4)
-    for item in scene.objects:
-        left, top, right, bottom = item.box
-        middle = ((top + bottom) // 2 // miniature.PATCH_SIZE, (left + right) // 2 // miniature.PATCH_SIZE)
-        expected = 1 + scenes.SHAPES.index(item.shape) * len(scenes.COLOURS) + list(scenes.COLOURS).index(item.colour)
-        assert labels[middle] == expected
-    assert 0 in labels
+    for scene in scenes.render_many(20, 3, style=scenes.FOGGY):
+        labels = patch_labels([scene])[0].reshape(4, 4)
+        for item in scene.objects:
+            left, top, right, bottom = item.box
+            middle = ((top + bottom) // 2 // miniature.PATCH_SIZE, (left + right) // 2 // miniature.PATCH_SIZE)
+            colour = list(scenes.COLOURS).index(item.colour)
+            assert labels[middle] == 1 + scenes.SHAPES.index(item.shape) * len(scenes.COLOURS) + colour
+        assert 0 in labels
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,12 @@ def test_the_chosen_answer_is_as_right_as_asked_for(rightness: float | str, expe
     assert picked is not None
     assert (picked[0].text, picked[1].text) == expected
     assert chosen_and_rejected([Scored("a", 0.5)] * 2, rightness) is None
-    assert chosen_and_rejected([Scored("a", 0.75), Scored("b", 0.8)], 0.3) is None
+
+
+def test_answers_that_are_far_from_what_is_asked_for_give_no_pair() -> None:
+    drawn = [Scored("a", 0.75), Scored("b", 0.5)]
+    assert chosen_and_rejected(drawn, 1.0) is None
+    assert chosen_and_rejected(drawn, BEST) == tuple(drawn)
 
 
 def test_of_reasoned_answers_the_end_alone_is_checked() -> None:
