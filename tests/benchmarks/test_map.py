@@ -55,14 +55,15 @@ def test_texts_behind_one_picture_are_read_as_the_model_reads_each_alone(stage_1
 
 
 def test_patches_are_labelled_by_the_object_that_they_show() -> None:
-    for scene in scenes.render_many(20, 3, style=scenes.FOGGY):
+    size = miniature.PATCH_SIZE
+    for scene in scenes.render_many(10, 3, style=scenes.FOGGY):
         labels = patch_labels([scene])[0].reshape(4, 4)
-        for item in scene.objects:
-            left, top, right, bottom = item.box
-            middle = ((top + bottom) // 2 // miniature.PATCH_SIZE, (left + right) // 2 // miniature.PATCH_SIZE)
-            colour = list(scenes.COLOURS).index(item.colour)
-            assert labels[middle] == 1 + scenes.SHAPES.index(item.shape) * len(scenes.COLOURS) + colour
-        assert 0 in labels
+        for row, column in np.ndindex(4, 4):
+            here = np.s_[row * size : (row + 1) * size, column * size : (column + 1) * size]
+            shown = [int((scene.mask([item])[here] > 0).sum()) for item in scene.objects]
+            item = scene.objects[int(np.argmax(shown))]
+            label = 1 + scenes.SHAPES.index(item.shape) * len(scenes.COLOURS) + list(scenes.COLOURS).index(item.colour)
+            assert labels[row, column] == (label if max(shown) >= size * size / 4 else 0)
 
 
 @pytest.mark.parametrize(
