@@ -55,7 +55,8 @@ class Contrast:
     def shown(self, corrected: float) -> str:
         """In a table, with a star where the corrected p is below 0.05."""
         star = " *" if corrected < 0.05 else ""
-        return f"{self.mean:+.3f} ± {self.spread:.3f} ({self.above}/{self.seeds}){star}"
+        spread = f" ± {self.spread:.3f}" if self.seeds > 1 else ""
+        return f"{self.mean:+.3f}{spread} ({self.above}/{self.seeds}){star}"
 
 
 def contrast(first: Mapping[int, float], second: Mapping[int, float]) -> Contrast | None:
