@@ -18,6 +18,7 @@ import yaml
 
 from pivot_plugin import objectives
 from pivot_plugin.cli.app import cli
+from pivot_plugin.generation.makers import Maker, makers
 from pivot_plugin.hooks import hookspecs
 from pivot_plugin.probes import lookup as probe_lookup
 from pivot_plugin.rewards import lookup as reward_lookup
@@ -27,7 +28,19 @@ SECTION = re.compile(
     r"^(Args|Returns|Raises|Source|When|Relations|Example|Yields|Attributes|Notes?):(.*)", re.MULTILINE
 )
 # pages written by hand, as they follow one another
-HOW_TO = ("pairs", "own-answers", "rollouts", "audit", "train", "measure", "publish", "stacks", "assemble", "recipes")
+HOW_TO = (
+    "pairs",
+    "own-answers",
+    "rollouts",
+    "pictures",
+    "audit",
+    "train",
+    "measure",
+    "publish",
+    "stacks",
+    "assemble",
+    "recipes",
+)
 HOW_TO_WIDE = ("several-gpus", "own-adapter")
 REFERENCE: Mapping[str, tuple[str, ...]] = {
     "pivot_plugin": (),
@@ -125,6 +138,32 @@ def objective_page(name: str, preset: Callable[[], Mapping[str, Any]]) -> str:
         f"**Default learning rate.** {rates['LoRA']:g} for LoRA, {rates['weights']:g} where weights train themselves.",
         f"**Source.** {in_a_line(sections.get('Source', ''))}",
         "Measured beside the others: [which pairs, which loss](../which-pairs.md) and [the tables](../benchmarks.md).",
+    ]
+    return "\n\n".join(part for part in body if part)
+
+
+def maker_page(name: str, maker: Maker) -> str:
+    """A page about a maker: what it makes, of what, how hard, source, a command."""
+    function = maker.questions or maker.rejected
+    idea, sections = parts_of(function.__doc__ or "")
+    lowest, highest = maker.difficulty
+    example = (
+        f'pivot.optimize(model, "./photos", make="{name}", difficulty=0.5, objective="grpo", processor=processor)'
+        if maker.questions
+        else f'pivot.optimize(model, prefs, objective="mdpo", rejected_images="{name}", processor=processor)'
+    )
+    needs = [f"{maker.pictures} picture(s) or more", f"a difficulty from {lowest:g} (easy) to {highest:g} (hard)"]
+    needs += ["captions"] if maker.needs_caption else []
+    body = [
+        f"# {name}",
+        "Makes questions whose answers are known." if maker.questions else "Makes rejected pictures.",
+        idea,
+        f"**Needs** {', '.join(needs)}.",
+        f"```python\n{example}\n```",
+        f"**Source.** {maker.source}.",
+        "What is measured of makers: [the tables](../benchmarks.md#questions-made-of-pictures). One of your own comes "
+        "by the hook [pivot_makers](../hooks/pivot_makers.md).",
+        in_a_line(sections.get("Source", "")),
     ]
     return "\n\n".join(part for part in body if part)
 
@@ -361,6 +400,16 @@ def main() -> None:
             for name, probe in probe_lookup.pivot_probes().items()
         },
     )
+    makers_nav = group(
+        "makers",
+        "Makers",
+        "What `make=` and `--make` take, and what `rejected_images=` takes: pictures are changed so that the right "
+        "answer, or the better picture, is known. [How to](../how-to/pictures.md).",
+        {
+            name: (first_sentence((maker.questions or maker.rejected).__doc__ or ""), maker_page(name, maker))
+            for name, maker in makers().items()
+        },
+    )
     hooks = {
         name: value
         for name, value in vars(hookspecs).items()
@@ -407,6 +456,7 @@ def main() -> None:
                 "* [Which pairs, which loss](which-pairs.md)",
                 *objectives_nav,
                 *probes_nav,
+                *makers_nav,
                 "* [Rewards](rewards.md)",
                 "* [Families](families.md)",
                 "* [How it works](how-it-works.md)",

@@ -19,6 +19,7 @@ import pivot_plugin as pivot
 from pivot_plugin import objectives, preferences
 from pivot_plugin.cli.app import cli
 from pivot_plugin.config import PivotConfig, PivotGRPOConfig, PivotRLOOConfig
+from pivot_plugin.generation.makers import makers
 from pivot_plugin.generation.own_answers import OwnAnswers
 from pivot_plugin.hooks import hookspecs
 from pivot_plugin.probes.lookup import available
@@ -29,7 +30,7 @@ PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("benchmarks/
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # pages that docs/generate.py writes, and files it puts in other places of the site
 GENERATED = re.compile(
-    r"(objectives|probes|hooks|reference|stacks)/[\w-]+\.md|(commands|errors|rewards|benchmarks)\.md|"
+    r"(objectives|probes|makers|hooks|reference|stacks)/[\w-]+\.md|(commands|errors|rewards|benchmarks)\.md|"
 )
 MOVED = re.compile(r"(contributing|security|changelog)\.md")
 SETTINGS = {
@@ -171,7 +172,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 def test_the_site_has_a_page_for_everything_that_has_a_name(site: Path) -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("pivot_")]
-    for folder, names in (("objectives", objectives.BUILT_IN), ("probes", available()), ("hooks", hooks)):
+    for folder, names in (
+        ("objectives", objectives.BUILT_IN),
+        ("probes", available()),
+        ("makers", makers()),
+        ("hooks", hooks),
+    ):
         missing = [name for name in names if not (site / folder / f"{name}.html").exists()]
         assert missing == [], folder
     commands, reference = (site / "commands.html").read_text(), (site / "reference/pivot_plugin.html").read_text()

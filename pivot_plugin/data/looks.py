@@ -40,7 +40,9 @@ class Looks:
     def empty(cls, rows: int) -> Self:
         """Of rows that are yet to be looked at."""
         return cls(
-            *(np.zeros(rows, dtype=f"S{KEY_LENGTH}") for _ in range(3)),
+            np.zeros(rows, dtype=f"S{KEY_LENGTH}"),
+            np.zeros(rows, dtype=f"S{KEY_LENGTH}"),
+            np.zeros(rows, dtype=f"S{KEY_LENGTH}"),
             np.zeros((rows, CONTENT_LENGTH), dtype=np.uint8),
             np.zeros(rows, dtype=np.int64),
             np.zeros(rows, dtype=np.int32),
@@ -84,10 +86,9 @@ def look_at(
         refuse_equal(row, key, rejected_key, where)
     characters = sum(len(text_of(row[name])) for name in TEXTS if name in row)
     return Looks(
-        *(
-            np.array([one.encode()], dtype=f"S{KEY_LENGTH}")
-            for one in (key, rejected_key, origin_of(row, access, where))
-        ),
+        np.array([key.encode()], dtype=f"S{KEY_LENGTH}"),
+        np.array([rejected_key.encode()], dtype=f"S{KEY_LENGTH}"),
+        np.array([origin_of(row, access, where).encode()], dtype=f"S{KEY_LENGTH}"),
         np.frombuffer(content_of(row, key, rejected_key), dtype=np.uint8)[None],
         np.array([sum(image.pixels for image in images)], dtype=np.int64),
         np.array([characters], dtype=np.int32),

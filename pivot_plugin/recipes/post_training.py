@@ -27,7 +27,7 @@ from pivot_plugin.objectives import ONLINE, resolve
 from pivot_plugin.probes.comparison import Comparison, compare
 from pivot_plugin.probes.lookup import ProbeTask
 from pivot_plugin.rewards import resolve_rewards
-from pivot_plugin.runs.instruct import MODEL_FOLDER
+from pivot_plugin.runs.leftovers import MODEL_FOLDER
 from pivot_plugin.runs.settings import configuration
 from pivot_plugin.typed import shown
 

@@ -318,7 +318,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         return loss * loader.weight, logits, labels
 
     def _collated(
-        self, pairs: PairDataset, positions: Sequence[int], size: int
+        self, pairs: PairDataset | WithoutPicture, positions: Sequence[int], size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Pairs in batches, prepared by workers like those to train on, each with the positions that it holds.
 
@@ -575,7 +575,7 @@ def _balances_experts(args: PivotConfig, model: PreTrainedModel) -> bool:
 class _Reading:
     """Reads and collates pairs by their positions, in a worker."""
 
-    pairs: PairDataset
+    pairs: PairDataset | WithoutPicture
     collator: ForestCollator
 
     def __call__(self, positions: list[int]) -> tuple[list[int], dict[str, Any]]:
