@@ -29,7 +29,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -327,7 +327,11 @@ class PivotTrainer(TowerTraining, DPOTrainer):
             positions: of those wanted, in order.
             size: of a batch, in pairs.
         """
-        collate = _Reading(pairs, self._forest_collator)
+        collator = self._forest_collator
+        if isinstance(pairs, WithoutPicture):
+            # which have no rejected pictures either, so that nothing is scored beside the answers
+            collator = replace(collator, beside=())
+        collate = _Reading(pairs, collator)
         # no more workers than batches
         workers = min(self.args.dataloader_num_workers, -(-len(positions) // size))
         # of its own, so that what training draws does not depend on what a cache holds
