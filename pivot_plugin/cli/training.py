@@ -57,7 +57,10 @@ def optimize(
     ] = None,
     output_dir: RunFolder = Path("pivot-run"),
     objective: Annotated[
-        str, typer.Option(help="dpo, mpo, specs, sft, ipo, dpo_norm, grpo, rloo, a plugin's, or a TRL loss type.")
+        str,
+        typer.Option(
+            help="dpo, mpo, specs, sft, ipo, dpo_norm, mdpo, svco, grpo, rloo, a plugin's, or a TRL loss type."
+        ),
     ] = "dpo",
     train: TrainedParts = "encoder",
     lora: Lora = "16",
