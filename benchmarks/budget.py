@@ -66,7 +66,7 @@ def budget(shape: Shape, model: PreTrainedModel, processor: ProcessorMixin, chec
 
     Args:
         shape: to measure.
-        model: of its sizes, on the meta device.
+        model: of its sizes and in its precision, frozen, on the meta device.
         processor: the model's.
         checkpointing: whether layers are computed again in the backward pass.
         steps: of each side, in all rounds.

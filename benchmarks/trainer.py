@@ -355,7 +355,7 @@ def budgets(shapes: list[Shape], checkpointing: bool, rounds: int) -> list[Budge
     made = []
     for shape in shapes:
         with torch.device("meta"):
-            model, _ = MAKERS[shape.model](PRESETS["gpu"][shape.model])
+            model = MAKERS[shape.model](PRESETS["gpu"][shape.model])[0].to(torch.bfloat16).requires_grad_(False)
         # a processor has no weights, but makes pictures, which are on no meta device
         _, processor = MAKERS[shape.model](PRESETS["toy"][shape.model])
         made.append(budget(shape, model, processor, checkpointing, rounds * STEPS))

@@ -169,29 +169,51 @@ def _unused_layers(model: PreTrainedModel, tower: nn.Module) -> set[int]:
     return set()
 
 
-def activation_bytes(model: PreTrainedModel, work: Work, checkpointing: bool, size: int = 2) -> int:
-    """Bytes that the forward pass keeps for the backward one, at the usual count for frozen weights.
-
-    A decoder layer keeps of each token, in its own precision, queries, keys, values and the result of attention, the
-    gate, its activation and the other factor of the MLP, and in float32 the inputs of two norms; a layer of the tower
-    the same of its MLP of two matrices, and what its LoRA needs, the inputs of all matrices. With checkpointing the
-    input of a layer is kept, and the largest layer. Logits are computed in parts and are not counted.
+def kept_per_token(model: PreTrainedModel, tokens: int = 64) -> float:
+    """Bytes that the decoder keeps of a token for the backward pass, tensors of all tokens by all tokens left out.
 
     Args:
-        model: its sizes count.
+        model: frozen, on any device, the meta device too: the pass is run there.
+        tokens: of the pass.
+    """
+    decoder = model.get_decoder()
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        # kernels of GPUs keep no square of tokens
+        if tokens in tensor.shape and tensor.shape[-2:] != (tokens, tokens):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+        return tensor
+
+    width = model.config.get_text_config().hidden_size
+    embeddings = torch.zeros(1, tokens, width, dtype=model.dtype, device=model.device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # what is kept lives as long as the result
+        output = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    if not output.requires_grad:
+        raise ValueError("The decoder keeps nothing: gradients are switched off.")
+    return sum(storage.nbytes() for storage in kept.values()) / tokens
+
+
+def activation_bytes(model: PreTrainedModel, work: Work, checkpointing: bool) -> int:
+    """Bytes that the forward pass keeps for the backward one, with frozen weights and a LoRA on the tower.
+
+    What the decoder keeps is counted on a short pass. A layer of the tower keeps, in the model's precision, the inputs
+    of its norms and, for the LoRA, of its matrices, queries, keys and values, what goes into the activation of its MLP,
+    and inputs of the LoRA in its own. With checkpointing the inputs of layers are kept, and the largest layer. Logits
+    are computed in parts and are not counted.
+
+    Args:
+        model: frozen; it may lie on the meta device.
         work: what goes through it.
         checkpointing: whether a layer is computed again in the backward pass.
-        size: of a number, in bytes.
     """
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    of_layer = work.tokens * (8 * text.hidden_size + size * (2 * queries + 2 * keys + 3 * text.intermediate_size))
-    of_block = sum(work.images) * (
-        8 * vision.hidden_size + size * (6 * vision.hidden_size + 3 * vision.intermediate_size)
-    )
+    text, vision, size = model.config.get_text_config(), model.config.vision_config, model.dtype.itemsize
+    of_decoder = work.tokens * kept_per_token(model)
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    of_block = size * sum(work.images) * (12 * vision.hidden_size + 3 * vision.intermediate_size)
     if not checkpointing:
-        return text.num_hidden_layers * of_layer + depth * of_block
+        return round(of_decoder + depth * of_block)
     inputs = work.tokens * text.hidden_size * text.num_hidden_layers + sum(work.images) * vision.hidden_size * depth
-    return size * inputs + max(of_layer, of_block)
+    return round(size * inputs + max(of_decoder / text.num_hidden_layers, of_block))

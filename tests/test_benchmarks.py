@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import guard, startup, trainer
 from benchmarks.machine import listed
 from benchmarks.shapes import GPU_SHAPES, MAKERS, PRESETS, Shape, pairs_of, small
-from benchmarks.work import Work, activation_bytes, distinct, operations, repeated
+from benchmarks.work import Work, activation_bytes, distinct, kept_per_token, operations, repeated
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load
 from pivot_plugin.training.batch import ForestBatch, ForestCollator
@@ -96,25 +96,22 @@ def test_answers_by_themselves_show_every_picture_again(shape: Shape) -> None:
     assert operations(model, once) < operations(model, twice)
 
 
-def test_activations_kept_are_about_what_a_decoder_keeps() -> None:
+def test_what_a_decoder_keeps_is_counted_on_the_meta_device() -> None:
     shape = TOY[0]
     model, _, _ = made(shape)
-    decoder, tokens, kept = model.get_decoder(), 64, {}
-    model.requires_grad_(False)
+    with torch.device("meta"):
+        sketch, _ = MAKERS[shape.model](PRESETS["toy"][shape.model])
+    sketch.requires_grad_(False)
+    # at the least the inputs of two norms, queries and what comes of them, and the gate, its activation and the factor
+    text = model.config.text_config
+    least = 4 * text.num_hidden_layers * (4 * text.hidden_size + 3 * text.intermediate_size)
+    assert least < kept_per_token(sketch) < 2.5 * least
+    assert kept_per_token(sketch, 128) == pytest.approx(kept_per_token(sketch), rel=0.02)
+    assert kept_per_token(model.requires_grad_(False)) == pytest.approx(kept_per_token(sketch), rel=0.25)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[:2] == (1, tokens) or tensor.shape[-2:-1] == (tokens,):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    embeddings = torch.randn(1, tokens, model.config.text_config.hidden_size, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # what is kept must live, or its place is taken again
-        output = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    work = Work(tokens, 0, 0, 0, (), ())
-    computed = activation_bytes(model, work, checkpointing=False, size=4)
-    assert output.requires_grad
-    assert 0.7 < computed / sum(kept.values()) < 1.4
+    work = Work(1000, 0, 0, 0, (), ())
+    assert activation_bytes(sketch, work, False) == pytest.approx(1000 * kept_per_token(sketch))
+    assert activation_bytes(sketch, work, True) < activation_bytes(sketch, work, False)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +169,16 @@ def test_without_a_gpu_its_preset_says_what_can_be_done(monkeypatch: pytest.Monk
 
 def test_a_ratio_is_worse_beyond_the_noise_of_both_measurements() -> None:
     bare = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0]
-    kept = guard.ratio_of("shape", [1.2 * seconds for seconds in bare], bare)
+    kept = guard.ratio_of("shape", "elapsed", [1.2 * seconds for seconds in bare], bare)
     assert kept.ratio == pytest.approx(1.2)
     assert kept.noise == pytest.approx(0.0, abs=1e-9)
     # a machine that becomes slower for a while does so for both neighbours
     slower = [seconds * factor for seconds, factor in zip(bare, (1, 1, 3, 3, 3, 1, 1), strict=True)]
-    assert not guard.ratio_of("shape", [1.2 * seconds for seconds in slower], slower).worse_than(
+    assert not guard.ratio_of("shape", "elapsed", [1.2 * seconds for seconds in slower], slower).worse_than(
         replace(kept, noise=0.01)
     )
 
-    noisy = guard.ratio_of("shape", [1.0, 1.6, 1.1, 1.5, 1.3, 1.2, 1.4], [1.0] * 7)
+    noisy = guard.ratio_of("shape", "elapsed", [1.0, 1.6, 1.1, 1.5, 1.3, 1.2, 1.4], [1.0] * 7)
     assert noisy.ratio == pytest.approx(1.3)
     assert noisy.noise > 0.1
     assert not noisy.worse_than(kept)
@@ -190,19 +187,28 @@ def test_a_ratio_is_worse_beyond_the_noise_of_both_measurements() -> None:
 
 
 def test_the_guard_says_which_shape_became_worse() -> None:
-    now = [guard.Ratio(name, ratio, 0.1, 1.0, 1.0, 9) for name, ratio in (("a", 1.5), ("b", 1.2), ("c", 1.0))]
+    now = [
+        guard.Ratio(name, "elapsed", ratio, 0.1, 1.0, 1.0, 9) for name, ratio in (("a", 1.5), ("b", 1.2), ("c", 1.0))
+    ]
     kept = {"ratios": [{**vars(now[0]), "ratio": 1.2}, {**vars(now[1]), "ratio": 1.2}]}
-    lines, worse = guard.verdict(now, kept)
-    assert worse
+    lines, worse = zip(*(guard.verdict(one, kept) for one in now), strict=True)
+    assert worse == (True, False, False)
     assert "WORSE" in lines[0] and "no worse" in lines[1] and "none is kept" in lines[2]
-    assert not guard.verdict(now[1:], kept)[1]
 
 
 @pytest.mark.training
 def test_the_guard_measures_as_many_steps_of_both_sides() -> None:
-    ratio = guard.compare(guard.SMALL[0], steps=2)
-    assert ratio.steps == 2
-    assert ratio.ratio > 0 and ratio.trainer > 0 and ratio.bare > 0
+    ratios = guard.compare(guard.SMALL[0], steps=2)
+    assert [ratio.clock for ratio in ratios] == ["elapsed", "processor"]
+    for ratio in ratios:
+        assert ratio.steps == 2
+        assert ratio.ratio > 0 and ratio.trainer > 0 and ratio.bare > 0
+
+
+@pytest.mark.training
+def test_the_guard_takes_fewer_steps_where_time_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "FEWEST", 1)
+    assert guard.compare(guard.SMALL[0], steps=9, seconds=0)[0].steps == 1
 
 
 @pytest.mark.parametrize("shape", guard.SMALL, ids=lambda shape: shape.name)
