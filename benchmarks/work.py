@@ -188,9 +188,10 @@ def kept_per_token(model: PreTrainedModel, tokens: int = 64) -> float:
 
     width = model.config.get_text_config().hidden_size
     embeddings = torch.zeros(1, tokens, width, dtype=model.dtype, device=model.device, requires_grad=True)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=model.device).tril()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # what is kept lives as long as the result
-        output = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        # what is kept lives as long as the result; a whole mask, for the meta device cannot be asked for positions
+        output = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
     if not output.requires_grad:
         raise ValueError("The decoder keeps nothing: gradients are switched off.")
     return sum(storage.nbytes() for storage in kept.values()) / tokens
