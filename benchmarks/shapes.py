@@ -53,9 +53,9 @@ SHAPES = [
 
 # a letter is a token here
 GPU_SHAPES = [
-    Shape("llava-1.5-7b", "llava", pairs=8, questions=1, answer=40, sizes=((336, 336),)),
+    Shape("llava-1.5-7b", "llava", pairs=6, questions=1, answer=40, sizes=((336, 336),)),
     Shape("qwen2.5-vl-7b", "qwen", pairs=8, questions=1, answer=40, sizes=((448, 336), (224, 560), (672, 448))),
-    Shape("internvl3-8b", "internvl", pairs=4, questions=1, answer=40, sizes=((896, 448),)),
+    Shape("internvl3-8b", "internvl", pairs=3, questions=1, answer=40, sizes=((896, 448),)),
 ]
 
 

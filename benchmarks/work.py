@@ -169,12 +169,12 @@ def _unused_layers(model: PreTrainedModel, tower: nn.Module) -> set[int]:
     return set()
 
 
-def kept_per_token(model: PreTrainedModel, tokens: int = 64) -> float:
+def kept_per_token(model: PreTrainedModel, tokens: int = 61) -> float:
     """Bytes that the decoder keeps of a token for the backward pass, tensors of all tokens by all tokens left out.
 
     Args:
         model: frozen, on any device, the meta device too: the pass is run there.
-        tokens: of the pass.
+        tokens: of the pass; a number that no width of the model is, for tensors are told apart by it.
     """
     decoder = model.get_decoder()
     kept: dict[int, torch.UntypedStorage] = {}

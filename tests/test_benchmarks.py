@@ -106,7 +106,7 @@ def test_what_a_decoder_keeps_is_counted_on_the_meta_device() -> None:
     text = model.config.text_config
     least = 4 * text.num_hidden_layers * (4 * text.hidden_size + 3 * text.intermediate_size)
     assert least < kept_per_token(sketch) < 2.5 * least
-    assert kept_per_token(sketch, 128) == pytest.approx(kept_per_token(sketch), rel=0.02)
+    assert kept_per_token(sketch, 127) == pytest.approx(kept_per_token(sketch), rel=0.02)
     assert kept_per_token(model.requires_grad_(False)) == pytest.approx(kept_per_token(sketch), rel=0.25)
 
     work = Work(1000, 0, 0, 0, (), ())
@@ -139,6 +139,7 @@ def test_the_preset_for_gpus_runs_to_its_end_without_a_network(
         raise AssertionError("a benchmark asked the network")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(trainer, "STEPS", 2)
     words = ["--preset", "gpu", "--toy", "--rounds", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["trainer", *words])
     trainer.main()
@@ -147,7 +148,7 @@ def test_the_preset_for_gpus_runs_to_its_end_without_a_network(
     assert "llava-1.5-7b: 7.06 B parameters" in told
     record = json.loads((tmp_path / "trainer-gpu-toy.json").read_text())
     assert [row["name"] for row in record["results"]] == [shape.name for shape in GPU_SHAPES]
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["torch"] == torch.__version__
     for row in record["results"]:
         step, pairs = row["seconds_per_step"], row["pairs"]
         assert all(low <= step[side] <= high for side, (low, high) in row["spread"].items())
