@@ -40,7 +40,8 @@ from pivot_plugin.generation.shared_prefill import Layout, SharedPrefill
 from pivot_plugin.models.find import find_adapter
 from pivot_plugin.training.plan import plan
 
-from .trainer import PRESETS, RESULTS, llava
+from .shapes import PRESETS, llava
+from .trainer import RESULTS
 
 GENERATIONS, PROMPTS = 8, 2
 CASES: dict[str, dict[str, Any]] = {

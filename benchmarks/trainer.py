@@ -1,12 +1,18 @@
 """TRL's DPOTrainer with LoRA on the vision tower against PivotTrainer: same model, pairs, batch and settings.
 
     python -m benchmarks.trainer                       # mid-size models on the CPU, about ten minutes
-    python -m benchmarks.trainer --preset gpu          # LLaVA-1.5-7B and Qwen2.5-VL-3B shapes in bfloat16
+    python -m benchmarks.trainer --preset gpu          # LLaVA-1.5-7B, Qwen2.5-VL-7B, InternVL3-8B, one GPU, 8 minutes
+    python -m benchmarks.trainer --preset gpu --budget # what that takes of memory and time, computed; needs no GPU
+    python -m benchmarks.trainer --preset gpu --toy    # its rehearsal: the same with tiny models, on any machine
     python -m benchmarks.trainer --shape short-answers --rounds 1
 
 Whole trainers are timed, data loading and image processing included, in alternating rounds of one process; a step is
 the time from one step's end to the next, the first of each round left out. Random weights: they cost what trained ones
 do. The bare floor is a loop over the forest's own batches, collated beforehand: forward, loss, backward, optimiser.
+
+Tokens a second are *distinct* ones, of both sides: each token of the language model once a step, padding left out, so
+that a side which computes one twice is no faster by it. MFU is the same of operations (see work.py), over the device's
+peak. Models of the preset for GPUs are drawn on the device, in bfloat16, one at a time. Nothing is downloaded.
 """
 
 import argparse
@@ -14,8 +20,8 @@ import copy
 import ctypes
 import gc
 import json
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,193 +29,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from pivot_plugin import PivotConfig, PivotTrainer
 from pivot_plugin.models.find import find_adapter
-from pivot_plugin.testing.families import TOKEN, byte_tokenizer, chat_template
 from pivot_plugin.training import forward
 from pivot_plugin.training.attention import attend_by
 from pivot_plugin.training.plan import plan, unwrapped
 
+from .budget import GIB, Budget, budget
+from .machine import described, peak
+from .shapes import GPU_SHAPES, MAKERS, PRESETS, SHAPES, Shape, pairs_of, small
+from .work import distinct, operations
+
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 3
 STEPS = 4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One situation to measure: which model, how large its images, how many questions on each, how long the answers."""
-
-    name: str
-    model: str
-    pairs: int
-    questions: int
-    answer: int
-    sizes: tuple[tuple[int, int], ...]
-
-
-SHAPES = [
-    Shape("short-answers", "llava", pairs=2, questions=1, answer=8, sizes=((336, 336),)),
-    Shape("eight-questions", "llava", pairs=8, questions=8, answer=8, sizes=((336, 336),)),
-    Shape("long-answers", "llava", pairs=2, questions=1, answer=512, sizes=((336, 336),)),
-    Shape("variable-resolution", "qwen", pairs=3, questions=1, answer=16, sizes=((448, 336), (224, 560), (336, 336))),
-]
-
-
-def llava(sizes: dict[str, dict[str, int]]) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A LLaVA-1.5 of the given widths and depths: 576 image tokens, features of layer -2."""
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **sizes["vision"]),
-            text_config=LlamaConfig(max_position_embeddings=4096, pad_token_id=0, **sizes["text"]),
-            image_token_id=TOKEN["<image>"],
-            vision_feature_layer=-2,
-            image_seq_length=576,
-            tie_word_embeddings=False,
-        )
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(),
-        tokenizer=byte_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template("llava"),
-    )
-    processor.image_processor.size, processor.image_processor.crop_size = (
-        {"shortest_edge": 336},
-        {"height": 336, "width": 336},
-    )
-    return model, processor
-
-
-def qwen(sizes: dict[str, dict[str, int]]) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A Qwen2.5-VL of the given widths and depths."""
-    width = sizes["text"]["hidden_size"] // sizes["text"]["num_attention_heads"]
-    section = [width // 8, width // 2 - width // 8 - (width // 2 - width // 8) // 2, (width // 2 - width // 8) // 2]
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            vision_config={**sizes["qwen_vision"], "out_hidden_size": sizes["text"]["hidden_size"]},
-            text_config={
-                **sizes["text"],
-                "max_position_embeddings": 4096,
-                "rope_parameters": {"rope_type": "default", "mrope_section": section, "rope_theta": 1e6},
-                "pad_token_id": 0,
-            },
-            image_token_id=TOKEN["<|image_pad|>"],
-            video_token_id=TOKEN["<|video_pad|>"],
-            vision_start_token_id=TOKEN["<|vision_start|>"],
-            vision_end_token_id=TOKEN["<|vision_end|>"],
-            tie_word_embeddings=False,
-        )
-    )
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}),
-        tokenizer=byte_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=chat_template("qwen2_5_vl"),
-    )
-    return model, processor
-
-
-MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, ProcessorMixin]]] = {"llava": llava, "qwen": qwen}
-PRESETS: dict[str, dict[str, dict[str, dict[str, int]]]] = {
-    "cpu": {
-        name: {
-            "vision": {
-                "hidden_size": 256,
-                "intermediate_size": 1024,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-            },
-            "qwen_vision": {"hidden_size": 256, "intermediate_size": 1024, "depth": 6, "num_heads": 4},
-            "text": {
-                "vocab_size": 16_000,
-                "hidden_size": 512,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 8,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 8,
-            },
-        }
-        for name in MAKERS
-    },
-    "gpu": {
-        "llava": {
-            "vision": {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-            },
-            "text": {
-                "vocab_size": 32_064,
-                "hidden_size": 4096,
-                "intermediate_size": 11_008,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 32,
-            },
-        },
-        "qwen": {
-            "qwen_vision": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16},
-            "text": {
-                "vocab_size": 151_936,
-                "hidden_size": 2048,
-                "intermediate_size": 11_008,
-                "num_hidden_layers": 36,
-                "num_attention_heads": 16,
-                "num_key_value_heads": 2,
-            },
-        },
-    },
-}
-
-
-def pairs_of(shape: Shape, steps: int) -> list[dict[str, Any]]:
-    """Preference pairs of a shape: random pictures, questions and answers of the wanted lengths."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(shape.pairs * steps):
-        group = index // shape.questions
-        width, height = shape.sizes[group % len(shape.sizes)]
-        image = Image.fromarray(np.random.default_rng(group).integers(0, 255, (height, width, 3), dtype=np.uint8))
-        letters = [chr(97 + n) for n in rng.integers(0, 26, 2 * shape.answer + 24)]
-        rows.append(
-            {
-                "images": [image],
-                "prompt": "".join(letters[:24]),
-                "chosen": "".join(letters[24 : 24 + shape.answer]),
-                "rejected": "".join(letters[24 + shape.answer :]),
-            }
-        )
-    return rows
+# of the preset for GPUs, in all
+MINUTES = 8.0
 
 
 class StepTimes(TrainerCallback):
@@ -231,7 +76,17 @@ class StepTimes(TrainerCallback):
 
 @dataclass
 class Bench:
-    """One shape, ready to be measured by either side."""
+    """One shape, ready to be measured by either side.
+
+    Attributes:
+        shape: to measure.
+        model: that every side gets a copy of; its sizes alone count, and it may lie on the meta device, with `build`.
+        processor: the model's.
+        device: to run on.
+        checkpointing: whether layers are computed again in the backward pass.
+        folder: of the trainers.
+        build: makes the model anew, always with the same weights, where it is too large for copies.
+    """
 
     shape: Shape
     model: PreTrainedModel
@@ -239,6 +94,11 @@ class Bench:
     device: torch.device
     checkpointing: bool
     folder: Path
+    build: Callable[[], PreTrainedModel] | None = None
+
+    def fresh(self) -> PreTrainedModel:
+        """The model as it was before any training, for one side."""
+        return copy.deepcopy(self.model) if self.build is None else self.build()
 
     def settings(self) -> dict[str, Any]:
         """Settings that both sides share."""
@@ -260,7 +120,7 @@ class Bench:
 
     def trl(self) -> DPOTrainer:
         """What a user writes without us, the LoRA targets already right."""
-        model = copy.deepcopy(self.model)
+        model = self.fresh()
         rows = [
             {
                 "images": row["images"],
@@ -290,7 +150,7 @@ class Bench:
 
         with tempfile.TemporaryDirectory() as cache:
             trainer = Timed(
-                copy.deepcopy(self.model),
+                self.fresh(),
                 PivotConfig(reference_cache=cache, **self.settings()),
                 pairs_of(self.shape, STEPS),
                 processing_class=self.processor,
@@ -299,7 +159,9 @@ class Bench:
 
     def bare(self, trainer: PivotTrainer) -> list[float]:
         """Seconds of each step of a loop over the trainer's own batches, without a trainer."""
-        model = copy.deepcopy(self.model).to(self.device).train()
+        # before there is a second model beside the trainer's
+        batches = [batch["forest"].to(self.device) for batch in trainer.get_train_dataloader()]
+        model = self.fresh().to(self.device).train()
         adapter = find_adapter(model)
         lora = plan(adapter, "encoder", 16).lora
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
@@ -310,7 +172,6 @@ class Bench:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             peft.enable_input_require_grads()
         optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-4)
-        batches = [batch["forest"].to(self.device) for batch in trainer.get_train_dataloader()]
         seconds = []
         for batch in batches:
             begun = time.perf_counter()
@@ -363,40 +224,78 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Measure both sides and the floor in alternating rounds."""
+def release() -> None:
+    """Give back what models that are gone have left in memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(bench: Bench, rounds: int, peak_flops: float, until: float = float("inf")) -> dict[str, Any]:
+    """Measure both sides and the floor in alternating rounds.
+
+    Args:
+        bench: the shape.
+        rounds: how many; the first counts memory and operations, too.
+        peak_flops: of the device, a second.
+        until: when to begin no further round that would end later, by `time.monotonic`.
+    """
     found: dict[str, list[float]] = {"trl": [], "pivot": [], "bare": [], "reference": []}
-    for _ in range(rounds):
-        trl = bench.trl()
-        found["trl"] += timed(trl, bench.device)
-        pivot, reference = bench.pivot()
+    memory: dict[str, dict[str, int]] = {}
+    counted: dict[str, int] = {}
+    taken = 0.0
+    for turn in range(rounds):
+        begun = time.monotonic()
+        if turn and begun + taken > until:
+            break
+        trainer: DPOTrainer = bench.trl()
+        found["trl"] += timed(trainer, bench.device)
+        if not turn:
+            memory["trl"], counted["trl"] = peaks(trainer, bench.device), flops(trainer)
+        del trainer
+        release()
+        trainer, reference = bench.pivot()
         found["reference"].append(reference)
-        found["pivot"] += timed(pivot, bench.device)
-        found["bare"] += bench.bare(pivot)
-    forest = pivot._collator(list(pivot.train_dataset.select(range(bench.shape.pairs))))["forest"].forest
+        found["pivot"] += timed(trainer, bench.device)
+        if not turn:
+            memory["pivot"], counted["pivot"] = peaks(trainer, bench.device), flops(trainer)
+            batch = trainer._collator(list(trainer.train_dataset.select(range(bench.shape.pairs))))["forest"]
+        found["bare"] += bench.bare(trainer)
+        del trainer
+        release()
+        taken = time.monotonic() - begun
     step = {name: statistics.median(values) for name, values in found.items()}
-    pairs = bench.shape.pairs
+    pairs, forest = bench.shape.pairs, batch.forest
+    needed = operations(bench.model, distinct(bench.model, batch))
     # TRL computes its reference in every step, ours once for all epochs
     ours = step["pivot"] + step["reference"] * pairs / EPOCHS
-    memory = {
-        "trl": peak_bytes(lambda: _one_step(trl), bench.device),
-        "pivot": peak_bytes(lambda: _one_step(pivot), bench.device),
-    }
+    sides = {"trl": step["trl"], "pivot": step["pivot"], "bare": step["bare"]}
     return {
         **asdict(bench.shape),
         "checkpointing": bench.checkpointing,
+        "rounds": len(found["reference"]),
         "steps_timed": len(found["pivot"]),
         "seconds_per_step": step,
         "pairs_per_second": {"trl": pairs / step["trl"], "pivot": pairs / ours},
         "speed_ratio": step["trl"] / ours,
         "step_ratio": step["trl"] / step["pivot"],
         "overhead_over_bare": step["pivot"] / step["bare"] - 1,
-        "peak_bytes": memory,
-        "memory_ratio": memory["pivot"] / memory["trl"],
+        "peak_bytes": {name: measured["above"] for name, measured in memory.items()},
+        "peak_bytes_in_all": {name: measured["all"] for name, measured in memory.items()},
+        "memory_ratio": memory["pivot"]["above"] / memory["trl"]["above"],
         "tokens_per_step": {"trl": 2 * forest.sequence_token_count, "pivot": forest.node_count},
-        "flops_per_step": {"trl": flops(trl), "pivot": flops(pivot)},
+        "distinct_tokens_per_second": {name: forest.node_count / seconds for name, seconds in sides.items()},
+        "flops_per_step": counted,
+        "needed_flops_per_step": needed,
+        "mfu": {name: needed / seconds / peak_flops for name, seconds in sides.items()},
         "spread": {name: [min(values), max(values)] for name, values in found.items()},
     }
+
+
+def peaks(trainer: DPOTrainer, device: torch.device) -> dict[str, int]:
+    """Bytes at the peak of a training step: above what was there before it, and in all."""
+    above = peak_bytes(lambda: _one_step(trainer), device)
+    return {"above": above, "all": torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")}
 
 
 def _one_step(trainer: DPOTrainer) -> None:
@@ -407,10 +306,14 @@ def _one_step(trainer: DPOTrainer) -> None:
 def table(results: list[dict[str, Any]]) -> Table:
     """The results, a row per shape."""
     shown = Table(title=f"PivotTrainer against TRL's DPOTrainer, {EPOCHS} epochs, reference pass included")
-    for column in ("shape", "TRL pairs/s", "ours", "ratio", "step alone", "over bare", "memory", "tokens", "FLOPs"):
+    heads = ("shape", "TRL pairs/s", "ours", "ratio", "step alone", "over bare", "distinct tokens/s: TRL", "ours")
+    for column in (*heads, "TFLOP a step", "MFU: TRL", "ours", "peak GiB: TRL", "ours", "memory", "tokens", "FLOPs"):
         shown.add_column(column, justify="left" if column == "shape" else "right")
     for row in results:
-        tokens, operations = row["tokens_per_step"], row["flops_per_step"]
+        if "failed" in row:
+            shown.add_row(row["name"], row["failed"])
+            continue
+        tokens, counted, speed = row["tokens_per_step"], row["flops_per_step"], row["distinct_tokens_per_second"]
         shown.add_row(
             row["name"],
             f"{row['pairs_per_second']['trl']:.2f}",
@@ -418,58 +321,122 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{row['speed_ratio']:.2f}",
             f"{row['step_ratio']:.2f}",
             f"{row['overhead_over_bare']:+.1%}",
+            f"{speed['trl']:,.0f}",
+            f"{speed['pivot']:,.0f}",
+            f"{row['needed_flops_per_step'] / 1e12:.3g}",
+            f"{row['mfu']['trl']:.1%}",
+            f"{row['mfu']['pivot']:.1%}",
+            f"{row['peak_bytes_in_all']['trl'] / GIB:.2f}",
+            f"{row['peak_bytes_in_all']['pivot'] / GIB:.2f}",
             f"{row['memory_ratio']:.2f}",
             f"{tokens['pivot'] / tokens['trl']:.2f}",
-            f"{operations['pivot'] / operations['trl']:.2f}",
+            f"{counted['pivot'] / counted['trl']:.2f}",
         )
     return shown
+
+
+def builder(shape: Shape, sizes: dict[str, Any], device: torch.device, attention: str) -> Callable[[], PreTrainedModel]:
+    """Makes a shape's model where it will live, in the precision it will have, always with the same weights."""
+
+    def build() -> PreTrainedModel:
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        try:
+            with device:
+                model, _ = MAKERS[shape.model](sizes)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.set_attn_implementation(attention)
+        return model
+
+    return build
+
+
+def budgets(shapes: list[Shape], checkpointing: bool, rounds: int) -> list[Budget]:
+    """What the preset for GPUs takes of memory and time, computed from its configurations."""
+    made = []
+    for shape in shapes:
+        with torch.device("meta"):
+            model = MAKERS[shape.model](PRESETS["gpu"][shape.model])[0].to(torch.bfloat16).requires_grad_(False)
+        # a processor has no weights, but makes pictures, which are on no meta device
+        _, processor = MAKERS[shape.model](PRESETS["toy"][shape.model])
+        made.append(budget(shape, model, processor, checkpointing, rounds * STEPS))
+    return made
 
 
 def main() -> None:
     """Measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--shape", choices=[shape.name for shape in SHAPES], action="append")
+    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--shape", choices=[shape.name for shape in (*SHAPES, *GPU_SHAPES)], action="append")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--attention", choices=["sdpa", "eager", "flex_attention"], default="sdpa")
+    parser.add_argument("--toy", action="store_true", help="rehearse the preset for GPUs with tiny models")
+    parser.add_argument("--budget", action="store_true", help="compute what the preset for GPUs takes, and end")
+    parser.add_argument("--minutes", type=float, help=f"begin no round after these; {MINUTES:g} on a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    device = torch.device("cuda" if options.preset == "gpu" else "cpu")
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for shape in SHAPES:
-            if options.shape and shape.name not in options.shape:
-                continue
-            torch.manual_seed(0)
-            # a model of billions of weights is made where it will live, in the precision it will have
-            torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
-            with device:
-                model, processor = MAKERS[shape.model](PRESETS[options.preset][shape.model])
-            torch.set_default_dtype(torch.float32)
-            model.set_attn_implementation(options.attention)
-            bench = Bench(shape, model, processor, device, options.checkpointing, Path(folder))
-            results.append(measure(bench, options.rounds))
-            Console(width=120).print(table(results[-1:]))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()}"
+    if (options.toy or options.budget) and options.preset != "gpu":
+        parser.error("--toy and --budget are of --preset gpu.")
+    began, gpu = time.monotonic(), options.preset == "gpu"
+    shapes = [s for s in (GPU_SHAPES if gpu else SHAPES) if not options.shape or s.name in options.shape]
+    if not shapes:
+        parser.error(f"No shape of that name in --preset {options.preset}.")
+    if gpu:
+        print("\n".join(one.told() for one in budgets(shapes, options.checkpointing, options.rounds)), flush=True)
+        if options.budget:
+            return
+        if not (options.toy or torch.cuda.is_available()):
+            raise SystemExit("There is no GPU here: --toy rehearses the preset, --budget computes what it takes.")
+    device = torch.device("cuda" if torch.cuda.is_available() and gpu else "cpu")
+    minutes = options.minutes or (MINUTES if gpu else None)
+    peak_flops, known_from = peak(device)
     record = {
-        "device": name if device.type == "cuda" else f"CPU ({name} threads)",
+        **described(device.type),
         "torch": torch.__version__,
         "attention": options.attention,
-        "results": results,
+        "peak_flops": peak_flops,
+        "peak_known_from": known_from,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"trainer-{options.preset}{'-checkpointing' if options.checkpointing else ''}.json"
+    kind = f"{options.preset}{'-toy' if options.toy else ''}{'-checkpointing' if options.checkpointing else ''}"
+    file = options.out / f"trainer-{kind}.json"
+    print(f"{record['device']}: at most {peak_flops / 1e12:.3g} TFLOP/s ({known_from})", flush=True)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, shape in enumerate(shapes):
+            sizes = PRESETS["toy" if options.toy else options.preset][shape.model]
+            build = builder(shape, sizes, device, options.attention)
+            sketch = builder(shape, sizes, torch.device("meta"), options.attention)()
+            _, processor = MAKERS[shape.model](PRESETS["toy" if gpu else "cpu"][shape.model])
+            shape = small(shape) if options.toy else shape
+            bench = Bench(shape, sketch, processor, device, options.checkpointing, Path(folder), build)
+            # what is left is shared by the shapes that are left
+            left = began + 60 * minutes - time.monotonic() if minutes else float("inf")
+            try:
+                row = measure(bench, options.rounds, peak_flops, time.monotonic() + left / (len(shapes) - number))
+            except torch.OutOfMemoryError as error:
+                row = {"name": shape.name, "failed": f"out of memory: {error}".split(". ")[0]}
+                release()
+            results.append(row)
+            # after every shape: what is measured is kept whatever comes
+            _write(file, record, results)
+            Console(width=220).print(table(results[-1:]))
+    Console(width=220).print(table(results))
+    print(f"Written to {file}, {time.monotonic() - began:.0f} s")
+    if any("failed" in row for row in results):
+        sys.exit(1)
+
+
+def _write(file: Path, record: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """The record of a benchmark; shapes that were not measured this time keep their rows from the same machine."""
+    rows = {row["name"]: row for row in results}
     if file.exists():
-        # shapes that were not measured this time keep their rows, if they were measured on the same machine
         earlier = json.loads(file.read_text())
-        if all(earlier[key] == record[key] for key in ("device", "torch", "attention")):
-            fresh = {row["name"]: row for row in results}
-            old = {row["name"]: row for row in earlier["results"]}
-            record["results"] = [*{**old, **fresh}.values()]
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    Console(width=120).print(table(results))
-    print(f"Written to {file}")
+        if all(earlier.get(key) == record[key] for key in ("device", "torch", "attention")):
+            rows = {row["name"]: row for row in earlier["results"]} | rows
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**record, "results": [*rows.values()]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
