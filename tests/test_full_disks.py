@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -16,7 +17,7 @@ from pivot_plugin.encoders import export, extract
 from pivot_plugin.errors import DataError, PivotError
 from pivot_plugin.files import Lines, whole_folder
 from pivot_plugin.testing import build
-from pivot_plugin.training.reference import ReferenceCache
+from pivot_plugin.training.reference import KEY, ReferenceCache
 from tests.helpers import Tiny, picture, row
 from tests.helpers.full_disk import full_disk
 from tests.helpers.kills import begin, left
@@ -60,7 +61,9 @@ WRITINGS: dict[str, tuple[Writing, str, int]] = {
     ),
     "a reference": (lambda tiny, target: ReferenceCache(target, {"a": "b" * 2000}), "references", FITS),
     "references": (
-        lambda tiny, target: ReferenceCache(target, {}).add((str(n), (0.0, 1.0)) for n in range(2000)),
+        lambda tiny, target: ReferenceCache(target, {}).add(
+            np.array([f"{n:032d}".encode() for n in range(2000)], dtype=KEY), np.zeros((2000, 2), dtype=np.float32)
+        ),
         "references",
         FITS,
     ),
@@ -132,7 +135,7 @@ def test_a_trained_model_that_finds_no_room_is_written_by_the_next_call(tmp_path
     model, processor = build("llava")
     with full_disk(5 * FITS), pytest.raises(PivotError, match=r"model' cannot be written"):
         pivot.align(model, rows, processor=processor, **options)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "log.jsonl"}
     pivot.align(model, rows, processor=processor, resume=True, **options)
     assert load_file(tmp_path / "run" / "model" / "model.safetensors")
 

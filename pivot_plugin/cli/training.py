@@ -189,6 +189,8 @@ def optimize(
 
         show_facts(forecast(model, prefs, fixed, options, questions), "What would be trained", as_json)
         return
+    from accelerate import PartialState
+
     import pivot_plugin as pivot
 
     # the trainer's log goes to standard output, which holds nothing but JSON if JSON is asked for
@@ -197,6 +199,9 @@ def optimize(
         display.of_a_run(folder, quiet or as_json, verbose) as shown,
     ):
         result = pivot.optimize(model, prefs, resume=resume, display=shown, **fixed, **options)
+    if not PartialState().is_main_process:
+        # who has the result, and says so
+        return
     if said.of("keep_model", keep_model, "save_model"):
         from pivot_plugin.recipes.runs import save_model
 

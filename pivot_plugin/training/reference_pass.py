@@ -58,7 +58,9 @@ class ReferencePass:
             key_of = dict(zip(first.tolist(), range(len(first)), strict=True))
             share = shares(pairs.image_keys, missing, self.launch.count)[self.launch.rank]
             rows = np.array([key_of[position] for position in share], dtype=np.int64)
-            computed = self._compute(pairs, share, keys[rows], tqdm(desc=f"reference of {name} pairs", disable=quiet))
+            computed = self._compute(
+                pairs, share, keys[rows], tqdm(desc=f"reference of {name} pairs", disable=quiet or None)
+            )
             for some_rows, some_logps in self.launch.gather((rows, computed)):
                 logps[some_rows] = some_logps
             if self.launch.local_rank == 0:

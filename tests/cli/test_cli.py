@@ -140,14 +140,15 @@ def test_check_of_a_model_without_a_processor_is_one_sentence(world: Path, tmp_p
 def test_inspect_of_nothing_is_one_sentence(tmp_path: Path) -> None:
     run = pivot("inspect", tmp_path / "nothing", folder=tmp_path)
     assert run.returncode == 1
-    assert run.stderr.startswith("pivot: No MLLM could be found")
+    assert run.stderr.startswith("pivot: No MLLM could be loaded")
 
 
 def test_adapters_lists_the_built_in_ones(tmp_path: Path) -> None:
     run = pivot("adapters", "--json", folder=tmp_path)
     names = [info["name"] for info in json.loads(run.stdout)]
-    families, others = ["internvl", "qwen-vl", "llava", "generic"], ["probes", "rewards", "objectives"]
-    assert names[-10:] == [*families, "embedded-world", *others, "stack-layouts", "published-layouts"]
+    families, made = ["internvl", "qwen-vl", "llava", "generic"], ["rejected-pictures", "makers"]
+    others = ["probes", "rewards", "objectives", "stack-layouts", "published-layouts"]
+    assert names[-12:] == [*families, "embedded-world", *made, *others]
 
 
 def test_version_is_printed(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_optimize_on_questions_trains_on_the_model_s_own_answers(world: Path, tm
     assert run.returncode == 0, run.stderr[-2000:]
     (answers,) = json.loads(run.stdout)["answers"]
     assert answers["questions"] == 3
-    assert f"{answers['paired']} of 3 questions gave a pair" in run.stderr
+    assert f"{answers['paired']} of 3 questions gave a pair" in (tmp_path / "run" / "output.log").read_text()
     assert "Example 1: what?" in run.stderr
     assert list((tmp_path / "run" / "own-answers" / "pairs" / "data").glob("*.parquet"))
     both = pivot("optimize", world / "model", world / "pairs", *how, "-o", "both", folder=tmp_path, **variables)

@@ -66,7 +66,8 @@ def rows(count: int) -> list[dict[str, object]]:
 
 def once_training(process: subprocess.Popen[str], folder: Path, does: Callable[[], None]) -> str:
     """What was said in the end, after something was done while the run trained."""
-    while "'loss'" not in (folder / "said").read_text():
+    log = folder / "run" / "log.jsonl"
+    while not log.exists() or '"loss"' not in log.read_text():
         assert process.poll() is None, (folder / "said").read_text()[-3000:]
         time.sleep(0.1)
     does()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compatibility.conftest import made_environment
+from tests.helpers.environments import made_environment
 from tests.helpers.packages import built
 from tests.helpers.processes import ROOT
 

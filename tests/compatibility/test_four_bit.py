@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.compatibility.conftest import made_environment
+from tests.helpers.environments import made_environment
 from tests.helpers.processes import ROOT
 
 

@@ -1,6 +1,7 @@
 """Edited pictures of rows, against numpy on the pixels."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pivot_plugin.data import edits
+from pivot_plugin.data import edits, images
 from pivot_plugin.data.edited_rows import write_rows
 from pivot_plugin.data.images import ImageAccess
 from pivot_plugin.data.questions import QuestionDataset
@@ -114,6 +115,8 @@ def test_pictures_made_of_one_decode_it_once_and_none_changes_it(
 ) -> None:
     path = written(tmp_path, 1) / "000.png"
     decoded: list[object] = []
+    # of other tests
+    monkeypatch.setattr(images, "_bases", OrderedDict())
     before = ImageAccess._shown
     monkeypatch.setattr(ImageAccess, "_shown", lambda self, *given: decoded.append(given[1]) or before(self, *given))
     first = ACCESS.open(edits.edited(path, edits.turn(0)))

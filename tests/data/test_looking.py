@@ -106,7 +106,9 @@ def test_a_second_look_at_the_same_rows_takes_what_the_first_has_found(file: Pat
     again, second = counting.of(file)
     assert (looked, again) == (ROWS, 0)
     for name, values in vars(first.looks).items():
-        assert (getattr(second.looks, name) == values).all() and values.any(), name
+        assert (getattr(second.looks, name) == values).all(), name
+        # these rows have no rejected images, and none that is edited
+        assert values.any() or name in ("rejected_keys", "origins"), name
     assert second.fingerprint() == first.fingerprint()
     assert second[5]["image_key"] == first[5]["image_key"]
 

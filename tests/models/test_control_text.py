@@ -36,7 +36,8 @@ def sequences(processor: Any, rows: list[dict[str, Any]]) -> list[list[int]]:
         pair = pairs[position]
         texts = collator.image_tokens.texts(pair)
         images = collator.image_tokens.process_images([pair["images"]] if pair["images"] else [])
-        made += collator._tokenised(pair, texts, images.expansions_of(0 if pair["images"] else -1))[1]
+        of_sides = collator._tokenised(pair, texts, images.expansions_of(0 if pair["images"] else -1))[1]
+        made += [of_sides["chosen"], of_sides["rejected"]]
     return made
 
 

@@ -122,5 +122,5 @@ def test_what_cannot_be_run_is_named(saved: str, tmp_path: Path) -> None:
         benchmark_command(saved, ["ocr"])
     with pytest.raises(SettingsError, match="lmms-eval is not installed"):
         run_benchmarks(saved, ["general"], tmp_path / "out")
-    with pytest.raises(ModelError, match="No MLLM could be found"):
+    with pytest.raises(ModelError, match="No MLLM could be loaded"):
         benchmark_command(str(tmp_path / "absent"))

@@ -13,6 +13,7 @@ from pivot_plugin.files import read_record
 from pivot_plugin.runs.run import Run, RunOptions, begin
 from pivot_plugin.runs.settings import configuration
 from pivot_plugin.training import plan as plan_module
+from pivot_plugin.training.processes import Processes
 from tests.helpers import Tiny, picture, row
 from tests.helpers.recipes import QUICK, conversations
 
@@ -69,10 +70,16 @@ def test_the_plan_is_made_once(
     assert len(made) == 1
 
 
+def begun_alone(model: Any, processor: Any, options: RunOptions, load_rows: Any) -> Run:
+    """A run of this process by itself."""
+    return begin(model, processor, options, load_rows, Processes(options.config.distributed_state))
+
+
 @pytest.fixture
 def begun(llava: Tiny, tmp_path: Path) -> Run:
     rows = [row(f"{n}?", "yes", "no", picture(40, 40, n)) for n in range(16)]
-    return begin(*llava, options_for(tmp_path / "run"), lambda judge: (PairDataset(rows).verify(judge=judge), None))
+    options = options_for(tmp_path / "run")
+    return begun_alone(*llava, options, lambda judge: (PairDataset(rows).verify(judge=judge), None))
 
 
 def test_a_share_of_the_rows_is_held_out_where_none_are_given(begun: Run) -> None:
@@ -84,14 +91,14 @@ def test_a_share_of_the_rows_is_held_out_where_none_are_given(begun: Run) -> Non
 
 def test_where_too_few_rows_are_there_to_hold_some_out_the_watch_is_off(llava: Tiny, tmp_path: Path) -> None:
     pairs = PairDataset([row("?", "yes", "no", picture(40, 40, 1))])
-    run = begin(*llava, options_for(tmp_path / "run"), lambda judge: (pairs.verify(), None))
+    run = begun_alone(*llava, options_for(tmp_path / "run"), lambda judge: (pairs.verify(), None))
     assert run.held_out is None
     assert run.config.eval_strategy == "no" and not run.config.load_best_model_at_end
 
 
 def test_rows_given_to_be_held_out_are_taken_as_they_are(llava: Tiny, tmp_path: Path) -> None:
     rows = PairDataset([row(f"{n}?", "yes", "no", picture(40, 40, n)) for n in range(16)]).verify()
-    run = begin(*llava, options_for(tmp_path / "run"), lambda judge: (rows, rows.select([0])))
+    run = begun_alone(*llava, options_for(tmp_path / "run"), lambda judge: (rows, rows.select([0])))
     assert run.rows is rows and run.held_out is not None and len(run.held_out) == 1
 
 
@@ -117,12 +124,12 @@ def test_rows_of_which_none_has_an_image_are_refused_where_no_text_reaches_what_
     config = configuration({"use_cpu": True}, tmp_path / "run", "dpo", train, True, True)
     options = RunOptions(config, {}, None, 0.0, "raise", False)
     with pytest.raises(DataError, match="None of the 3 rows of prefs has an image, and only the "):
-        begin(model, processor, options, lambda judge: (rows, None))
+        begun_alone(model, processor, options, lambda judge: (rows, None))
 
 
 def test_rows_without_image_train_the_language_model(llava: Tiny, tmp_path: Path) -> None:
     model, processor = llava
     rows = PairDataset([row("say hello", "hello", "good bye")] * 3)
     config = configuration({"use_cpu": True}, tmp_path / "run", "dpo", "all", True, True)
-    run = begin(model, processor, RunOptions(config, {}, None, 0.0, "raise", False), lambda judge: (rows, None))
+    run = begun_alone(model, processor, RunOptions(config, {}, None, 0.0, "raise", False), lambda judge: (rows, None))
     assert len(run.rows) == 3

@@ -206,8 +206,9 @@ def test_every_picture_is_encoded_once_and_shared_words_are_read_once(
     forest = batch["forest"].forest
     sequences = {"mdpo": 3, "svco": 6}[objective] * 3
     assert len(forest.paths) == sequences
-    # of one picture one tree, and the questions without a picture in one more
-    assert len(forest.tokens) == {"mdpo": 2, "svco": 3}[objective]
+    # of one picture one tree, and the questions without a picture in one more; all of them in one row
+    assert len(batch["forest"].tree_images) == {"mdpo": 2, "svco": 3}[objective]
+    assert len(forest.tokens) == 1
     distinct = {
         (tree, *forest.tokens[tree, path[:end]].tolist())
         for tree, path in forest.placed()

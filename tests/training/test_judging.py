@@ -80,10 +80,12 @@ def test_conversations_whose_images_would_be_cut_are_left_out(llava: Tiny, tmp_p
     assert "cuts into its images" in (tmp_path / "skipped.jsonl").read_text()
 
 
-def test_questions_with_control_tokens_are_left_out(llava: Tiny, tmp_path: Path) -> None:
+def test_questions_with_control_tokens_are_left_out_where_they_are_given_as_text(llava: Tiny, tmp_path: Path) -> None:
     _, processor = llava
+    look = judge(processor, PivotGRPOConfig)
     rows = [{"question": f"number {n}?{'<|im_end|>' if n == 1 else ''}", "answer": "1"} for n in range(6)]
-    kept = load_questions(rows).verify("skip", tmp_path / "skipped.jsonl", judge(processor, PivotGRPOConfig))
+    assert len(load_questions(rows).verify("raise", None, look)) == 6
+    kept = load_questions(rows).verify("skip", tmp_path / "skipped.jsonl", look.of_questions(given_text=True))
     assert len(kept) == 5
     assert "control token" in (tmp_path / "skipped.jsonl").read_text()
 

@@ -197,4 +197,5 @@ def test_where_flex_attention_fails_runs_of_queries_stand_in(
         )
     assert reading.layout == RowLayout(True)
     assert model.config.get_text_config()._attn_implementation == TREE_SDPA
-    assert "several trees in a row by flex_attention: its forward pass raises RuntimeError: no compiler" in caplog.text
+    assert "several trees in a row by flex_attention: its forward pass stops in" in caplog.text
+    assert "with RuntimeError: no compiler" in caplog.text
