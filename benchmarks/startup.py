@@ -45,7 +45,7 @@ SEAMS: dict[str, list[str]] = {
         "pivot_plugin.training.pair_trainer:PivotTrainer._fill",
         "pivot_plugin.training.reference_pass:ReferencePass.__call__",
     ],
-    "reference read": ["pivot_plugin.training.reference:ReferenceCache.read"],
+    "reference read": ["pivot_plugin.training.reference:ReferenceCache.look_up"],
     "saliency and held-out metrics": [
         "pivot_plugin.runs.monitoring:Monitoring.add_to",
         "pivot_plugin.training.pair_trainer:PivotTrainer.reference_metrics",

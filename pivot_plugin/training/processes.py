@@ -41,6 +41,8 @@ SECONDS_TO_LEAVE = 15.0
 SECONDS_TO_FAIL_ALIKE = 3.0
 # beats that tell a process that is there from one that has gone
 SECONDS_OF_BEATS = 2.5
+# that the others wait for the first to fail to print what it has to say
+SECONDS_FOR_WORDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Processes:
         """The error to end with, after an error of this process."""
         if isinstance(error, PeerError):
             self._tell_of_another_host()
+            self._leave_the_word()
             return error
         assert self._store is not None
         gone = ""
@@ -162,6 +165,7 @@ class Processes:
             self._first = first
             self._has_heard(self._store)
             self._tell_of_another_host()
+            self._leave_the_word()
             return first.as_seen_by_others(self.count)
         with suppress(OSError):
             get_error_handler().record_exception(error)
@@ -196,6 +200,10 @@ class Processes:
         with suppress(RuntimeError):
             while not self._store.check(others) and time.monotonic() < until:
                 time.sleep(SECONDS_BETWEEN_LOOKS / 5)
+
+    def _leave_the_word(self) -> None:
+        """Wait a moment: a launcher ends all when the first has gone, and what failed first is still to be printed."""
+        time.sleep(SECONDS_FOR_WORDS)
 
     def _tell_of_another_host(self) -> None:
         """Say once on every other host what its log would not have."""

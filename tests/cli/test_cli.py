@@ -291,8 +291,8 @@ def test_optimize_on_questions_trains_on_the_model_s_own_answers(world: Path, tm
     assert run.returncode == 0, run.stderr[-2000:]
     (answers,) = json.loads(run.stdout)["answers"]
     assert answers["questions"] == 3
-    assert f"{answers['paired']} of 3 questions gave a pair" in (tmp_path / "run" / "output.log").read_text()
-    assert "Example 1: what?" in run.stderr
+    said = (tmp_path / "run" / "output.log").read_text()
+    assert f"{answers['paired']} of 3 questions gave a pair" in said and "Example 1: what?" in said
     assert list((tmp_path / "run" / "own-answers" / "pairs" / "data").glob("*.parquet"))
     both = pivot("optimize", world / "model", world / "pairs", *how, "-o", "both", folder=tmp_path, **variables)
     assert "are preference pairs" in both.stderr

@@ -1,5 +1,6 @@
 """What every verb shares: options refused before anything is loaded, one plan, held-out rows, and a record."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_a_run_that_begins_leaves_a_record_that_is_not_finished(begun: Run) -> N
     assert read_record(begun.output_dir) is None
     begun.announce()
     record = read_record(begun.output_dir)
+    assert record is not None
+    # by which a start that goes on is told from one that has failed
+    assert record.pop("process")["pid"] == os.getpid()
     assert record == {"finished": False, "settings": begun.settings}
 
 

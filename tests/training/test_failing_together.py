@@ -178,7 +178,7 @@ def broken(
 
 SAID = {
     "bad row": "DataError: In process {rank} of 2: Row 7 of pairs has no chosen answer. Mend it.",
-    "full disk": "TrainingError: In process {rank} of 2: Training stopped with OSError: [Errno 28] No space left",
+    "full disk": "TrainingError: In process {rank} of 2: Training stopped: '",
     "mistake": "In process {rank} of 2: Training stopped with ValueError: a reward has divided by nothing",
     "not finite": "TrainingError: In process {rank} of 2: The loss became nan at step 1 on row",
     "stuck": "In process {rank} of 2: Training stopped with ValueError: the process stays",

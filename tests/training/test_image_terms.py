@@ -210,8 +210,9 @@ def test_every_picture_is_encoded_once_and_shared_words_are_read_once(
     assert len(batch["forest"].tree_images) == {"mdpo": 2, "svco": 3}[objective]
     assert len(forest.tokens) == 1
     distinct = {
-        (tree, *forest.tokens[tree, path[:end]].tolist())
-        for tree, path in forest.placed()
+        # a tree by its root
+        (int(path[0]), *forest.tokens[row, path[:end]].tolist())
+        for row, path in forest.placed()
         for end in range(1, len(path) + 1)
     }
     assert forest.node_count == len(distinct) < forest.sequence_token_count / 2
