@@ -111,7 +111,9 @@ def main() -> None:
         # typer makes the one into the other
         if isinstance(error, SystemExit) and error.code != INTERRUPTED:
             raise
-        print(f"pivot: interrupted; checkpoints are kept. {_go_on()}".strip(), file=sys.stderr)
+        # of several processes the launcher says it for all
+        if "LOCAL_RANK" not in os.environ:
+            print(f"pivot: interrupted; checkpoints are kept. {_go_on()}".strip(), file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -202,7 +202,15 @@ class Processes:
                 time.sleep(SECONDS_BETWEEN_LOOKS / 5)
 
     def _leave_the_word(self) -> None:
-        """Wait a moment: a launcher ends all when the first has gone, and what failed first is still to be printed."""
+        """Wait a moment: a launcher ends all when the first has gone, and what failed first is still to be printed.
+
+        Without a launcher nobody does, and the first process takes the store along.
+        """
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return
+        if threading.current_thread() is threading.main_thread():
+            # it is leaving already, and may be called out all the same
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(SECONDS_FOR_WORDS)
 
     def _tell_of_another_host(self) -> None:

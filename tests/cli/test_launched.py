@@ -92,6 +92,7 @@ def test_an_interrupt_of_the_launcher_leaves_a_checkpoint_and_says_how_to_go_on(
     assert process.returncode == 130
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert said.count(f"Checkpoint run/{checkpoint.name} is kept; go on with resume=True") == 1
+    assert said.count("pivot: interrupted; checkpoints are kept. Go on by: pivot optimize") == 1
     assert 1 <= int(checkpoint.name.split("-")[1]) < 40
     assert "Traceback" not in said and "Connection" not in said
     assert not (tmp_path / "run" / "encoder").exists()
