@@ -1,6 +1,8 @@
 """How commands print what they found: tables that fit eighty columns, and whole sentences."""
 
+import contextlib
 import json
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ SHORTEST_HASH = 32
 
 if TYPE_CHECKING:
     from pivot_plugin.probes.comparison import Comparison
+    from pivot_plugin.runs.instruct import InstructResult
     from pivot_plugin.runs.result import PivotResult
 
 
@@ -34,6 +37,15 @@ def _short(value: object) -> str:
     text = "not known" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     is_hash = len(text) >= SHORTEST_HASH and all(character in "0123456789abcdef" for character in text)
     return f"{text[:12]}..." if is_hash else text
+
+
+def chatter_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """What is printed meanwhile goes to standard error where standard output is to hold one JSON object.
+
+    Args:
+        as_json: whether it is.
+    """
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def show_facts(facts: Mapping[str, Any], title: str, as_json: bool) -> None:
@@ -109,3 +121,18 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
     # paths stay in one line, so that they can be copied
     print(f"Encoder: {folder / 'encoder'}")
     print(f"next: pivot report {folder}   (pivot push {folder} OWNER/NAME --dry-run shows what would be published)")
+
+
+def show_instructed(result: "InstructResult", as_json: bool) -> None:
+    """Print what an alignment or an instruction came to, and where the model is.
+
+    Args:
+        result: of the run.
+        as_json: whether to print it as JSON.
+    """
+    folder = result.output_dir / "model"
+    if as_json:
+        told = {"model": str(folder), "metrics": result.metrics, "trained": result.trained}
+        print(json.dumps(told))
+        return
+    print(f"MLLM: {folder}")
