@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pivot_plugin.probes.comparison import Comparison
     from pivot_plugin.runs.instruct import InstructResult
     from pivot_plugin.runs.result import PivotResult
+    from pivot_plugin.verdict import Verdict
 
 
 def readable(name: str, value: object, indent: str = "") -> list[str]:
@@ -97,7 +98,6 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
     """
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from pivot_plugin.verdict import READABLE
 
@@ -105,11 +105,7 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
     if quiet:
         print(folder / "encoder")
         return
-    console = Console()
-    colour = {"better": "green", "worse": "red"}.get(result.verdict.outcome, "yellow")
-    console.print(Text(f"{result.verdict.title}.", style=f"bold {colour}"))
-    for sentence in result.verdict.sentences():
-        console.print(Text(sentence))
+    _show_verdict(result.verdict)
     if result.metrics:
         rows = result.verdict.rows_are
         table = Table(title=f"Held-out {rows}", show_edge=False)
@@ -117,7 +113,7 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
             table.add_column(column, justify="left" if column == "measure" else "right")
         for name in result.metrics["after"]:
             table.add_row(READABLE.get(name, name), *(f"{values[name]:.4f}" for values in result.metrics.values()))
-        console.print(table)
+        Console().print(table)
     # paths stay in one line, so that they can be copied
     print(f"Encoder: {folder / 'encoder'}")
     print(f"next: pivot report {folder}   (pivot push {folder} OWNER/NAME --dry-run shows what would be published)")
@@ -133,6 +129,18 @@ def show_instructed(result: "InstructResult", as_json: bool) -> None:
     folder = result.output_dir / "model"
     if as_json:
         told = {"model": str(folder), "metrics": result.metrics, "trained": result.trained}
-        print(json.dumps(told))
+        print(json.dumps(told | {"verdict": result.verdict.as_dict()}))
         return
+    _show_verdict(result.verdict)
     print(f"MLLM: {folder}")
+
+
+def _show_verdict(verdict: "Verdict") -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    colour = {"better": "green", "worse": "red"}.get(verdict.outcome, "yellow")
+    console.print(Text(f"{verdict.title}.", style=f"bold {colour}"))
+    for sentence in verdict.sentences():
+        console.print(Text(sentence))
