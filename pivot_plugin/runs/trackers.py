@@ -1,7 +1,7 @@
 """What trackers are shown beside numbers: the table of what trains, and pictures of where the loss looks.
 
-transformers' callbacks hold the trackers themselves, each under a name and with an interface of its own. They stand here
-and nowhere else; a tracker that is not named here gets numbers alone.
+transformers' callbacks hold the trackers themselves, each under a name and with an interface of its own. They stand
+here and nowhere else; a tracker that is not named here gets numbers alone.
 """
 
 import logging

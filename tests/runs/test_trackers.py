@@ -71,10 +71,9 @@ def test_tensorboard_is_shown_what_trains_and_where_the_loss_looks(
     texts, pictures = [], []
     for file in sorted((tmp_path / "board").rglob("events.*")):
         events = EventAccumulator(str(file)).Reload()
-        if f"{WHAT_TRAINS}/text_summary" in events.Tags()["tensors"]:
-            texts += [
-                event.tensor_proto.string_val[0].decode() for event in events.Tensors(f"{WHAT_TRAINS}/text_summary")
-            ]
+        name = f"{WHAT_TRAINS}/text_summary"
+        if name in events.Tags()["tensors"]:
+            texts += [event.tensor_proto.string_val[0].decode() for event in events.Tensors(name)]
         if SALIENCY_SHEET in events.Tags()["images"]:
             pictures += events.Images(SALIENCY_SHEET)
     (table,), (shown,) = texts, pictures
