@@ -34,8 +34,8 @@ def contract(encoder: PreTrainedModel, image_processor: Any) -> dict[str, Any] |
         image_processor: its own.
 
     Returns:
-        sentences under `in`, `out` and `layer`, the lines of a diagram under `flow`, `releases` of transformers, and `notes` on these; None for an encoder
-        that cannot be run by itself.
+        sentences under `in`, `out` and `layer`, the lines of a diagram under `flow`, `releases` of transformers, and
+        `notes` on these; None for an encoder that cannot be run by itself.
     """
     releases = list(checked_releases(encoder.config.model_type))
     try:
@@ -93,7 +93,7 @@ def _resized(size: dict[str, int], setting: Any) -> str:
 
 @torch.no_grad()
 def _given(encoder: PreTrainedModel, image_processor: Any) -> tuple[str, str, list[str]]:
-    """Shape and order of the features of one image, behind which module they are read, and the way there as a diagram."""
+    """Shape and order of the features of one image, behind which module they are read, and the way there, drawn."""
     adapter = find_adapter(encoder, encoder=True)
     image = pictures()[0].resize((224, 160), Image.Resampling.NEAREST)
     inputs = {
