@@ -25,7 +25,7 @@ STEPS = re.findall(r"^(\d+)\. `([^`]+)` `([^`]+)`: .+[.?]$", section(PAGE, "Foll
 def test_one_pair_is_followed_in_at_most_twenty_five_steps() -> None:
     assert [int(number) for number, *_ in STEPS] == list(range(1, len(STEPS) + 1))
     assert 15 <= len(STEPS) <= 25
-    assert len(STEPS) == len(re.findall(r"^\d+\. ", PAGE, re.MULTILINE))
+    assert len(STEPS) == len(re.findall(r"^\d+\. ", section(PAGE, "Follow one pair"), re.MULTILINE))
 
 
 def test_the_steps_are_entered_in_the_order_of_the_page(llava: Any, fast: Any) -> None:
