@@ -44,7 +44,7 @@ class Progress:
         self._clock = clock
         self._began = self._told = clock()
         self._bar: Any = None
-        if not self._silent and _is_watched():
+        if not self._silent and is_watched():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", leave=False)
 
     def __enter__(self) -> Self:
@@ -73,7 +73,7 @@ class Progress:
         return f"{self._what}: {self._done:,} of {self._total:,} {self._unit}s, {rate:.3g} a second{left}"
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody sees a bar move: at a terminal, or in a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 

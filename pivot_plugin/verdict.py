@@ -98,7 +98,9 @@ class Verdict:
 
     Attributes:
         measure: name of the score that decides, empty where nothing was held out.
-        rows_are: what the held-out rows are: "pairs" or "questions".
+        rows_are: what the held-out rows are: "pairs", "questions" or "conversations".
+        subject: what was to become better: "encoder" or "model".
+        lower_is_better: whether the score is a loss.
         chance: the score of guessing, None where it is not known.
         change: of that score, None where nothing was measured.
         blind: the same with every picture one colour, None where that was not measured.
@@ -120,6 +122,8 @@ class Verdict:
     kept: int | None = None
     stopped_early: bool = False
     without_image: tuple[int, int] = (0, 0)
+    subject: str = "encoder"
+    lower_is_better: bool = False
 
     @property
     def outcome(self) -> Outcome:
@@ -130,7 +134,7 @@ class Verdict:
             return "not measured"
         if not self.change.beyond_noise:
             return "no change"
-        return "better" if self.change.value > 0 else "worse"
+        return "better" if (self.change.value > 0) is not self.lower_is_better else "worse"
 
     @property
     def of_words(self) -> bool:
@@ -160,11 +164,11 @@ class Verdict:
                 if self.kept == 0
                 else "no step moved them (rows without pictures, a rate of 0, or margins that do not move)"
             )
-            told.append(f"The encoder is bit-equal to the one before: {why}.")
+            told.append(f"The {self.subject} is bit-equal to the one before: {why}.")
         if self.change is not None:
             told.append(self._measured(self.change))
         elif self.moved:
-            told.append("No rows were held out, so nothing here says whether the encoder is better.")
+            told.append(f"No rows were held out, so nothing here says whether the {self.subject} is better.")
         if self.moved and self.blind is not None:
             told.append(self._without_picture(self.blind))
         if self.kept is not None and self.moved and self.taken:

@@ -11,7 +11,7 @@ from pivot_plugin.progress import Progress
 def test_a_log_gets_a_line_from_time_to_time_with_rate_and_rest(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_is_watched", lambda: False)
+    monkeypatch.setattr(progress, "is_watched", lambda: False)
     now = [0.0]
     with caplog.at_level(logging.INFO), Progress(1000, "sampling", "question", done=100, clock=lambda: now[0]) as work:
         for _ in range(100):
@@ -27,7 +27,7 @@ def test_a_log_gets_a_line_from_time_to_time_with_rate_and_rest(
 def test_a_terminal_gets_a_bar_and_short_work_says_nothing(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     with Progress(10, "making", quiet_below=11) as work:
         work.update(10)
     assert capsys.readouterr().err == ""

@@ -30,6 +30,18 @@ def test_an_outcome_has_one_title(verdict: Verdict, outcome: str, title: str | N
     assert str(verdict).startswith(f"{verdict.title}. ")
 
 
+def test_of_a_loss_less_is_better_and_the_model_is_what_is_spoken_of() -> None:
+    loss = {"measure": "loss", "lower_is_better": True, "subject": "model", "rows_are": "conversations"}
+    fall = Change(3.0, 2.5, -0.6, -0.4, 0.001, 500)
+    assert Verdict(change=fall, **loss).outcome == "better"
+    assert Verdict(change=Change(2.5, 3.0, 0.4, 0.6, 0.001, 500), **loss).outcome == "worse"
+    assert "500 held-out conversations: 3.000 before, 2.500 after" in str(Verdict(change=fall, **loss))
+    assert "whether the model is better" in str(Verdict(subject="model"))
+    assert Verdict.from_dict(json.loads(json.dumps(Verdict(change=fall, **loss).as_dict()))) == Verdict(
+        change=fall, **loss
+    )
+
+
 def test_by_how_much_of_how_many_against_what_chance_is_said() -> None:
     told = str(Verdict(change=RISE, **ACCURACY))
     for words in ("500 held-out pairs", "0.675 before, 0.815 after", "+0.140", "+0.080 to +0.200", "chance 0.5"):

@@ -8,8 +8,8 @@ import typer
 
 from pivot_plugin.choices import ExportTarget, Projector
 
-from .options import empty_folder
-from .showing import readable
+from .options import AsJson, empty_folder
+from .showing import chatter_aside, readable
 
 
 def push(
@@ -107,6 +107,7 @@ def graft(
     projector: Annotated[Projector, typer.Option(help="Whether the MLLM keeps its projector.")] = "keep",
     revision: Annotated[str | None, typer.Option(help="Of the encoder.")] = None,
     seed: Annotated[int, typer.Option(help="Of a new projector.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Put an encoder into an MLLM and save it as an ordinary transformers model with its processor.
 
@@ -118,11 +119,16 @@ def graft(
     from pivot_plugin.files import whole_folder
     from pivot_plugin.models.loading import load_model
 
-    loaded, processor = load_model(model)
-    pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)
-    with whole_folder(output_dir) as aside:
-        save_model(loaded, aside)
-        processor.save_pretrained(aside)
+    with chatter_aside(as_json):
+        loaded, processor = load_model(model)
+        pivot.graft(loaded, pivot.load_encoder(encoder, revision), projector, processor=processor, seed=seed)
+        with whole_folder(output_dir) as aside:
+            save_model(loaded, aside)
+            processor.save_pretrained(aside)
+    if as_json:
+        made = {"model": str(output_dir), "model_class": type(loaded).__name__, "parameters": loaded.num_parameters()}
+        print(json.dumps(made | {"encoder": encoder, "projector": projector}))
+        return
     print(f"MLLM: {output_dir}")
 
 

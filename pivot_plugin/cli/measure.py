@@ -9,8 +9,8 @@ import typer
 
 from pivot_plugin.errors import SettingsError
 
-from .options import setting
-from .showing import show_comparison
+from .options import AsJson, setting
+from .showing import chatter_aside, show_comparison
 
 
 def compare(
@@ -82,6 +82,7 @@ def report(
     audit: Annotated[
         Path | None, typer.Option(help="JSON of `pivot prefs audit -o`; by default audit.json in the first run.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page about runs: pairs, curves, probes, saliency, cost, provenance.
 
@@ -102,7 +103,9 @@ def report(
     page = runs[0] / "report.html" if output is None else output
     if output is None and not runs[0].is_dir():
         raise SettingsError(f"There is no folder {str(runs[0])!r}.", "Give the output_dir of pivot optimize -o.")
-    print(f"Report: {write_report(page, runs, results, audited)}")
+    with chatter_aside(as_json):
+        written = write_report(page, runs, results, audited)
+    print(json.dumps({"report": str(written), "runs": list(map(str, runs))}) if as_json else f"Report: {written}")
 
 
 def benchmark(

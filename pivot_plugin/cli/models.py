@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .options import empty_folder
+from .options import AsJson, empty_folder
+from .showing import chatter_aside
 
 
 def inspect(
@@ -39,6 +40,7 @@ def assemble(
     feature_layer: Annotated[int, typer.Option(help="Hidden state that the projector reads.")] = -2,
     chat_template: Annotated[str | None, typer.Option(help="chatml, plain, or Jinja, where there is none.")] = None,
     seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Join a vision encoder and a language model to an MLLM, in an ordinary transformers folder.
 
@@ -49,12 +51,17 @@ def assemble(
     from pivot_plugin.encoders.compatibility import save_model
     from pivot_plugin.files import whole_folder
 
-    model, processor = pivot.assemble(
-        encoder, language_model, feature_layer=feature_layer, chat_template=chat_template, seed=seed
-    )
-    with whole_folder(output_dir) as aside:
-        save_model(model, aside)
-        processor.save_pretrained(aside)
+    with chatter_aside(as_json):
+        model, processor = pivot.assemble(
+            encoder, language_model, feature_layer=feature_layer, chat_template=chat_template, seed=seed
+        )
+        with whole_folder(output_dir) as aside:
+            save_model(model, aside)
+            processor.save_pretrained(aside)
+    if as_json:
+        made = {"model": str(output_dir), "model_class": type(model).__name__, "parameters": model.num_parameters()}
+        print(json.dumps(made))
+        return
     print(f"MLLM: {output_dir} ({model.num_parameters():,} parameters)")
 
 

@@ -62,6 +62,7 @@ RunFolder = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of t
 TrainedParts = Annotated[Train, typer.Option(help="Which parts of the model train.")]
 Lora = Annotated[str, typer.Option(help="LoRA rank, or none to train the weights themselves.")]
 BadRows = Annotated[OnBadRow, typer.Option(help="Stop at a bad row, or leave bad rows out and list them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")]
 ImageFolder = Annotated[Path | None, typer.Option(help="What relative image paths start from.")]
 HeldOutShare = Annotated[float, typer.Option(help="Share of the rows to hold out.")]

@@ -1,6 +1,8 @@
 """How commands print what they found: tables that fit eighty columns, and whole sentences."""
 
+import contextlib
 import json
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,9 @@ SHORTEST_HASH = 32
 
 if TYPE_CHECKING:
     from pivot_plugin.probes.comparison import Comparison
+    from pivot_plugin.runs.instruct import InstructResult
     from pivot_plugin.runs.result import PivotResult
+    from pivot_plugin.verdict import Verdict
 
 
 def readable(name: str, value: object, indent: str = "") -> list[str]:
@@ -34,6 +38,15 @@ def _short(value: object) -> str:
     text = "not known" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     is_hash = len(text) >= SHORTEST_HASH and all(character in "0123456789abcdef" for character in text)
     return f"{text[:12]}..." if is_hash else text
+
+
+def chatter_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """What is printed meanwhile goes to standard error where standard output is to hold one JSON object.
+
+    Args:
+        as_json: whether it is.
+    """
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def show_facts(facts: Mapping[str, Any], title: str, as_json: bool) -> None:
@@ -85,7 +98,6 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
     """
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from pivot_plugin.verdict import READABLE
 
@@ -93,11 +105,7 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
     if quiet:
         print(folder / "encoder")
         return
-    console = Console()
-    colour = {"better": "green", "worse": "red"}.get(result.verdict.outcome, "yellow")
-    console.print(Text(f"{result.verdict.title}.", style=f"bold {colour}"))
-    for sentence in result.verdict.sentences():
-        console.print(Text(sentence))
+    _show_verdict(result.verdict)
     if result.metrics:
         rows = result.verdict.rows_are
         table = Table(title=f"Held-out {rows}", show_edge=False)
@@ -105,7 +113,34 @@ def show_result(result: "PivotResult", quiet: bool) -> None:
             table.add_column(column, justify="left" if column == "measure" else "right")
         for name in result.metrics["after"]:
             table.add_row(READABLE.get(name, name), *(f"{values[name]:.4f}" for values in result.metrics.values()))
-        console.print(table)
+        Console().print(table)
     # paths stay in one line, so that they can be copied
     print(f"Encoder: {folder / 'encoder'}")
     print(f"next: pivot report {folder}   (pivot push {folder} OWNER/NAME --dry-run shows what would be published)")
+
+
+def show_instructed(result: "InstructResult", as_json: bool) -> None:
+    """Print what an alignment or an instruction came to, and where the model is.
+
+    Args:
+        result: of the run.
+        as_json: whether to print it as JSON.
+    """
+    folder = result.output_dir / "model"
+    if as_json:
+        told = {"model": str(folder), "metrics": result.metrics, "trained": result.trained}
+        print(json.dumps(told | {"verdict": result.verdict.as_dict()}))
+        return
+    _show_verdict(result.verdict)
+    print(f"MLLM: {folder}")
+
+
+def _show_verdict(verdict: "Verdict") -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    colour = {"better": "green", "worse": "red"}.get(verdict.outcome, "yellow")
+    console.print(Text(f"{verdict.title}.", style=f"bold {colour}"))
+    for sentence in verdict.sentences():
+        console.print(Text(sentence))

@@ -17,6 +17,7 @@ from .launching import Nodes, relaunched
 from .options import (
     AccelerateConfig,
     AllowUrls,
+    AsJson,
     BadRows,
     Columns,
     Difficulty,
@@ -45,7 +46,7 @@ from .options import (
     setting,
     settings_of,
 )
-from .showing import show_facts, show_result
+from .showing import chatter_aside, show_facts, show_instructed, show_result
 
 
 def optimize(
@@ -195,7 +196,7 @@ def optimize(
 
     # the trainer's log goes to standard output, which holds nothing but JSON if JSON is asked for
     with (
-        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+        chatter_aside(as_json),
         display.of_a_run(folder, quiet or as_json, verbose) as shown,
     ):
         result = pivot.optimize(model, prefs, resume=resume, display=shown, **fixed, **options)
@@ -285,6 +286,7 @@ def align(
     on_bad_row: BadRows = "raise",
     resume: Resume = False,
     settings: SFTSettings = None,
+    as_json: AsJson = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
     num_machines: Machines = None,
@@ -303,17 +305,18 @@ def align(
         return
     import pivot_plugin as pivot
 
-    result = pivot.align(
-        model,
-        captions,
-        output_dir=output_dir,
-        image_folder=image_folder,
-        eval_fraction=eval_fraction,
-        on_bad_row=on_bad_row,
-        resume=resume,
-        **options,
-    )
-    print(f"MLLM: {result.output_dir / 'model'}")
+    with chatter_aside(as_json):
+        result = pivot.align(
+            model,
+            captions,
+            output_dir=output_dir,
+            image_folder=image_folder,
+            eval_fraction=eval_fraction,
+            on_bad_row=on_bad_row,
+            resume=resume,
+            **options,
+        )
+    show_instructed(result, as_json)
 
 
 def instruct(
@@ -327,6 +330,7 @@ def instruct(
     on_bad_row: BadRows = "raise",
     resume: Resume = False,
     settings: SFTSettings = None,
+    as_json: AsJson = False,
     accelerate_config: AccelerateConfig = None,
     num_processes: Processes = None,
     num_machines: Machines = None,
@@ -346,19 +350,20 @@ def instruct(
         return
     import pivot_plugin as pivot
 
-    result = pivot.instruct(
-        model,
-        conversations,
-        output_dir=output_dir,
-        train=train,
-        lora=rank,
-        image_folder=image_folder,
-        eval_fraction=eval_fraction,
-        on_bad_row=on_bad_row,
-        resume=resume,
-        **options,
-    )
-    print(f"MLLM: {result.output_dir / 'model'}")
+    with chatter_aside(as_json):
+        result = pivot.instruct(
+            model,
+            conversations,
+            output_dir=output_dir,
+            train=train,
+            lora=rank,
+            image_folder=image_folder,
+            eval_fraction=eval_fraction,
+            on_bad_row=on_bad_row,
+            resume=resume,
+            **options,
+        )
+    show_instructed(result, as_json)
 
 
 def demo(

@@ -92,6 +92,7 @@ def card(
         version=__version__,
         code=_code,
         text=_text,
+        drawn=_drawn,
         number=_number,
         scored=_scored,
     )
@@ -133,6 +134,11 @@ def _text(value: object) -> str:
     """Words from a record, in which code may be marked, as a cell of a table that nothing can break out of."""
     text = html.escape(str(value), quote=False).replace("|", "/").replace("\n", " ").replace("[", "(").replace("]", ")")
     return text[:600]
+
+
+def _drawn(line: object) -> str:
+    """A line from a record inside a block of code, which nothing can break out of."""
+    return str(line).replace("`", "'").replace("\n", " ")[:200]
 
 
 def _scored(score: object) -> str:

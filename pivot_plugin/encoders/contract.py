@@ -34,14 +34,15 @@ def contract(encoder: PreTrainedModel, image_processor: Any) -> dict[str, Any] |
         image_processor: its own.
 
     Returns:
-        sentences under `in`, `out` and `layer`, `releases` of transformers, and `notes` on these; None for an encoder
-        that cannot be run by itself.
+        sentences under `in`, `out` and `layer`, the lines of a diagram under `flow`, `releases` of transformers, and
+        `notes` on these; None for an encoder that cannot be run by itself.
     """
     releases = list(checked_releases(encoder.config.model_type))
     try:
-        out, layer = _given(encoder, image_processor)
+        out, layer, flow = _given(encoder, image_processor)
         notes = list(RELEASE_NOTES.get(encoder.config.model_type, ()))
-        return {"in": _taken(image_processor), "out": out, "layer": layer, "releases": releases, "notes": notes}
+        told = {"in": _taken(image_processor), "out": out, "layer": layer, "flow": flow}
+        return told | {"releases": releases, "notes": notes}
     # an encoder of a foreign family may want what a plain call does not give; its weights are paid for
     except Exception as error:
         logger.warning("What a %s takes and gives is not on its card: %s", type(encoder).__name__, error)
@@ -91,8 +92,8 @@ def _resized(size: dict[str, int], setting: Any) -> str:
 
 
 @torch.no_grad()
-def _given(encoder: PreTrainedModel, image_processor: Any) -> tuple[str, str]:
-    """Shape and order of the features of one image, and behind which module they are read."""
+def _given(encoder: PreTrainedModel, image_processor: Any) -> tuple[str, str, list[str]]:
+    """Shape and order of the features of one image, behind which module they are read, and the way there, drawn."""
     adapter = find_adapter(encoder, encoder=True)
     image = pictures()[0].resize((224, 160), Image.Resampling.NEAREST)
     inputs = {
@@ -103,7 +104,31 @@ def _given(encoder: PreTrainedModel, image_processor: Any) -> tuple[str, str]:
     with evaluating(encoder), _watched(encoder, blocks) as answers:
         hidden = adapter.hidden_state(adapter.run_tower(encoder, inputs))
         rows = adapter.on_grid(hidden, inputs, encoder)[0]
-    return _shape(hidden, rows.values, rows.grid, adapter, encoder), _read_at(hidden, answers, blocks)
+    layer = _read_at(hidden, answers, blocks)
+    flow = _flow(image, inputs.get("pixel_values"), rows.grid, hidden, layer)
+    return _shape(hidden, rows.values, rows.grid, adapter, encoder), layer, flow
+
+
+def _flow(
+    image: Image.Image, pixels: torch.Tensor | None, grid: tuple[int, int], hidden: torch.Tensor, layer: str
+) -> list[str]:
+    """What one image becomes on its way to the features, with its sizes, a line a station."""
+    counted = "patches of all images" if hidden.ndim == 2 else "images, tokens"
+    if hidden.ndim == 3 and hidden.shape[1] == grid[0] * grid[1]:
+        counted = "images, patches"
+    stations = [("image", f"for example {image.width} x {image.height}")]
+    if pixels is not None:
+        stations.append(("pixel_values", _sizes(pixels)))
+    stations += [
+        ("patches", f"{grid[0]} rows x {grid[1]} columns"),
+        ("features", f"{_sizes(hidden)}  ({counted}, dim), {layer.replace('`', '')}"),
+    ]
+    lines = [f"{name:<12}  {sizes}" for name, sizes in stations]
+    return [line for station in lines for line in (station, "  |")][:-1]
+
+
+def _sizes(tensor: torch.Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
 
 
 def _shape(

@@ -18,11 +18,15 @@ from pivot_plugin.encoders.compatibility import rewrite_for_every_release
 from pivot_plugin.files import whole_folder
 from pivot_plugin.training.cost import Cost
 from pivot_plugin.training.instruct_trainer import InstructTrainer
+from pivot_plugin.training.looks import Look
 from pivot_plugin.training.processes import Processes
 from pivot_plugin.training.sharding import refuse_use
+from pivot_plugin.verdict import Verdict
 
 from .leftovers import MODEL_FOLDER, put_back, trained_in
+from .outcome import has_moved, judged
 from .provenance import instructed_origin
+from .result import as_lines, as_table
 from .run import LoadRows, Run, RunOptions, begin, merge_lora
 from .settings import instruct_configuration
 
@@ -33,7 +37,7 @@ TOWER_RATE = 2e-6
 GLOBAL_BATCH = 256
 
 
-@dataclass
+@dataclass(repr=False)
 class InstructResult:
     """A finished alignment or instruction.
 
@@ -46,6 +50,7 @@ class InstructResult:
         trained: per part, parameters that trained and parameters there are.
         settings: the options that the run was started with.
         cost: time, memory and floating-point operations.
+        verdict: what the run came to: the held-out loss before and after, where rows were held out.
     """
 
     model: PreTrainedModel
@@ -56,6 +61,26 @@ class InstructResult:
     trained: dict[str, tuple[int, int]]
     settings: dict[str, Any]
     cost: Cost = field(default_factory=Cost)
+    verdict: Verdict = field(default_factory=lambda: Verdict(subject="model"))
+
+    def __repr__(self) -> str:
+        return as_lines(self._told())
+
+    def _repr_html_(self) -> str:
+        return as_table(self._told())
+
+    def _told(self) -> list[tuple[str, str]]:
+        """What happened, what came of it, and where the model is."""
+        verdict, folder = self.verdict, self.output_dir / MODEL_FOLDER
+        parts = " and ".join(part.replace("_", " ") for part, (trained, _) in self.trained.items() if trained)
+        first, *others = verdict.sentences() or [""]
+        steps = f"{verdict.taken:,} of {verdict.planned:,} steps in {self.cost.seconds:,.0f} s"
+        return [
+            ("run", f"{steps}; {parts} of {type(self.model).__name__}"),
+            ("verdict", f"{verdict.title}. {first}"),
+            ("more", " ".join(others) or "-"),
+            ("next", f"the whole model is in {folder}: pivot optimize {folder} PAIRS"),
+        ]
 
 
 def align(
@@ -168,17 +193,22 @@ def _instructed(run: Run) -> InstructResult:
     run.announce()
 
     metrics: dict[str, float] = {}
+    looks: list[Look] = []
+    measured = run.held_out is not None and run.ended is None
     with run.in_place() as training:
         if run.ended is not None and run.left is not None:
             put_back(run.left, run.adapter)
-            trained, history = trained_in(run.ended), []
+            trained, history, planned = trained_in(run.ended), [], 0
         else:
             trainer = InstructTrainer(**run.trainer_arguments())
             trained = trainer.trained_parameters()
+            if measured:
+                looks.append(trainer.look_now())
             run.train(trainer)
-            if run.held_out is not None and run.ended is None:
+            if measured:
+                looks.append(trainer.look_now())
                 metrics = {name: float(value) for name, value in trainer.evaluate().items()}
-            history = trainer.state.log_history
+            history, planned = trainer.state.log_history, trainer.state.max_steps
             if run.ended is None:
                 _save_model(run, trainer)
             else:
@@ -195,9 +225,14 @@ def _instructed(run: Run) -> InstructResult:
         trained=trained,
         settings=run.settings,
         cost=training.cost if run.ended is None else Cost(**run.ended["cost"]),
+        verdict=(
+            judged(run, (looks, []), history, planned, has_moved(run.model, training.before))
+            if run.ended is None
+            else Verdict.from_dict(run.ended.get("verdict")) or Verdict(subject="model")
+        ),
     )
     if run.keeper and run.ended is None:
-        run.record(result, origin=instructed_origin(run))
+        run.record(result, origin=instructed_origin(run), verdict=result.verdict.as_dict())
     refuse_use(run.model)
     run.wait()
     return result

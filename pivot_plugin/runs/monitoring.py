@@ -23,10 +23,12 @@ from pivot_plugin.probes.lookup import Runner, runners
 from pivot_plugin.probes.scores import ProbeResult
 from pivot_plugin.probes.storage import save_result, saved_results
 from pivot_plugin.probes.subjects import Subject
+from pivot_plugin.report import saliency_sheet
 from pivot_plugin.training.pair_trainer import PivotTrainer
 from pivot_plugin.training.rollout_trainer import Rollouts
 
 from .run import Run
+from .trackers import SALIENCY_SHEET, show_picture, takes_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +170,18 @@ class ProbeRecorder(TrainerCallback):
         # the best checkpoint is loaded by now
         self._record(state, state.global_step, self._runners, fatal=False)
         self._keep_maps(state, state.global_step)
+        if state.is_world_process_zero:
+            self._show_maps(state.global_step)
+
+    def _show_maps(self, step: int) -> None:
+        """Show trackers the maps of before and after, where some were kept."""
+        trackers = self._trainer.callback_handler.callbacks
+        if not takes_pictures(trackers):
+            return
+        sheet = saliency_sheet(saved_results(self._folder))
+        if sheet is not None:
+            logger.info("Trackers are shown held-out pictures, under the gradients of the loss; saliency=0 keeps them.")
+            show_picture(trackers, SALIENCY_SHEET, sheet, step)
 
     def _keep_maps(self, state: TrainerState, step: int) -> None:
         """Keep gradient maps, which never stop a run: nobody has named them."""

@@ -127,7 +127,7 @@ def optimize(
             begin with "probe/", and into the folder.
         probe_steps: optimiser steps after which to run them too.
         saliency: how many of the held-out pairs with images have their gradient maps kept, before and after, for the
-            report; 0 for none.
+            report and for trackers that take pictures (which are your held-out ones); 0 for none.
         display: what is shown while it trains: "auto" (a panel in a terminal, a table in a notebook, lines elsewhere),
             "lines", "none", or "all" (what the libraries show themselves). The folder has `log.jsonl` in any case,
             which `pivot watch` reads.

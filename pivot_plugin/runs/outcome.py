@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pivot_plugin.data.conversations import ConversationDataset
 from pivot_plugin.data.questions import QuestionDataset
 from pivot_plugin.data.rows import RowDataset
 from pivot_plugin.probes.scores import difference, score_of
@@ -36,12 +37,14 @@ def judged(
     if len(seen) == 2:
         told = {
             "measure": seen[0].measure,
-            "rows_are": "questions" if isinstance(run.held_out, QuestionDataset) else "pairs",
+            "rows_are": _named(run.held_out),
             "chance": seen[0].chance,
             "change": _change(seen[0], seen[1]),
         }
         if len(blind) == 2 and blind[0] is not None and blind[1] is not None:
             told["blind"] = _change(blind[0], blind[1])
+    # alignment and instruction, which may do without pictures
+    of_encoder = not isinstance(run.rows, ConversationDataset)
     kept = _last(history, "watch/best_step")
     return Verdict(
         **told,
@@ -50,7 +53,9 @@ def judged(
         planned=planned,
         kept=None if kept is None or not run.config.load_best_model_at_end else int(kept),
         stopped_early=_last(history, "watch/stopped_early_at") is not None,
-        without_image=without_image(run.rows),
+        without_image=without_image(run.rows) if of_encoder else (0, 0),
+        subject="encoder" if of_encoder else "model",
+        lower_is_better=not of_encoder,
     )
 
 
@@ -59,6 +64,11 @@ def without_image(rows: object) -> tuple[int, int]:
     if not isinstance(rows, RowDataset):
         return 0, 0
     return sum(not key for key in rows.image_keys.tolist()), len(rows)
+
+
+def _named(rows: object) -> str:
+    kinds = {QuestionDataset: "questions", ConversationDataset: "conversations"}
+    return next((name for kind, name in kinds.items() if isinstance(rows, kind)), "pairs")
 
 
 @torch.no_grad()
@@ -79,11 +89,10 @@ def has_moved(model: nn.Module, before: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _change(before: Look, after: Look) -> Change:
-    gap = difference(score_of(before.rows), score_of(after.rows))
+    first, second = score_of(before.rows), score_of(after.rows)
+    gap = difference(first, second)
     low, high, p = (gap.value if gap.low is None else gap.low), (gap.value if gap.high is None else gap.high), gap.p
-    return Change(
-        float(before.rows.mean()), float(after.rows.mean()), low, high, 1.0 if p is None else p, len(before.rows)
-    )
+    return Change(first.value, second.value, low, high, 1.0 if p is None else p, len(before.rows))
 
 
 def _last(history: Sequence[Mapping[str, Any]], name: str) -> Any:

@@ -1,6 +1,6 @@
 """What a finished run has: the model, its encoder, what was measured; saved, published, reported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -72,15 +72,10 @@ class PivotResult:
     _lora: tuple[LoraConfig, dict[str, torch.Tensor]] | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name + ':':<9} {text}" for name, text in self._told())
+        return as_lines(self._told())
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f'<tr><th style="text-align:left;vertical-align:top">{escape(name)}</th>'
-            f'<td style="text-align:left">{escape(text)}</td></tr>'
-            for name, text in self._told()
-        )
-        return f"<table>{rows}</table>"
+        return as_table(self._told())
 
     def _told(self) -> list[tuple[str, str]]:
         """What happened, what came of it, by how much, and what to do next: five lines."""
@@ -245,6 +240,21 @@ class PivotResult:
             SettingsError: if the file cannot be written.
         """
         return write_report(path, [self.output_dir], comparison)
+
+
+def as_lines(told: Sequence[tuple[str, str]]) -> str:
+    """Names and what is told of them, a line each."""
+    return "\n".join(f"{name + ':':<9} {text}" for name, text in told)
+
+
+def as_table(told: Sequence[tuple[str, str]]) -> str:
+    """The same as HTML, for a notebook."""
+    rows = "".join(
+        f'<tr><th style="text-align:left;vertical-align:top">{escape(name)}</th>'
+        f'<td style="text-align:left">{escape(text)}</td></tr>'
+        for name, text in told
+    )
+    return f"<table>{rows}</table>"
 
 
 def _before_and_after(probes: Mapping[str, Mapping[int, ProbeResult]]) -> dict[str, Any]:

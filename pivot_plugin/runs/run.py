@@ -50,6 +50,7 @@ from .in_place import InPlace, in_place
 from .interrupt import interruptible
 from .leftovers import whole_model
 from .settings import unwatched
+from .trackers import WhatTrains
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,8 @@ class Run:
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint), self.config.world_size)
         trainer.add_callback(StopTogether(trainer, self.processes, every))
+        if self.ended is None:
+            trainer.add_callback(WhatTrains(trainer))
         # of a run that has ended nothing is shown, and its log stays as it is
         shown: AbstractContextManager[object] = (
             nullcontext()

@@ -50,6 +50,22 @@ def looks_of(rows: int, size: int, launch: Launch) -> list[Look]:
     return looks
 
 
+def shares_of(rows: int, size: int, launch: Launch) -> tuple[list[list[int]], list[list[int]]]:
+    """All batches of some rows, and those that a process scores; all processes score equally many.
+
+    Args:
+        rows: how many there are.
+        size: of a batch.
+        launch: processes that score together.
+    """
+    batches = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+    share = batches[launch.rank :: launch.count]
+    if len(share) < -(-len(batches) // launch.count):
+        # where weights are divided all compute together: who has a batch less computes the first again
+        share = [batches[0], *share]
+    return batches, share
+
+
 class _Batches:
     """The batches of a process, as a data loader takes them."""
 

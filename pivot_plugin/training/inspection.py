@@ -11,6 +11,7 @@ from pivot_plugin.models.image_tokens import ImageTokens
 from pivot_plugin.models.loading import empty_model, load_processor
 
 from .forward import reading_of
+from .plan import count_parameters, places_of_parts
 
 
 def inspect_model(name: str) -> dict[str, Any]:
@@ -30,12 +31,14 @@ def inspect_model(name: str) -> dict[str, Any]:
     targets = adapter.lora_targets()
     layer = adapter.feature_layer
     blocks = adapter.blocks()
+    counts = count_parameters(adapter, model)
     reason = reading_of(model).no_trees
     return {
         "model": type(model).__name__,
         "family": adapter.family,
         "vision tower": f"{type(adapter.tower).__name__} at {adapter.tower_path}",
-        "tower parameters": f"{sum(p.numel() for p in adapter.tower.parameters()):,}",
+        "tower parameters": f"{counts['encoder'][1]:,}",
+        "counts as": [f"{part}: {paths}" for part, paths in places_of_parts(adapter).items()],
         "other towers": list(adapter.other_tower_paths) or "none",
         "features in use": "the tower's output" if layer is None else f"hidden state {layer} of {len(blocks)} blocks",
         "never reached": list(adapter.unread_paths()) or "nothing",

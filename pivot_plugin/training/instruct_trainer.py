@@ -13,21 +13,31 @@ Overrides, and why each is needed:
 import functools
 from typing import Any
 
+import numpy as np
+import torch
 from peft import LoraConfig
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.config import InstructConfig
 from pivot_plugin.data.conversations import ConversationDataset
+from pivot_plugin.data.launch import this_launch
+from pivot_plugin.models.evaluating import evaluating
 
-from .conversation_batch import ConversationCollator
+from .conversation_batch import IGNORED, ConversationCollator
 from .forward import experts_named, on_inputs
+from .held_out import shares_of
+from .looks import Look
 from .plan import TrainingPlan, unwrapped
 from .rows import Loading, pointing
-from .sharding import through_tower, whole_head
+from .sharding import as_it_is, through_tower, whole_head
 from .tower import TowerTraining
 from .workers import default_workers
+
+LOSS = "loss (nats per token of an answer, lower is better)"
 
 
 class InstructTrainer(TowerTraining, SFTTrainer):
@@ -87,6 +97,37 @@ class InstructTrainer(TowerTraining, SFTTrainer):
         self._take_part()
         self._watch_training()
 
+    def look_now(self) -> Look:
+        """The loss of every held-out conversation under the model as it is now; to be called by every process.
+
+        Returns:
+            per row the negative log-probability of its answers' tokens in nats, and how many tokens these are, as
+            (n, 1, 2): the ratio of their sums is the held-out loss.
+        """
+        model, launch = self.accelerator.unwrap_model(self.model), this_launch()
+        batches, share = shares_of(len(self.eval_dataset), self.args.per_device_eval_batch_size, launch)
+        loader = DataLoader(
+            self.eval_dataset,
+            batch_sampler=share,
+            collate_fn=self.data_collator,
+            num_workers=min(self.args.dataloader_num_workers, len(share)),
+            # of its own, so that what training draws does not depend on whether rows are held out
+            generator=torch.Generator(),
+        )
+        scored: dict[int, np.ndarray] = {}
+        with torch.no_grad(), evaluating(model, self.accelerator.device), as_it_is(model):
+            for positions, batch in zip(share, loader, strict=True):
+                inputs = self._prepare_inputs(batch)
+                labels = inputs.pop("labels")
+                inputs.pop("row_ids")
+                with self.accelerator.autocast():
+                    logits = model(**inputs, use_cache=False).logits
+                scored[positions[0]] = np.array([_loss_of(*row) for row in zip(logits, labels, strict=True)])
+        everyones = {first: losses for one in launch.gather(scored) for first, losses in one.items()}
+        rows = np.concatenate([everyones[positions[0]] for positions in batches])[:, None]
+        loss = float(rows[..., 0].sum() / max(rows[..., 1].sum(), 1.0))
+        return Look(LOSS, {"loss": loss}, rows)
+
     def _count_tokens_of_a_step(self) -> None:
         """Have every loss divided by the answers' tokens of the whole optimiser step.
 
@@ -129,3 +170,16 @@ class InstructTrainer(TowerTraining, SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self._checked(result[0] if return_outputs else result, model, names, images)
         return (loss, result[1]) if return_outputs else loss
+
+
+def _loss_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """Summed loss of a row's answers, in nats, and their tokens.
+
+    Args:
+        logits: (L, V).
+        labels: (L,), IGNORED where no answer stands.
+    """
+    following = labels[1:]
+    answers = following != IGNORED
+    summed = cross_entropy(logits[:-1][answers].float(), following[answers], reduction="sum")
+    return summed.item(), int(answers.sum())

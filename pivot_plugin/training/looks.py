@@ -24,7 +24,8 @@ class Look:
     Attributes:
         measure: name of the score that decides: "preference accuracy" or "reward".
         metrics: what is told of it, by name.
-        rows: (n,) the score of each row, in their order.
+        rows: the score of each row, in their order: (n,) whose mean is the score, or (n, K, 2) of ratios of sums, as in
+            `probes.scores`.
         chance: the score of guessing, None where it is not known.
     """
 

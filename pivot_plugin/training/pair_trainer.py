@@ -57,7 +57,7 @@ from . import micro_batches
 from .balance import BalancedSampler, measure_rates
 from .batch import REFERENCE_BESIDE, ForestBatch, ForestCollator
 from .forest_check import varied_rows
-from .held_out import HeldOutLoader, looks_of
+from .held_out import HeldOutLoader, looks_of, shares_of
 from .image_terms import CHOSEN, CHOSEN_ELSEWHERE, REJECTED, ImageTerms
 from .looks import Look
 from .micro_batches import PARTS, SHARE, TOKENS, MergedMetrics, parts_of
@@ -509,11 +509,7 @@ class PivotTrainer(TowerTraining, DPOTrainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         size, launch = self.args.per_device_eval_batch_size, this_launch()
-        batches = [list(range(start, min(start + size, len(pairs)))) for start in range(0, len(pairs), size)]
-        share = batches[launch.rank :: launch.count]
-        if len(share) < -(-len(batches) // launch.count):
-            # where weights are divided all compute together: who has a batch less computes the first again
-            share = [batches[0], *share]
+        batches, share = shares_of(len(pairs), size, launch)
         positions = [position for batch in share for position in batch]
         scored: dict[int, torch.Tensor] = {}
         with evaluating(model, self.accelerator.device), as_it_is(model):

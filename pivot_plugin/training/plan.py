@@ -165,6 +165,35 @@ def count_parameters(adapter: VisionAdapter, model: nn.Module) -> dict[str, tupl
     return counts
 
 
+def places_of_parts(adapter: VisionAdapter) -> dict[str, str]:
+    """Per part, which modules of a model count as it; a projector inside the tower is named as left out of that.
+
+    Args:
+        adapter: of the model's family.
+
+    Returns:
+        paths of the outermost modules, and names of parameters that stand beside them, "none" where there are none.
+    """
+    model, tower = adapter.model, adapter.tower_path
+    places: dict[str, list[str]] = {part: [] for part in PARTS}
+    whole: list[str] = []
+    for path, module in model.named_modules():
+        if not path or is_inside(path, whole):
+            continue
+        parts = {adapter.part_of(original_name(f"{path}.{name}")) for name, _ in module.named_parameters()}
+        if len(parts) == 1:
+            whole.append(path)
+            places[parts.pop()].append(path)
+    for name, _ in model.named_parameters():
+        if not is_inside(name, whole):
+            places[adapter.part_of(name)].append(name)
+    inside = [path for part in PARTS if part != "encoder" for path in places[part] if is_inside(path, [tower])]
+    if inside:
+        outside = [path for path in places["encoder"] if not is_inside(path, [tower])]
+        places["encoder"] = [f"{tower} without {' and '.join(inside)}", *outside]
+    return {part: ", ".join(paths) or "none" for part, paths in places.items()}
+
+
 def original_name(name: str) -> str:
     """The name a parameter of a peft model had, or that of the layer its LoRA belongs to."""
     name = name.removeprefix("base_model.model.")

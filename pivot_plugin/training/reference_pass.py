@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pivot_plugin.data.launch import Launch
 from pivot_plugin.data.pairs import PairDataset
+from pivot_plugin.progress import is_watched
 
 from .reference import KEY, ReferenceCache
 
@@ -58,9 +59,8 @@ class ReferencePass:
             key_of = dict(zip(first.tolist(), range(len(first)), strict=True))
             share = shares(pairs.image_keys, missing, self.launch.count)[self.launch.rank]
             rows = np.array([key_of[position] for position in share], dtype=np.int64)
-            computed = self._compute(
-                pairs, share, keys[rows], tqdm(desc=f"reference of {name} pairs", disable=quiet or None)
-            )
+            hidden = quiet or not is_watched()
+            computed = self._compute(pairs, share, keys[rows], tqdm(desc=f"reference of {name} pairs", disable=hidden))
             for some_rows, some_logps in self.launch.gather((rows, computed)):
                 logps[some_rows] = some_logps
             if self.launch.local_rank == 0:

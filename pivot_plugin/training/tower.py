@@ -48,7 +48,7 @@ from .forward import ForestReading
 from .gradient_check import GradientCheck
 from .held_out import HeldOutLoader
 from .looks import AfterWarmUp, Patience
-from .plan import TrainingPlan, count_parameters, original_name, plan, unwrapped
+from .plan import TrainingPlan, count_parameters, original_name, places_of_parts, plan, unwrapped
 from .sharding import undivided, wrap_layers
 from .watch import Watch
 
@@ -318,10 +318,11 @@ class TowerTraining(Trainer):
         return count_parameters(self.adapter, self.accelerator.unwrap_model(self.model))
 
     def parameter_table(self) -> str:
-        """What trains, a line per part: parameters that train, of how many."""
+        """What trains, a line per part: parameters that train, of how many, and which modules count as the part."""
         model = type(unwrapped(self.accelerator.unwrap_model(self.model))).__name__
+        places = places_of_parts(self.adapter)
         lines = [
-            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train"
+            f"  {part:<15} {trained:>15,} of {total:>15,} parameters train: {places[part]}"
             for part, (trained, total) in self.trained_parameters().items()
         ]
         return "\n".join([f"{model}, family {self.adapter.family}:", *lines])

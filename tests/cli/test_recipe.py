@@ -37,21 +37,27 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.training
 def test_an_mllm_is_assembled_aligned_and_instructed(parts: Path, tmp_path: Path) -> None:
-    run = pivot("assemble", parts / "encoder", parts / "language-model", "-o", "mllm", folder=tmp_path)
+    run = pivot("assemble", parts / "encoder", parts / "language-model", "-o", "mllm", "--json", folder=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "MLLM: mllm (" in run.stdout
+    made = json.loads(run.stdout)
+    assert made["model"] == "mllm" and made["model_class"] == "LlavaForConditionalGeneration" and made["parameters"]
     again = pivot("assemble", parts / "encoder", parts / "language-model", "-o", "mllm", folder=tmp_path)
     assert again.returncode == 1 and "'mllm' is not empty" in again.stderr
     images = ["--image-folder", str(parts / "images")]
-    run = pivot("align", "mllm", parts / "captions.json", *images, "-o", "aligned", *QUICK, folder=tmp_path)
+    run = pivot("align", "mllm", parts / "captions.json", *images, "-o", "aligned", *QUICK, "--json", folder=tmp_path)
     assert run.returncode == 0, run.stderr
+    aligned = json.loads(run.stdout)
+    assert aligned["model"] == "aligned/model" and aligned["metrics"] == {}
+    assert aligned["trained"]["projector"][0] > 0 == aligned["trained"]["encoder"][0]
     run = pivot(
         *("instruct", "aligned/model", parts / "talks.jsonl", *images, "--train", "all", "-o", "done"),
         *QUICK,
         folder=tmp_path,
     )
     assert run.returncode == 0, run.stderr
-    assert "MLLM: done/model" in run.stdout
+    assert "MLLM: done/model" in run.stdout and "nothing here says whether the model is better" in run.stdout.replace(
+        "\n", " "
+    )
     AutoModelForImageTextToText.from_pretrained(tmp_path / "done" / "model")
 
 
@@ -104,7 +110,7 @@ def test_two_processes_by_accelerate_s_own_configuration_give_the_losses_of_one(
     }
     (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(config))
     made = pivot("assemble", parts / "encoder", parts / "language-model", "-o", "mllm", folder=tmp_path)
-    assert made.returncode == 0, made.stderr
+    assert made.returncode == 0 and "MLLM: mllm (" in made.stdout, made.stderr
     curves = []
     for size, more in ((4, []), (2, ["--accelerate-config", "cpu.yaml", "--num-processes", "2"])):
         settings = [word.replace("batch_size=4", f"batch_size={size}") for word in QUICK]

@@ -69,8 +69,9 @@ def test_init_writes_what_optimize_reads_and_a_dry_run_trains_nothing(world: Pat
     assert "elsewhere" in watched.stdout and "2/2" in watched.stdout
     (told,) = json.loads(pivot("watch", "elsewhere", "--json", folder=tmp_path).stdout)
     assert told["finished"] and told["step"] == 2
-    page = pivot("report", "elsewhere", folder=tmp_path)
+    page = pivot("report", "elsewhere", "--json", folder=tmp_path)
     assert page.returncode == 0 and (tmp_path / "elsewhere" / "report.html").is_file()
+    assert json.loads(page.stdout) == {"report": "elsewhere/report.html", "runs": ["elsewhere"]}
     assert not (tmp_path / "report.html").exists()
 
 

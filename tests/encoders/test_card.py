@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from pivot_plugin.adapters import VisionAdapter
 from pivot_plugin.encoders import save_encoder
+from pivot_plugin.encoders.card import card
 from pivot_plugin.encoders.compatibility import checked_releases
 from pivot_plugin.encoders.contract import contract
 from pivot_plugin.models.find import find_adapter
@@ -145,3 +146,30 @@ def test_a_tower_of_others_says_where_it_was_checked(tmp_path: Path) -> None:
     processor = SimpleNamespace(image_processor=ViTImageProcessor(size={"height": 28, "width": 28}))
     rows = contract_of(save_encoder(adapter, processor, tmp_path / "encoder", {}))
     assert rows["checked in"] == f"the transformers it was saved with (`{transformers.__version__}`) alone"
+
+
+def test_the_card_draws_the_way_of_an_image_with_its_sizes(tiny: Any, tmp_path: Path) -> None:
+    model, processor = tiny
+    adapter = find_adapter(model)
+    folder = save_encoder(adapter, processor, tmp_path / "encoder", {})
+    drawn = re.search(r"```text\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
+    assert drawn is not None
+    stations = dict(line.split(maxsplit=1) for line in drawn[1].splitlines() if line.strip() != "|")
+    assert list(stations) == ["image", "pixel_values", "patches", "features"]
+    image = IMAGE.resize((224, 160))
+    assert stations["image"] == "for example 224 x 160"
+    inputs = adapter.image_processor(processor)(images=[image], return_tensors="pt")
+    assert stations["pixel_values"] == str(list(inputs["pixel_values"].shape))
+    with torch.no_grad():
+        features = adapter.hidden_state(adapter.run_tower(adapter.tower, inputs))
+    assert stations["features"].startswith(f"{list(features.shape)}  (")
+    rows, columns = map(int, re.findall(r"\d+", stations["patches"]))
+    others = features.shape[-2] - rows * columns
+    assert others in (0, 1)
+    assert ("patches" in stations["features"].split(" dim)")[0]) is (others == 0)
+
+
+def test_what_a_record_draws_stays_inside_its_block() -> None:
+    drawn = {"in": "a", "out": "b", "layer": "c", "releases": [], "notes": [], "flow": ["image", "```\n# mine"]}
+    text = str(card({"contract": drawn}))
+    assert "\n# mine" not in text and "''' # mine\n```" in text

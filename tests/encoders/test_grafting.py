@@ -225,8 +225,14 @@ def test_the_command_writes_an_mllm_that_transformers_loads(make: Any, tmp_path:
     processor.save_pretrained(tmp_path / "model")
     source = moved((model, processor))
     folder = save_encoder(find_adapter(source), processor, tmp_path / "encoder", {})
-    run = command("graft", tmp_path / "model", folder, "-o", tmp_path / "out", folder=tmp_path)
+    run = command("graft", tmp_path / "model", folder, "-o", tmp_path / "out", "--json", folder=tmp_path)
     assert run.returncode == 0, run.stderr[-1500:]
+    made = json.loads(run.stdout)
+    assert (made["model"], made["projector"], made["parameters"]) == (
+        str(tmp_path / "out"),
+        "keep",
+        model.num_parameters(),
+    )
     plain(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pivot_encoder"]["name"] == "encoder"
     again = command("graft", tmp_path / "model", folder, "-o", tmp_path / "out", folder=tmp_path)

@@ -16,6 +16,7 @@ from pivot_plugin.models.find import find_adapter
 from pivot_plugin.preferences import load_conversations
 from pivot_plugin.training.conversation_batch import ConversationCollator
 from pivot_plugin.training.instruct_trainer import InstructTrainer
+from pivot_plugin.verdict import Verdict
 from tests.helpers import Tiny, picture
 from tests.helpers.recipes import QUICK, captions, conversations
 
@@ -215,6 +216,17 @@ def test_held_out_rows_are_measured(make: Make, tmp_path: Path) -> None:
     result = pivot.instruct(model, rows, processor=processor, output_dir=tmp_path / "run", eval_fraction=0.25, **FAST)
     assert result.metrics["eval_loss"] > 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
+    change = result.verdict.change
+    # of the trainer's own last look, whose batches of all held-out rows count tokens alike
+    assert change is not None and change.rows == 4
+    assert change.after == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
+    assert change.before > change.after and change.low <= change.value <= change.high
+    assert "on 4 held-out conversations" in repr(result)
+    assert Verdict.from_dict(record["verdict"]) == result.verdict
+    again = pivot.instruct(
+        *(model, rows), processor=processor, output_dir=tmp_path / "run", eval_fraction=0.25, resume=True, **FAST
+    )
+    assert again.verdict.change == change
     assert record["finished"] and record["origin"]["rows"] == 12
 
 
