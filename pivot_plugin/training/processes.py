@@ -148,6 +148,11 @@ class Processes:
             self._leave_the_word()
             return error
         assert self._store is not None
+        if self._first is not None:
+            # the watcher has heard of it, and the store may have gone with the process that failed
+            self._tell_of_another_host()
+            self._leave_the_word()
+            return self._first.as_seen_by_others(self.count)
         gone = ""
         if isinstance(error, Exception) and _is_broken_connection(error) and not self._has_failed():
             if gone := self._gone():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 VARIABLES = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
 # of all variables, libraries may read these no earlier than when they are used
 READ_LATER = ("PIVOT_", "PYTHONPATH")
+# of a process that has failed, while others that heard of it have left
+SECONDS_TO_SAY_WHY = 3.0
 
 
 class Warm:
@@ -194,6 +197,9 @@ def first_failure(code: str, started: list[Program]) -> "subprocess.CompletedPro
         ended = _warm().wait(*pids)
         pids -= ended.keys()
         failure = next(filter(None, ended.values()), 0)
+    if failure and pids:
+        # who failed first may still be printing why, when another that heard of it has left
+        time.sleep(SECONDS_TO_SAY_WHY)
     for program in started:
         program.kill()
     done = [program.wait() for program in started]
