@@ -26,7 +26,7 @@ from pivot_plugin.quickstart import world
 
 result = pivot.optimize(
     world.model(), world.pairs(60, seed=1), processor=world.processor(), output_dir="run", max_steps=2, use_cpu=True,
-    per_device_train_batch_size=4, eval_fraction=0.2, learning_rate=1e-3, warmup_steps=0, disable_tqdm=True,
+    per_device_train_batch_size=4, eval_fraction=0, learning_rate=1e-3, warmup_steps=0, disable_tqdm=True,
 )
 pivot.graft(world.model(), pivot.load_encoder("run/encoder"))
 said = {
